@@ -1,0 +1,77 @@
+"""gmem_bank: build, edit, search and ship banks of semantic snippets.
+
+The names below are the public surface; a path with another module in it is not supported. They are loaded on first use,
+so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from gmem_bank.bank import MemoryBank as MemoryBank
+    from gmem_bank.bank import open as open
+    from gmem_bank.builder import BuildReport as BuildReport
+    from gmem_bank.builder import build as build
+    from gmem_bank.encoders import Encoder as Encoder
+    from gmem_bank.encoders import EncoderInfo as EncoderInfo
+    from gmem_bank.encoders import EncoderOptions as EncoderOptions
+    from gmem_bank.encoders import available_encoders as available_encoders
+    from gmem_bank.encoders import load_encoder as load_encoder
+    from gmem_bank.encoders import reload_encoder as reload_encoder
+    from gmem_bank.encoders.preprocess import center_crop as center_crop
+    from gmem_bank.errors import BankNotFoundError as BankNotFoundError
+    from gmem_bank.errors import CheckpointError as CheckpointError
+    from gmem_bank.errors import ConceptExistsError as ConceptExistsError
+    from gmem_bank.errors import ConfigError as ConfigError
+    from gmem_bank.errors import CorruptError as CorruptError
+    from gmem_bank.errors import EncoderError as EncoderError
+    from gmem_bank.errors import EncoderMismatchError as EncoderMismatchError
+    from gmem_bank.errors import FormatError as FormatError
+    from gmem_bank.errors import FormatVersionError as FormatVersionError
+    from gmem_bank.errors import GMemError as GMemError
+    from gmem_bank.errors import LockedError as LockedError
+    from gmem_bank.errors import MaskedRowError as MaskedRowError
+    from gmem_bank.errors import MissingDependencyError as MissingDependencyError
+    from gmem_bank.errors import OutputExistsError as OutputExistsError
+    from gmem_bank.errors import SourceError as SourceError
+    from gmem_bank.errors import UnknownKeyError as UnknownKeyError
+    from gmem_bank.errors import WriteError as WriteError
+    from gmem_bank.interface import Bank as Bank
+    from gmem_bank.ops import EditReport as EditReport
+    from gmem_bank.ops import insert_concept as insert_concept
+    from gmem_bank.ops import interpolate as interpolate
+    from gmem_bank.ops import remove_concept as remove_concept
+    from gmem_bank.provenance import EncoderSpec as EncoderSpec
+    from gmem_bank.sources import read_image as read_image
+    from gmem_bank.verifier import verify as verify
+
+_ERRORS = (
+    "BankNotFoundError", "CheckpointError", "ConceptExistsError", "ConfigError", "CorruptError", "EncoderError",
+    "EncoderMismatchError", "FormatError", "FormatVersionError", "GMemError", "LockedError", "MaskedRowError",
+    "MissingDependencyError", "OutputExistsError", "SourceError", "UnknownKeyError", "WriteError",
+)  # fmt: skip
+_HOMES = {
+    "MemoryBank": "bank", "open": "bank", "BuildReport": "builder", "build": "builder", "Encoder": "encoders",
+    "EncoderInfo": "encoders", "EncoderOptions": "encoders", "available_encoders": "encoders",
+    "load_encoder": "encoders", "reload_encoder": "encoders", "center_crop": "encoders.preprocess", "Bank": "interface",
+    "EditReport": "ops", "insert_concept": "ops", "interpolate": "ops", "remove_concept": "ops",
+    "EncoderSpec": "provenance", "read_image": "sources", "verify": "verifier", **dict.fromkeys(_ERRORS, "errors"),
+}  # fmt: skip
+
+__all__ = sorted([*_HOMES, "__version__"])  # noqa: PLE0605 - a test holds it equal to a golden list
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,323 @@
+"""An open bank: the `Bank` interface and its capabilities over a memory map.
+
+Shapes: N rows, n active rows, B rows asked for, D dimensions.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gmem_bank import keys as key_tables
+from gmem_bank.errors import CorruptError, MaskedRowError, SourceError, UnknownKeyError, first_three, suggest
+from gmem_bank.interface import INTERFACE_VERSION
+from gmem_bank.provenance import EncoderSpec, Source
+from gmem_bank.space import Space, to_space
+from gmem_bank.storage import StoredBank, open_stored
+from gmem_bank.storage.schema import Header
+
+
+def open(path: str | os.PathLike[str]) -> MemoryBank:  # noqa: A001 - the verb of the field: gmem_bank.open(path)
+    """Open a bank.
+
+    Args:
+        path: a bank file.
+
+    Returns:
+        A MemoryBank of the file's kind, over a memory map: opening reads the header only.
+
+    Raises:
+        BankNotFoundError, FormatError, FormatVersionError, CorruptError: each with the path and what to do.
+    """
+    return DenseBank(open_stored(path))
+
+
+class MemoryBank:
+    """Rows, keys, mask, concepts and provenance of any kind of bank; a subclass reads the snippets."""
+
+    def __init__(self, stored: StoredBank) -> None:
+        self._stored = stored
+        counts = [segment.num_rows for segment in self.header.segments]
+        self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+    # -- what the header says
+
+    @property
+    def header(self) -> Header:
+        """All of the bank that is not an array."""
+        return self._stored.header
+
+    @property
+    def stored(self) -> StoredBank:
+        """The open file."""
+        return self._stored
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._stored.path
+
+    @property
+    def folder(self) -> Path:
+        """The folder that source paths are relative to."""
+        return self._stored.path.resolve().parent
+
+    @property
+    def interface_version(self) -> tuple[int, int]:
+        """(major, minor) of the interface."""
+        return INTERFACE_VERSION
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.header.dim
+
+    @property
+    def space(self) -> Space:
+        """"raw" or "unit"."""
+        return "unit" if self.header.space == "unit" else "raw"
+
+    @property
+    def encoder(self) -> EncoderSpec:
+        """What made the snippets."""
+        return self.header.encoder
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (64 hex digits) of header and content, history excluded."""
+        return self.header.fingerprint
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Where rows came from."""
+        return self.header.sources
+
+    @property
+    def history(self) -> tuple[Any, ...]:
+        """The operations that led here, oldest first."""
+        return self.header.history
+
+    def __len__(self) -> int:
+        return self.header.num_rows
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r}, rows={len(self)}, dim={self.dim}, space={self.space!r})"
+
+    # -- rows and keys
+
+    @cached_property
+    def _active(self) -> NDArray[np.bool_] | None:
+        if "active" not in self._stored:
+            return None
+        active: NDArray[np.bool_] = self._stored.array("active").view(np.uint8).astype(np.bool_)
+        return active
+
+    def rows(self) -> NDArray[np.int64]:
+        """Return the (n,) active rows, ascending."""
+        if self._active is None:
+            return np.arange(len(self), dtype=np.int64)
+        return np.flatnonzero(self._active).astype(np.int64)
+
+    def rows_for(self, keys: Sequence[str]) -> NDArray[np.int64]:
+        """Return the (B,) rows of keys, order kept; raises UnknownKeyError naming the first three unknown ones."""
+        found = self.find_rows(keys)
+        unknown = [keys[place] for place in np.flatnonzero(found < 0)]
+        if unknown:
+            raise UnknownKeyError(f"{self.path} has no row with key {first_three(unknown)}", path=self.path, key=unknown[0])
+        return found
+
+    def find_rows(self, keys: Sequence[str]) -> NDArray[np.int64]:
+        """Return the (B,) rows of keys, order kept, -1 where the bank has no such key."""
+        if not keys:
+            return np.zeros(0, np.int64)
+        table, table_rows = self._stored.array("keys.hash"), self._stored.array("keys.row")
+        hashes = key_tables.hashes_of(keys)
+        begins, ends = np.searchsorted(table, hashes, "left"), np.searchsorted(table, hashes, "right")
+        found = np.full(len(keys), -1, np.int64)
+        hit = np.flatnonzero(begins < ends)
+        found[hit] = table_rows[begins[hit]]
+        # A hash is a hint; the key's own text decides, among all rows of the hash where several share it.
+        for place, stored_key in zip(hit.tolist(), self.keys(found[hit]), strict=True):
+            if stored_key != keys[place]:
+                others = table_rows[begins[place] + 1 : ends[place]]
+                matches = [row for row, key in zip(others.tolist(), self.keys(others), strict=True) if key == keys[place]]
+                found[place] = matches[0] if matches else -1
+        return found
+
+    def keys(self, rows: NDArray[np.int64]) -> list[str]:
+        """Return the keys of rows, order kept; masked rows have keys too."""
+        keys: list[str] = [""] * len(rows)
+        for name, places, local in self._by_segment(self._checked(rows)):
+            offsets = self._stored.array(f"{name}/keys.offsets")
+            text = self._stored.array(f"{name}/keys.bytes")
+            for place, row in zip(places.tolist(), local.tolist(), strict=True):
+                begin, end = int(offsets[row]), int(offsets[row + 1])
+                if not 0 <= begin < end <= len(text):
+                    raise CorruptError(f"{self.path}: the key of row {row} in segment {name} is damaged", path=self.path)
+                keys[place] = _decoded(bytes(text[begin:end]), self.path)
+        return keys
+
+    def _checked(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        wanted = np.asarray(rows)
+        if wanted.ndim != 1 or (wanted.size and not np.issubdtype(wanted.dtype, np.integer)):
+            raise UnknownKeyError(f"rows must be a list of integers, got {wanted.dtype} of shape {list(wanted.shape)}")
+        outside = wanted[(wanted < 0) | (wanted >= len(self))]
+        if outside.size:
+            raise UnknownKeyError(
+                f"{self.path} has rows 0 to {len(self) - 1}, not {int(outside[0])}", path=self.path, row=int(outside[0])
+            )
+        return wanted.astype(np.int64)
+
+    def _by_segment(self, rows: NDArray[np.int64]) -> Iterator[tuple[str, NDArray[np.int64], NDArray[np.int64]]]:
+        """Yield (segment name, places in `rows`, rows inside the segment)."""
+        owner = np.searchsorted(self._starts, rows, side="right") - 1
+        for index in np.unique(owner):
+            places = np.flatnonzero(owner == index)
+            yield self.header.segments[index].name, places, rows[places] - self._starts[index]
+
+    # -- snippets
+
+    def snippets(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return a new (B, D) float32 array in the bank's space.
+
+        Args:
+            rows: (B,) integers, any order, repetitions allowed.
+
+        Raises:
+            UnknownKeyError: a row outside 0..N-1.
+            MaskedRowError: a masked row.
+            CorruptError: a value that is not finite.
+        """
+        wanted = self._checked(rows)
+        if self._active is not None and not self._active[wanted].all():
+            row = int(wanted[~self._active[wanted]][0])
+            raise MaskedRowError(f"row {row} of {self.path} is masked", path=self.path, row=row)
+        result = np.empty((len(wanted), self.dim), np.float32)
+        for name, places, local in self._by_segment(wanted):
+            result[places] = self._gather(name, local)
+        if not np.isfinite(result).all():
+            row = int(wanted[~np.isfinite(result).all(axis=1)][0])
+            raise CorruptError(f"{self.path}: the snippet of row {row} is not finite: build it again", path=self.path, row=row)
+        return result
+
+    def _gather(self, segment: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        raise AssertionError("a subclass reads the snippets")
+
+    # -- concepts
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """Names, in file order."""
+        return self.header.concepts
+
+    def all_rows_of(self, concept: str) -> NDArray[np.int64]:
+        """Return a concept's rows, masked ones included, ascending; raises UnknownKeyError with the nearest names."""
+        if concept not in self.concepts:
+            known = ", ".join(self.concepts[:8]) + (", …" if len(self.concepts) > 8 else "") if self.concepts else "none"
+            raise UnknownKeyError(
+                f"{self.path} has no concept {concept!r} (it has: {known}).{suggest(concept, self.concepts)}",
+                path=self.path, key=concept,
+            )  # fmt: skip
+        index = self.concepts.index(concept)
+        offsets, rows = self._stored.array("concepts.offsets"), self._stored.array("concepts.rows")
+        begin, end = int(offsets[index]), int(offsets[index + 1])
+        members: NDArray[np.int64] = np.array(rows[begin:end], np.int64)
+        if not 0 <= begin <= end <= len(rows) or (members.size and (members.min() < 0 or members.max() >= len(self))):
+            raise CorruptError(f"{self.path}: the rows of concept {concept!r} are damaged", path=self.path, key=concept)
+        return members
+
+    def rows_of(self, concept: str) -> NDArray[np.int64]:
+        """Return the active rows of a concept, ascending; raises UnknownKeyError with the nearest names."""
+        members = self.all_rows_of(concept)
+        return members if self._active is None else members[self._active[members]]
+
+    # -- images
+
+    def image_rows(self) -> NDArray[np.int64]:
+        """Return the active rows that came from an image, ascending."""
+        from_image = np.array([source.path is not None for source in self.sources])
+        return self.rows()[from_image[self.source_ids()[self.rows()]]]
+
+    def source_ids(self) -> NDArray[np.int64]:
+        """Return the (N,) position in `sources` of every row's source."""
+        parts = [self._stored.array(segment.entry("source")) for segment in self.header.segments]
+        ids = np.concatenate(parts).astype(np.int64)
+        if ids.size and ids.max() >= len(self.sources):
+            raise CorruptError(f"{self.path}: a row points at source {ids.max()} of {len(self.sources)}", path=self.path)
+        return ids
+
+    def _image_paths(self, rows: NDArray[np.int64], images: str | os.PathLike[str] | None) -> list[Path]:
+        ids = self.source_ids()[self._checked(rows)]
+        paths = []
+        for key, source_id in zip(self.keys(rows), ids, strict=True):
+            source = self.sources[source_id]
+            folder = source.folder(self.folder)
+            if folder is None:
+                raise SourceError(f"row {key!r} of {self.path} was computed from other rows: it has no image", key=key)
+            recorded = folder / key.removeprefix(source.prefix)
+            override = None if images is None else Path(images) / key
+            # A row inserted from elsewhere keeps its own folder unless the given one has it.
+            inserted = bool(source.prefix)
+            use_recorded = override is None or (inserted and not override.is_file() and recorded.is_file())
+            paths.append(recorded if use_recorded or override is None else override)
+        return paths
+
+    def missing_images(
+        self, rows: NDArray[np.int64], images: str | os.PathLike[str] | None = None
+    ) -> NDArray[np.int64]:
+        """Return those of the rows whose image is not where the provenance, or the folder `images`, says it is.
+
+        Args:
+            rows: (B,) rows that came from an image.
+            images: folder that holds the images under their keys, instead of the recorded one; rows of an inserted
+                concept fall back on the folder they were inserted from.
+        """
+        there = np.array([path.is_file() for path in self._image_paths(rows, images)], np.bool_)
+        return np.asarray(rows, np.int64)[~there] if len(rows) else np.zeros(0, np.int64)
+
+    def read_image(self, row: int, images: str | os.PathLike[str] | None = None) -> NDArray[np.uint8]:
+        """Return the (H, W, 3) uint8 RGB image of a row.
+
+        Raises:
+            SourceError: the image is absent or cannot be decoded, or the row has none.
+        """
+        from gmem_bank.sources import read_image
+
+        return read_image(self._image_paths(np.array([row]), images)[0])
+
+    def nearest(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return the (B, k) cosines, descending, and the (B, k) active rows nearest to (B, D) queries (needs FAISS)."""
+        from gmem_bank.index import search_flat
+
+        return search_flat(self, queries, k)
+
+
+class DenseBank(MemoryBank):
+    """One stored vector a row."""
+
+    def _gather(self, segment: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        name = f"{segment}/snippets"
+        stored = self._stored.array(name)[rows]
+        if self._stored.dtype(name) == "F32":
+            return stored.astype(np.float32)  # as stored: already in the bank's space, bit for bit
+        return to_space(widen(stored), self.space)
+
+
+def widen(stored: NDArray[Any]) -> NDArray[np.float32]:
+    """Return f32 from stored f32, f16 or bfloat16 bits (uint16: a float32 without its lower half)."""
+    if stored.dtype == np.uint16:
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32)
+
+
+def _decoded(text: bytes, path: Path) -> str:
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise CorruptError(f"{path}: the key {text[:40]!r} is not UTF-8", path=path) from error

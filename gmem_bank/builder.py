@@ -1,0 +1,203 @@
+"""Build a bank from a folder of images, streamed to disk and resumable.
+
+Shapes: N rows, D dimensions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gmem_bank import bank as bank_module
+from gmem_bank import keys as key_tables
+from gmem_bank import segments
+from gmem_bank.encoders import Encoder
+from gmem_bank.errors import ConfigError, GMemError, OutputExistsError
+from gmem_bank.progress import Progress, no_progress
+from gmem_bank.provenance import EncoderSpec, Json, canonical_json, relative_to_bank
+from gmem_bank.sources import Listing, Skipped, list_folder
+from gmem_bank.staging import Encoded, encode_listings
+from gmem_bank.storage import atomic, require_known_suffix, write
+from gmem_bank.storage.schema import SNIPPET_DTYPES, Header, Segment
+
+DEFAULT_BANK = "bank.safetensors"
+DEFAULT_BATCH_SIZE = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildReport:
+    """What a build did."""
+
+    bank: str
+    num_rows: int
+    dim: int
+    space: str
+    encoder: str
+    concepts: dict[str, int]
+    skipped: list[dict[str, str]]
+    """Every file that gave no row: path and reason."""
+    num_unreadable: int
+    """Of those, images that could not be used."""
+    num_resumed: int
+    """Images that an earlier, interrupted run had encoded."""
+    seconds: float
+    images_per_second: float
+    bytes: int
+    fingerprint: str
+    unchanged: bool = False
+    """True: the bank was there already, built from the same images in the same way."""
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the report as a JSON object."""
+        return dataclasses.asdict(self)
+
+
+def report_path(bank: Path) -> Path:
+    """Return where a build writes its report: `<bank>.report.json`."""
+    return bank.with_name(bank.name + ".report.json")
+
+
+def build(
+    source: str | os.PathLike[str],
+    encoder: Encoder,
+    output: str | os.PathLike[str] = DEFAULT_BANK,
+    *,
+    dtype: str = "f32",
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> BuildReport:
+    """Encode the images below a folder into a new bank; the same call again continues after a kill.
+
+    Class folders become concepts. Images that cannot be used are listed in `<output>.report.json` and passed over.
+
+    Args:
+        source: folder of images, searched recursively in sorted order.
+        encoder: from `load_encoder`.
+        output: bank file to write.
+        dtype: "f32", "f16" or "bf16": how snippets are stored.
+        batch_size: images per call of the encoder; part of what a resumed build must share with the interrupted one.
+        overwrite: replace an existing bank that was built differently.
+        progress: told images done and images in all.
+
+    Returns:
+        A BuildReport.
+
+    Raises:
+        SourceError: no such folder, or no usable image in it.
+        OutputExistsError: the output exists, was built otherwise, and `overwrite` is False.
+        LockedError, WriteError: another writer, or no room; finished batches are kept for the next try.
+    """
+    if dtype not in SNIPPET_DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(SNIPPET_DTYPES)}, not {dtype!r}", key="dtype")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}", key="batch_size")
+    target = require_known_suffix(output)
+    started = time.perf_counter()
+    with atomic.locked(target):
+        listing = list_folder(source, exclude=(target, report_path(target)))
+        spec = localised(encoder.spec, target)
+        arguments = {"dtype": dtype, "batch_size": batch_size}
+        if target.exists() and not overwrite:
+            return _already_built(target, listing, spec, arguments, started)
+        encoded = encode_listings(
+            [listing], encoder, staging_folder=staging_folder(target, "build"), batch_size=batch_size, progress=progress
+        )
+        _write_new(target, encoded, listing, spec, arguments)
+        report = _report(target, list(listing.ignored), encoded, started)
+        atomic.write_bytes(report_path(target), (canonical_json(report.to_json()) + "\n").encode())
+        encoded.staging.discard()
+    return report
+
+
+def staging_folder(bank: Path, purpose: str) -> Path:
+    """Return the hidden folder that keeps the finished batches of a job on a bank."""
+    return bank.with_name(f".{bank.name}.{purpose}")
+
+
+def localised(spec: EncoderSpec, bank: Path) -> EncoderSpec:
+    """Return a spec whose weights path is relative to the bank's folder."""
+    if spec.weights_path is None:
+        return spec
+    return dataclasses.replace(spec, weights_path=relative_to_bank(Path(spec.weights_path), bank.parent))
+
+
+def _write_new(target: Path, encoded: Encoded, listing: Listing, spec: EncoderSpec, arguments: dict[str, Any]) -> None:
+    keys = [item.key for item in encoded.items]
+    concepts = segments.concepts_of_folders(keys)
+    header = Header(
+        kind="dense",
+        space=spec.space,
+        dim=spec.dim,
+        segments=(Segment(name="0", num_rows=len(keys)),),
+        encoder=spec,
+        sources=(listing.to_source(target.parent),),
+        concepts=tuple(concepts),
+        history=({"operation": "build", "arguments": arguments, "num_rows": len(keys)},),
+    )
+    snippets = segments.snippet_payload(encoded.blocks, len(keys), spec.dim, arguments["dtype"])
+    write(
+        target,
+        header,
+        {
+            **segments.segment_payloads("0", keys, np.zeros(len(keys), np.int64), snippets),
+            **segments.key_table_payloads(*key_tables.sorted_table(key_tables.hashes_of(keys))),
+            **segments.concept_payloads(concepts),
+        },
+    )
+
+
+def _report(target: Path, ignored: list[Skipped], encoded: Encoded | None, started: float) -> BuildReport:
+    bank = bank_module.open(target)
+    seconds = time.perf_counter() - started
+    skipped = encoded.skipped if encoded else []
+    num_encoded = len(bank) + len(skipped) - encoded.num_resumed if encoded else 0
+    return BuildReport(
+        bank=str(target),
+        num_rows=len(bank),
+        dim=bank.dim,
+        space=bank.space,
+        encoder=bank.encoder.name,
+        concepts={name: len(bank.all_rows_of(name)) for name in bank.concepts},
+        skipped=[entry.to_json() for entry in (*skipped, *ignored)],
+        num_unreadable=len(skipped),
+        num_resumed=encoded.num_resumed if encoded else 0,
+        seconds=round(seconds, 3),
+        images_per_second=round(max(0, num_encoded) / seconds, 2),
+        bytes=target.stat().st_size,
+        fingerprint=bank.fingerprint,
+        unchanged=encoded is None,
+    )
+
+
+def _already_built(
+    target: Path, listing: Listing, spec: EncoderSpec, arguments: dict[str, Any], started: float
+) -> BuildReport:
+    """Report an existing bank that this build would give again (a kill may come after the last write), or refuse."""
+    try:
+        bank = bank_module.open(target)
+    except GMemError as error:
+        raise OutputExistsError(f"{target} exists and is not a bank that can be read ({error}): --overwrite replaces it") from error
+    history = [{**entry} for entry in bank.history]
+    same = (
+        len(history) == 1
+        and history[0].get("arguments") == arguments
+        and bank.sources == (listing.to_source(target.parent),)
+        and bank.encoder.fingerprint == spec.fingerprint
+    )
+    if not same:
+        operations = Counter(str(entry["operation"]) for entry in history)
+        made = ", ".join(f"{count}× {name}" if count > 1 else name for name, count in operations.items())
+        raise OutputExistsError(
+            f"{target} exists ({len(bank)} rows of {bank.encoder.name}; history: {made}) and was not built from these images "
+            "in this way: choose another name with -o, or replace it with --overwrite",
+            path=target,
+        )
+    return _report(target, list(listing.ignored), None, started)

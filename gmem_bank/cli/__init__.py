@@ -1,0 +1,30 @@
+"""The gmem-bank command. Only click is imported here; each command imports the library when it runs."""
+
+from __future__ import annotations
+
+import click
+
+import gmem_bank
+from gmem_bank.cli import build, edit, inspect, search
+from gmem_bank.cli.common import Group
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(gmem_bank.__version__, prog_name="gmem-bank")
+@click.option("--traceback", is_flag=True, help="Show the Python traceback of an error.")
+def main(traceback: bool) -> None:
+    """Build, edit, search and ship banks of semantic snippets.
+
+    \b
+    Start in a folder that holds images:
+      gmem-bank build --encoder dinov2
+      gmem-bank insert-concept images/
+      gmem-gen train --bank bank.safetensors
+    """
+
+
+for command in (
+    build.build, edit.insert_concept, edit.remove_concept, edit.interpolate, inspect.info, inspect.verify,
+    inspect.list_rows, inspect.history, search.search, build.encoders,
+):  # fmt: skip
+    main.add_command(command)

@@ -1,0 +1,82 @@
+"""gmem-bank build and gmem-bank encoders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from gmem_bank.cli.common import (
+    encoder_run_options,
+    human_bytes,
+    json_option,
+    list_skipped,
+    note,
+    parse_parameters,
+    print_json,
+    quiet_option,
+)
+
+
+@click.command()
+@click.argument("source", default=".", type=click.Path())
+@click.option("--encoder", "-e", default="dinov2", show_default=True, metavar="NAME", help="See 'gmem-bank encoders'.")
+@click.option("--weights", default=None, metavar="FOLDER", help="Folder with the encoder's weights, instead of the hub cache.")
+@click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A parameter of the encoder; may be repeated.")
+@click.option("--output", "-o", "--bank", default="bank.safetensors", show_default=True, metavar="FILE", help="The bank to write.")
+@click.option("--space", type=click.Choice(["unit", "raw"]), default="unit", show_default=True, help="unit: snippets of norm 1.")
+@click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]), default="f32", show_default=True, help="How snippets are stored.")
+@encoder_run_options
+@click.option("--overwrite", is_flag=True, help="Replace an existing bank that was built differently.")
+@json_option
+@quiet_option
+def build(
+    source: str, encoder: str, weights: str | None, pairs: tuple[str, ...], output: str, space: str, dtype: str,
+    device: str, batch_size: int, overwrite: bool, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Encode the images below SOURCE (default: this folder) into a bank.
+
+    Class folders become concepts. Unusable images are listed in FILE.report.json and passed over. After a kill or Ctrl-C
+    the same command continues.
+    """
+    import gmem_bank
+    from gmem_bank.progress import ProgressBar
+    from gmem_bank.sources import require_folder
+
+    require_folder(source)  # before minutes go into loading an encoder
+    loaded = gmem_bank.load_encoder(
+        encoder, weights=weights, device=device, space=space, parameters=parse_parameters(pairs)
+    )
+    with ProgressBar("encode", "image", quiet=quiet) as progress:
+        report = gmem_bank.build(
+            source, loaded, output, dtype=dtype, batch_size=batch_size, overwrite=overwrite, progress=progress
+        )
+    list_skipped(report.skipped)
+    if as_json:
+        print_json(report.to_json())
+        return
+    if report.unchanged:
+        note(f"{report.bank} was built from these images already: nothing to do (--overwrite builds it again)")
+    concepts = f", {len(report.concepts)} concepts" if report.concepts else ""
+    click.echo(
+        f"{report.bank}: {report.num_rows} rows × {report.dim}, {report.space} space, {report.encoder}{concepts}, "
+        f"{human_bytes(report.bytes)}"
+    )
+    num_others = len(report.skipped) - report.num_unreadable
+    click.echo(f"skipped: {report.num_unreadable} unusable images, {num_others} other files ({report.bank}.report.json)")
+
+
+@click.command()
+@json_option
+def encoders(as_json: bool) -> None:
+    """List the encoders, plug-ins included."""
+    import gmem_bank
+
+    infos: list[Any] = list(gmem_bank.available_encoders().values())
+    if as_json:
+        print_json([{"name": i.name, "description": i.description, "origin": i.origin, "extra": i.extra} for i in infos])
+        return
+    width = max(len(info.name) for info in infos)
+    for info in infos:
+        needs = f"  (pip install 'gmem[{info.extra}]')" if info.extra else ""
+        click.echo(f"{info.name:<{width}}  {info.description}{needs}")

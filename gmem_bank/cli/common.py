@@ -1,0 +1,108 @@
+"""What every command shares: errors translated once, options spelt once, results on stdout and the rest on stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from gmem_bank.errors import GMemError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Group(click.Group):
+    """A command group that turns our errors into one line on stderr and exit code 1; --traceback shows where from."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except GMemError as error:
+            if ctx.params.get("traceback"):
+                raise
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            if ctx.params.get("traceback"):
+                raise
+            click.echo("Interrupted. The same command continues where it stopped.", err=True)
+            ctx.exit(130)
+
+
+def json_option(command: Command) -> Command:
+    """Add --json."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
+
+
+def quiet_option(command: Command) -> Command:
+    """Add --quiet."""
+    return click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")(command)
+
+
+def bank_option(command: Command) -> Command:
+    """Add --bank with its default."""
+    return click.option(
+        "--bank", "-b", default="bank.safetensors", show_default=True, metavar="BANK", help="The bank file."
+    )(command)
+
+
+def output_option(command: Command) -> Command:
+    """Add -o for an edit."""
+    return click.option(
+        "--output", "-o", default=None, metavar="FILE", help="Write a new bank here; without it the bank is replaced."
+    )(command)
+
+
+def encoder_run_options(command: Command) -> Command:
+    """Add --device and --batch-size."""
+    command = click.option(
+        "--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Images per call of the encoder."
+    )(command)
+    return click.option(
+        "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …; auto takes a GPU where there is one."
+    )(command)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def note(text: str) -> None:
+    """Print a remark on stderr."""
+    click.echo(text, err=True)
+
+
+def list_skipped(skipped: list[dict[str, str]], most: int = 10) -> None:
+    """Print the first skipped files on stderr, and how many there are."""
+    for entry in skipped[:most]:
+        note(f"  skipped {entry['path']}: {entry['reason']}")
+    if len(skipped) > most:
+        note(f"  … and {len(skipped) - most} more")
+
+
+def parse_parameters(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """Read NAME=VALUE pairs; a value is JSON where it parses as such, else text."""
+    parameters: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise click.UsageError(f"{pair!r} is not NAME=VALUE")
+        try:
+            parameters[name.strip()] = json.loads(text)
+        except ValueError:
+            parameters[name.strip()] = text
+    return parameters
+
+
+def human_bytes(count: float) -> str:
+    """Return 1536 as "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+

@@ -1,0 +1,202 @@
+"""Encoders: what turns images into snippets, found by name.
+
+Built-in encoders stand in a table here; third parties add theirs through the entry point group `gmem_bank.encoders`.
+Listing reads metadata only: no plug-in is imported until it is asked for, so a broken one breaks only itself.
+
+Shapes: B images, S×S pixels, D dimensions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gmem_bank.errors import EncoderError, EncoderMismatchError, GMemError, suggest
+from gmem_bank.provenance import EncoderSpec
+
+ENTRY_POINT_GROUP = "gmem_bank.encoders"
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """What every encoder offers."""
+
+    @property
+    def spec(self) -> EncoderSpec:
+        """What decides the numbers; `spec.preprocessing["crop_size"]` is S."""
+
+    def encode(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return (B, D) float32 raw embeddings of (B, S, S, 3) uint8 images; the space is applied by the bank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderOptions:
+    """What a factory is told."""
+
+    weights: Path | None = None
+    """Local folder with the weights; None: the hub cache or the hub."""
+    device: str = "auto"
+    """"auto", "cpu", "cuda", "cuda:1", "mps"."""
+    space: str = "unit"
+    """Space that the snippets will be stored in."""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """Encoder-specific settings; a factory refuses those it does not know."""
+
+
+Factory = Callable[[str, EncoderOptions], Encoder]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderInfo:
+    """A line of `gmem-bank encoders`."""
+
+    name: str
+    description: str
+    target: str
+    """module:factory."""
+    origin: str = "built in"
+    """"built in", or the distribution that registers it."""
+    extra: str | None = None
+    """Extra that it needs: pip install 'gmem[extra]'."""
+
+
+def _dinov2(size: str, *, registers: bool = False) -> EncoderInfo:
+    name = ("dinov2" if size == "base" and not registers else f"dinov2-{size}") + ("-with-registers" if registers else "")
+    repo = f"facebook/dinov2-with-registers-{size}" if registers else f"facebook/dinov2-{size}"
+    return EncoderInfo(
+        name=name, description=f"{repo} with GMem's preprocessing", target="gmem_bank.encoders.hf:make_dinov2", extra="hf"
+    )
+
+
+_REFERENCE = "gmem_bank.encoders.reference"
+_BUILT_IN = {
+    info.name: info
+    for info in (
+        *(_dinov2(size) for size in ("base", "small", "large", "giant")),
+        *(_dinov2(size, registers=True) for size in ("base", "small", "large", "giant")),
+        EncoderInfo(
+            name="hog", description="histogram of oriented gradients (no download)", target=f"{_REFERENCE}:make_hog"
+        ),
+        EncoderInfo(
+            name="pixels", description="grey pixels at a small size (no download)", target=f"{_REFERENCE}:make_pixels"
+        ),
+        EncoderInfo(
+            name="random-projection",
+            description="a seeded random projection of the pixels (no download)",
+            target=f"{_REFERENCE}:make_random_projection",
+        ),
+    )
+} | {"dinov2-with-registers": dataclasses.replace(_dinov2("base", registers=True), name="dinov2-with-registers")}
+
+
+def available_encoders() -> dict[str, EncoderInfo]:
+    """Return name → info of every encoder, built-in ones first; plug-ins are listed from metadata, not imported."""
+    found = dict(_BUILT_IN)
+    for point in metadata.entry_points(group=ENTRY_POINT_GROUP):
+        origin = point.dist.name if point.dist is not None else "unknown distribution"
+        info = EncoderInfo(name=point.name, description=f"plug-in {point.value}", target=point.value, origin=origin)
+        found.setdefault(point.name, info)  # a plug-in cannot take a built-in name
+    return found
+
+
+def load_encoder(
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    device: str = "auto",
+    space: str = "unit",
+    parameters: Mapping[str, Any] | None = None,
+) -> Encoder:
+    """Load an encoder by name.
+
+    Args:
+        name: one of `available_encoders()`.
+        weights: local folder with the weights, where the encoder has any.
+        device: "auto" (CUDA where there is one), "cpu", "cuda", …
+        space: "unit" or "raw", recorded in the spec.
+        parameters: settings of the encoder itself.
+
+    Raises:
+        EncoderError: unknown name, unknown parameter, or weights that cannot be loaded.
+        MissingDependencyError: the encoder needs an extra that is not installed.
+    """
+    known = available_encoders()
+    if name not in known:
+        raise EncoderError(
+            f"unknown encoder {name!r}.{suggest(name, known)} 'gmem-bank encoders' lists them all", key=name
+        )
+    options = EncoderOptions(
+        weights=None if weights is None else Path(weights), device=device, space=space, parameters=dict(parameters or {})
+    )
+    encoder = _factory(known[name])(name, options)
+    if not isinstance(encoder, Encoder):
+        raise EncoderError(f"encoder {name!r} of {known[name].origin} lacks 'spec' or 'encode'", key=name)
+    return encoder
+
+
+def _factory(info: EncoderInfo) -> Factory:
+    module, _, attribute = info.target.partition(":")
+    try:
+        factory: Factory = getattr(import_module(module), attribute)
+    except GMemError:
+        raise
+    except Exception as error:  # a plug-in may fail in any way while it is imported
+        raise EncoderError(
+            f"encoder {info.name!r} ({info.target}, from {info.origin}) cannot be imported: {error}", key=info.name
+        ) from error
+    return factory
+
+
+def reload_encoder(
+    spec: EncoderSpec, bank_folder: Path, *, weights: str | Path | None = None, device: str = "auto"
+) -> Encoder:
+    """Load the encoder that made a bank, and make sure that it is the same one.
+
+    Args:
+        spec: the bank's encoder.
+        bank_folder: what the recorded weights path is relative to.
+        weights: folder to use instead of the recorded one.
+        device: as in `load_encoder`.
+
+    Raises:
+        EncoderMismatchError: what was loaded gives other snippets than the bank's; both are named.
+    """
+    recorded = None if spec.weights_path is None else bank_folder / spec.weights_path
+    encoder = load_encoder(
+        spec.name, weights=weights or recorded, device=device, space=spec.space, parameters=spec.parameters
+    )
+    require_same_encoder(encoder.spec, spec)
+    return encoder
+
+
+def require_same_encoder(offered: EncoderSpec, wanted: EncoderSpec) -> None:
+    """Raise EncoderMismatchError, naming both, unless two specs give the same snippets."""
+    if offered.fingerprint != wanted.fingerprint:
+        raise EncoderMismatchError(
+            f"the bank was made by {wanted.describe()}, the snippets offered by {offered.describe()}: "
+            f"{_difference(offered, wanted)}. Use the bank's own encoder, or build another bank"
+        )
+
+
+def _difference(offered: EncoderSpec, wanted: EncoderSpec) -> str:
+    ours, theirs = wanted.to_json(), offered.to_json()
+    names = [n for n in ours if n not in ("name", "weights_path", "software") and ours[n] != theirs[n]]
+    return "they differ in " + ", ".join(names).replace("_", " ")
+
+
+def refuse_unknown(name: str, parameters: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `known` updated by `parameters`; raises EncoderError for a name that is not in `known`."""
+    for parameter in parameters:
+        if parameter not in known:
+            have = ", ".join(known) or "none"
+            raise EncoderError(
+                f"encoder {name!r} has no parameter {parameter!r} (it has: {have}).{suggest(parameter, known)}", key=parameter
+            )
+    return {**known, **parameters}

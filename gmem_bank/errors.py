@@ -1,0 +1,138 @@
+"""Every error this project raises, in one tree.
+
+GMemError
+├── BankNotFoundError        (FileNotFoundError)   no bank at that path
+├── FormatError              (ValueError)          not a bank, or not one this reader understands
+│   ├── FormatVersionError                         written by a newer major version
+│   └── CorruptError                               damaged: cut, overwritten, values that cannot be
+├── EncoderError             (ValueError)          unknown encoder, or weights that cannot be loaded
+│   └── EncoderMismatchError                       a bank or snippets of another encoder, dimension or space
+├── UnknownKeyError          (KeyError)            a row key, concept or row number that the bank does not have
+├── MaskedRowError           (IndexError)          a masked row was asked for
+├── ConceptExistsError       (ValueError)          the concept name is taken
+├── SourceError              (ValueError)          a source with no usable image
+├── OutputExistsError        (FileExistsError)     refusing to overwrite
+├── WriteError               (OSError)             the disk refused; the previous file stands
+├── LockedError              (OSError)             another process is editing the same bank
+├── MissingDependencyError   (ImportError)         an optional package is not installed
+├── CheckpointError          (ValueError)          a generator checkpoint that is absent, damaged or foreign
+└── ConfigError              (ValueError)          a setting that is unknown or out of range
+
+A message says what happened, where, and what to do next. `assert` is kept for our own mistakes.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from os import PathLike
+
+
+class GMemError(Exception):
+    """Root of the tree; carries the place as data.
+
+    Args:
+        message: what, where, what to do.
+        path: file or folder concerned.
+        tensor: entry of a file concerned.
+        key: row key, concept or setting concerned.
+        row: row number concerned.
+        extra: optional-dependency extra that would help.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: str | PathLike[str] | None = None,
+        tensor: str | None = None,
+        key: str | None = None,
+        row: int | None = None,
+        extra: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.path = path
+        self.tensor = tensor
+        self.key = key
+        self.row = row
+        self.extra = extra
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class BankNotFoundError(GMemError, FileNotFoundError):
+    """There is no bank at the path."""
+
+
+class FormatError(GMemError, ValueError):
+    """The file is not a bank, or not one that this reader understands."""
+
+
+class FormatVersionError(FormatError):
+    """The file was written by a newer major version of the format."""
+
+
+class CorruptError(FormatError):
+    """The file is damaged."""
+
+
+class EncoderError(GMemError, ValueError):
+    """The encoder is unknown, or its weights cannot be loaded."""
+
+
+class EncoderMismatchError(EncoderError):
+    """Snippets of another encoder, dimension or space were offered."""
+
+
+class UnknownKeyError(GMemError, KeyError):
+    """The bank has no such row key, concept or row number."""
+
+
+class MaskedRowError(GMemError, IndexError):
+    """A masked row was asked for: a mask is a promise."""
+
+
+class ConceptExistsError(GMemError, ValueError):
+    """The concept name is taken."""
+
+
+class SourceError(GMemError, ValueError):
+    """The source holds no usable image."""
+
+
+class OutputExistsError(GMemError, FileExistsError):
+    """The output exists and overwriting was not asked for."""
+
+
+class WriteError(GMemError, OSError):
+    """The operating system refused a write; what was there before still stands."""
+
+
+class LockedError(GMemError, OSError):
+    """Another process is editing the same bank."""
+
+
+class MissingDependencyError(GMemError, ImportError):
+    """An optional package is not installed."""
+
+
+class CheckpointError(GMemError, ValueError):
+    """A generator checkpoint is absent, damaged or made for something else."""
+
+
+class ConfigError(GMemError, ValueError):
+    """A setting is unknown or out of range."""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'a' or 'b'?" for the known words nearest to `word`, or "" when none is near."""
+    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
+
+
+def first_three(names: Sequence[str]) -> str:
+    """Return up to three names quoted, and how many more there are."""
+    shown = ", ".join(repr(name) for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,0 +1,64 @@
+"""Row keys as arrays: UTF-8 bytes with offsets, and a sorted table of 64-bit hashes that finds rows without a dictionary.
+
+Shapes: N rows, B keys asked for, S bytes of key text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gmem_bank.errors import GMemError
+
+MAX_KEY_BYTES = 65_535
+DERIVED_MARK = "#"
+
+
+def check_key(key: str) -> str:
+    """Return the key; raises GMemError where it cannot be one (empty, too long, not UTF-8, NUL)."""
+    try:
+        encoded = key.encode()
+    except UnicodeEncodeError as error:
+        raise GMemError(f"the key {key!r} is not valid Unicode: rename the file", key=key) from error
+    if not encoded or len(encoded) > MAX_KEY_BYTES or b"\0" in encoded:
+        raise GMemError(f"the key {key[:60]!r} must have 1 to {MAX_KEY_BYTES} bytes and no NUL: rename the file", key=key)
+    return key
+
+
+def encode(keys: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Return the (S,) uint8 text and the (N+1,) int64 offsets of keys."""
+    encoded = [check_key(key).encode() for key in keys]
+    offsets = np.zeros(len(encoded) + 1, np.int64)
+    np.cumsum([len(text) for text in encoded], out=offsets[1:])
+    return np.frombuffer(b"".join(encoded), np.uint8), offsets
+
+
+def hashes_of(keys: Iterable[str]) -> NDArray[np.uint64]:
+    """Return the (N,) uint64 hashes of keys: the first 8 bytes of blake2b(key, digest_size=8), little-endian."""
+    digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
+    return np.frombuffer(digests, "<u8").astype(np.uint64)
+
+
+def sorted_table(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Return the hashes ascending and the rows they belong to (equal hashes by row)."""
+    order = np.argsort(hashes, kind="stable")
+    return hashes[order], order.astype(np.int64)
+
+
+def extended_table(
+    hashes: NDArray[np.uint64], rows: NDArray[np.int64], new: NDArray[np.uint64], first_row: int
+) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Return the table with new rows first_row, first_row+1, … merged in, without sorting the old ones again."""
+    new_hashes, new_rows = sorted_table(new)
+    positions = np.searchsorted(hashes, new_hashes, side="right")
+    return np.insert(hashes, positions, new_hashes), np.insert(rows, positions, new_rows + first_row)
+
+
+def duplicates(keys: Sequence[str]) -> list[str]:
+    """Return the keys that occur more than once, each once, in order of first repetition."""
+    seen: set[str] = set()
+    twice = dict.fromkeys(key for key in keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+    return list(twice)

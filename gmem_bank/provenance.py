@@ -1,0 +1,161 @@
+"""What made a bank: the encoder, the sources, the operations; and the hashes that stand for them. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from gmem_bank.errors import FormatError
+
+Json = Any
+
+
+def canonical_json(value: Json) -> str:
+    """Return the one JSON text of a value: sorted keys, no spaces, no NaN, plain UTF-8."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def sha256_of(value: Json) -> str:
+    """Return the sha256 (64 hex digits) of a value's canonical JSON."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def sha256_of_file(path: str | os.PathLike[str]) -> str:
+    """Return the sha256 (64 hex digits) of a file's bytes."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _build(cls: type[Any], record: Json, what: str) -> Any:
+    """Build a dataclass from a JSON object, refusing unknown, missing and mistyped fields."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if not isinstance(record, dict):
+        raise FormatError(f"{what} must be a JSON object, got {type(record).__name__}")
+    unknown = sorted(set(record) - set(fields))
+    required = {
+        name
+        for name, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    missing = sorted(required - set(record))
+    if unknown or missing:
+        raise FormatError(f"{what}: unknown fields {unknown}, missing fields {missing}")
+    try:
+        return cls(**record)
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"{what}: {error}") from error
+
+
+def _check(wanted: type | tuple[type, ...], /, **values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is int):
+            raise TypeError(f"{name} has the wrong type {type(value).__name__}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSpec:
+    """What turned images into snippets.
+
+    Two specs with the same fingerprint give the same snippets, so labels (name, weights_path, software) stay out of it.
+    """
+
+    name: str
+    """As the user typed it: "dinov2", "hog"."""
+    family: str
+    """Which code: "transformers:dinov2", "hog", or a plug-in's own word."""
+    dim: int
+    """D."""
+    space: str
+    """"raw" or "unit"."""
+    weights_sha256: str | None = None
+    """Hash of the weights; None for an encoder without any."""
+    preprocessing: Mapping[str, Json] = field(default_factory=dict)
+    """How pixels are prepared, see `encoders.preprocess`."""
+    parameters: Mapping[str, Json] = field(default_factory=dict)
+    """Everything else that changes the numbers."""
+    weights_path: str | None = None
+    """Folder given with --weights, relative to the bank; None for the hub or for no weights."""
+    software: str = ""
+    """The package and version that ran."""
+
+    def __post_init__(self) -> None:
+        _check(str, name=self.name, family=self.family, space=self.space, software=self.software)
+        _check(int, dim=self.dim)
+        _check((str, type(None)), weights_sha256=self.weights_sha256, weights_path=self.weights_path)
+        _check(Mapping, preprocessing=self.preprocessing, parameters=self.parameters)  # type: ignore[type-abstract]
+        if self.dim < 1:
+            raise ValueError(f"dim must be at least 1, got {self.dim}")
+        if self.space not in ("raw", "unit"):
+            raise ValueError(f"space must be 'raw' or 'unit', got {self.space!r}")
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (64 hex digits) of all that decides the numbers."""
+        record = self.to_json()
+        for label in ("name", "weights_path", "software"):
+            del record[label]
+        return sha256_of(record)
+
+    def to_json(self) -> dict[str, Json]:
+        """Return a JSON object that `from_json` reads back."""
+        record = dataclasses.asdict(self)
+        return {**record, "preprocessing": dict(self.preprocessing), "parameters": dict(self.parameters)}
+
+    @classmethod
+    def from_json(cls, record: Json) -> Self:
+        """Read a spec; raises FormatError."""
+        spec: Self = _build(cls, record, "encoder")
+        return spec
+
+    def describe(self) -> str:
+        """Return "dinov2 (dim 768, unit space, 1a2b3c4d)": enough to tell two encoders apart in a message."""
+        return f"{self.name} (dim {self.dim}, {self.space} space, {self.fingerprint[:8]})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where rows came from; every row points at one by its position in the bank's list."""
+
+    kind: str
+    """"folder" (images below a folder) or "derived" (arithmetic on other rows)."""
+    path: str | None = None
+    """Folder, relative to the bank's folder; absolute when it is on another root; None for derived rows."""
+    prefix: str = ""
+    """What keys of this source carry before the path inside it: "" or "<concept>/"."""
+    digest: str = ""
+    """sha256 of the listing (paths and sizes)."""
+    num_images: int = 0
+    """Images listed, readable or not."""
+
+    def __post_init__(self) -> None:
+        _check(str, kind=self.kind, prefix=self.prefix, digest=self.digest)
+        _check((str, type(None)), path=self.path)
+        _check(int, num_images=self.num_images)
+
+    def to_json(self) -> dict[str, Json]:
+        """Return a JSON object that `from_json` reads back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Json) -> Self:
+        """Read a source; raises FormatError."""
+        source: Self = _build(cls, record, "source")
+        return source
+
+    def folder(self, bank_folder: Path) -> Path | None:
+        """Return the source's folder seen from the bank's folder, or None for derived rows."""
+        return None if self.path is None else Path(os.path.normpath(bank_folder / self.path))
+
+
+def relative_to_bank(path: Path, bank_folder: Path) -> str:
+    """Return a path relative to the bank's folder in POSIX form, absolute when they share no root."""
+    target, start = path.resolve(), bank_folder.resolve()
+    if target.anchor != start.anchor:
+        return target.as_posix()
+    return Path(os.path.relpath(target, start)).as_posix()

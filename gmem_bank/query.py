@@ -1,0 +1,121 @@
+"""What a user may point at: an image, a folder, a concept or a key, each turned into snippets.
+
+Shapes: B queries, D dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gmem_bank.bank import MemoryBank
+from gmem_bank.encoders import Encoder, require_same_encoder
+from gmem_bank.errors import UnknownKeyError, suggest
+from gmem_bank.progress import Progress, no_progress
+from gmem_bank.provenance import Json
+from gmem_bank.sources import list_images
+from gmem_bank.space import to_space
+from gmem_bank.staging import encode_in_memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hit:
+    """One row found."""
+
+    row: int
+    key: str
+    score: float
+    """Cosine."""
+    concepts: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryHits:
+    """The rows nearest to one query, best first."""
+
+    query: str
+    hits: tuple[Hit, ...]
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the hits as a JSON object."""
+        return {"query": self.query, "hits": [{**vars(hit), "concepts": list(hit.concepts)} for hit in self.hits]}
+
+
+def snippet_of(bank: MemoryBank, item: str) -> NDArray[np.float32]:
+    """Return the (D,) snippet of a concept (the mean of its active rows, in the bank's space) or of a key.
+
+    Raises:
+        UnknownKeyError: neither a concept nor a key; the nearest names are offered.
+    """
+    if item in bank.concepts:
+        rows = bank.rows_of(item)
+        if not len(rows):
+            raise UnknownKeyError(f"every row of concept {item!r} in {bank.path} is masked", path=bank.path, key=item)
+        mean = bank.snippets(rows).astype(np.float64).mean(axis=0).astype(np.float32)
+        return to_space(mean[None], bank.space)[0]
+    row = bank.find_rows([item])
+    if row[0] < 0:
+        raise UnknownKeyError(
+            f"{bank.path} has neither a concept nor a key {item!r}.{suggest(item, bank.concepts)} "
+            f"'gmem-bank list {bank.path}' shows both",
+            path=bank.path, key=item,
+        )  # fmt: skip
+    return bank.snippets(row)[0]
+
+
+def search(
+    bank: MemoryBank,
+    query: str,
+    *,
+    k: int,
+    load: Callable[[], Encoder],
+    batch_size: int = 32,
+    progress: Progress = no_progress,
+) -> list[QueryHits]:
+    """Find the rows nearest to whatever `query` points at.
+
+    Args:
+        bank: where to look.
+        query: a concept or a key of the bank, or else a path to an image or to a folder (each image is a query).
+        k: rows a query; more than the bank has gives all of them.
+        load: called when images have to be encoded.
+        batch_size: images per call of the encoder.
+        progress: told images encoded and images in all.
+
+    Raises:
+        UnknownKeyError: not a path, nor a concept or key.
+        EncoderMismatchError: the loaded encoder did not make the bank.
+    """
+    inside = query in bank.concepts or bank.find_rows([query])[0] >= 0
+    if inside or not Path(query).exists():
+        labels, snippets = [query], snippet_of(bank, query)[None]
+    else:
+        encoder = load()
+        require_same_encoder(encoder.spec, bank.encoder)
+        items, snippets, _ = encode_in_memory(list_images(query), encoder, batch_size=batch_size, progress=progress)
+        labels = [item.key for item in items]
+    scores, rows = bank.nearest(snippets, min(k, len(bank.rows())))
+    members = _concepts_of(bank)
+    keys = [bank.keys(row) for row in rows]
+    return [
+        QueryHits(
+            query=label,
+            hits=tuple(
+                Hit(row=int(row), key=key, score=float(score), concepts=members.get(int(row), ()))
+                for row, key, score in zip(rows[i], keys[i], scores[i], strict=True)
+            ),
+        )
+        for i, label in enumerate(labels)
+    ]
+
+
+def _concepts_of(bank: MemoryBank) -> dict[int, tuple[str, ...]]:
+    members: dict[int, tuple[str, ...]] = {}
+    for name in bank.concepts:
+        for row in bank.all_rows_of(name).tolist():
+            members[row] = (*members.get(row, ()), name)
+    return members

@@ -1,0 +1,154 @@
+"""A new bank file from an old one: append a segment, or keep some of the rows. Nothing that stays is loaded.
+
+Shapes: N rows of the old bank, n rows of a segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gmem_bank import keys as key_tables
+from gmem_bank import segments
+from gmem_bank.bank import MemoryBank
+from gmem_bank.provenance import EncoderSpec, Json, Source, relative_to_bank
+from gmem_bank.storage import Payload, write
+from gmem_bank.storage.schema import Header, Segment
+
+
+def _relocated(bank: MemoryBank, target: Path) -> tuple[EncoderSpec, tuple[Source, ...]]:
+    """Return encoder and sources with their paths relative to where the new bank will lie."""
+    if target.resolve().parent == bank.folder:
+        return bank.encoder, bank.sources
+
+    def move(path: str) -> str:
+        return relative_to_bank(bank.folder / path, target.parent)
+
+    encoder, weights = bank.encoder, bank.encoder.weights_path
+    moved = encoder if weights is None else replace(encoder, weights_path=move(weights))
+    return moved, tuple(s if s.path is None else replace(s, path=move(s.path)) for s in bank.sources)
+
+
+def _history(bank: MemoryBank, entry: Mapping[str, Json]) -> tuple[Mapping[str, Json], ...]:
+    return (*bank.history, {**entry, "parent": bank.fingerprint})
+
+
+def _copied(bank: MemoryBank, *without: str) -> dict[str, Payload]:
+    stored = bank.stored
+    return {name: stored.payload(name) for name in stored.container.entries if name not in without}
+
+
+def append_segment(
+    bank: MemoryBank,
+    target: Path,
+    concept: str,
+    keys: Sequence[str],
+    sources: Sequence[Source],
+    source_ids: NDArray[np.int64],
+    snippets: Payload,
+    entry: Mapping[str, Json],
+) -> Header:
+    """Write the bank with one more segment and one more concept; old segments are copied, not loaded."""
+    segment = Segment(name=str(1 + max(_number(s.name) for s in bank.header.segments)), num_rows=len(keys))
+    encoder, old_sources = _relocated(bank, target)
+    concepts = {name: bank.all_rows_of(name) for name in bank.concepts}
+    concepts[concept] = np.arange(len(bank), len(bank) + len(keys), dtype=np.int64)
+    header = replace(
+        bank.header, segments=(*bank.header.segments, segment), encoder=encoder, sources=(*old_sources, *sources),
+        concepts=tuple(concepts), history=_history(bank, entry),
+    )  # fmt: skip
+    table = key_tables.extended_table(
+        bank.stored.array("keys.hash"), bank.stored.array("keys.row"), key_tables.hashes_of(keys), len(bank)
+    )
+    payloads = _copied(bank, "keys.hash", "keys.row", "concepts.rows", "concepts.offsets", "active")
+    payloads |= segments.segment_payloads(segment.name, keys, source_ids + len(old_sources), snippets)
+    payloads |= segments.key_table_payloads(*table) | segments.concept_payloads(concepts)
+    if "active" in bank.stored:
+        payloads["active"] = Payload.of(np.concatenate([bank.stored.array("active"), np.ones(len(keys), np.bool_)]))
+    return write(target, header, payloads)
+
+
+def _number(name: str) -> int:
+    return int(name) if name.isascii() and name.isdigit() else -1
+
+
+def concepts_after(bank: MemoryBank, keep: NDArray[np.bool_], *, without: str) -> dict[str, NDArray[np.int64]]:
+    new_row = np.cumsum(keep) - 1
+    rows = {name: bank.all_rows_of(name) for name in bank.concepts if name != without}
+    kept = {name: new_row[members[keep[members]]] for name, members in rows.items()}
+    return {name: members for name, members in kept.items() if len(members)}
+
+
+def keep_rows(
+    bank: MemoryBank,
+    target: Path,
+    keep: NDArray[np.bool_],
+    concepts: Mapping[str, NDArray[np.int64]],
+    entry: Mapping[str, Json],
+) -> Header:
+    """Write the bank with only some of its rows; a segment that loses none is copied, one that loses all is dropped."""
+    payloads = _copied(bank, *_bank_wide(bank))
+    kept_segments, start = [], 0
+    for segment in bank.header.segments:
+        mask = keep[start : start + segment.num_rows]
+        start += segment.num_rows
+        if mask.any():
+            kept_segments.append(Segment(name=segment.name, num_rows=int(mask.sum())))
+        if not mask.all():
+            payloads = {name: payload for name, payload in payloads.items() if not name.startswith(f"{segment.name}/")}
+            if mask.any():
+                payloads |= _filtered(bank, segment, mask)
+    encoder, sources = _relocated(bank, target)
+    sources, renumbered = _used_sources(bank, sources, keep)
+    keys = bank.keys(np.flatnonzero(keep))
+    payloads |= segments.key_table_payloads(*key_tables.sorted_table(key_tables.hashes_of(keys)))
+    payloads |= segments.concept_payloads(concepts)
+    start = 0
+    for kept in kept_segments:
+        ids = renumbered[start : start + kept.num_rows]
+        start += kept.num_rows
+        payloads[kept.entry("source")] = Payload.of(ids.astype(np.uint32))
+    if "active" in bank.stored:
+        payloads["active"] = Payload.of(np.asarray(bank.stored.array("active"))[keep])
+    header = replace(
+        bank.header, segments=tuple(kept_segments), encoder=encoder, sources=sources, concepts=tuple(concepts),
+        history=_history(bank, entry),
+    )  # fmt: skip
+    return write(target, header, payloads)
+
+
+def _bank_wide(bank: MemoryBank) -> tuple[str, ...]:
+    return tuple(n for n in ("keys.hash", "keys.row", "concepts.rows", "concepts.offsets", "active") if n in bank.stored)
+
+
+def _used_sources(
+    bank: MemoryBank, sources: tuple[Source, ...], keep: NDArray[np.bool_]
+) -> tuple[tuple[Source, ...], NDArray[np.int64]]:
+    """Return the sources that some kept row still points at, and the kept rows' new positions in them."""
+    ids = bank.source_ids()[keep]
+    used = np.unique(ids)
+    return tuple(sources[index] for index in used), np.searchsorted(used, ids)
+
+
+def _filtered(
+    bank: MemoryBank, segment: Segment, mask: NDArray[np.bool_]
+) -> dict[str, Payload]:
+    """Return a segment's entries with only the rows of `mask`; entries of the segment this version does not know go."""
+    name, local = segment.name, np.flatnonzero(mask)
+    stored = bank.stored.array(f"{name}/snippets")
+    step = max(1, (1 << 24) // max(1, stored.shape[1] * stored.dtype.itemsize))
+    snippets = Payload(
+        dtype=bank.stored.dtype(f"{name}/snippets"),
+        shape=(len(local), bank.dim),
+        blocks=lambda: (
+            np.ascontiguousarray(stored[local[i : i + step]]).view(np.uint8).data.cast("B")
+            for i in range(0, len(local), step)
+        ),
+    )
+    start = sum(s.num_rows for s in bank.header.segments[: bank.header.segments.index(segment)])
+    keys = bank.keys(start + local)
+    return segments.segment_payloads(name, keys, np.zeros(len(keys), np.int64), snippets)

@@ -1,0 +1,100 @@
+"""From rows to entries: the arrays that a segment, the key table and the concepts are stored as.
+
+Shapes: N rows of the bank, n rows of the segment, D dimensions, C concepts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gmem_bank import keys as key_tables
+from gmem_bank.errors import GMemError
+from gmem_bank.storage import Payload
+from gmem_bank.storage.schema import SNIPPET_DTYPES
+
+
+def narrow(snippets: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
+    """Return snippets as they are stored.
+
+    Args:
+        snippets: (n, D) float32.
+        dtype: "F32", "F16" or "BF16" (bits as uint16, rounded to nearest, ties to even).
+
+    Raises:
+        GMemError: a value does not fit into f16.
+    """
+    if dtype == "F32":
+        return np.ascontiguousarray(snippets, "<f4")
+    if dtype == "BF16":
+        bits = np.ascontiguousarray(snippets, np.float32).view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+    with np.errstate(over="ignore"):
+        half = snippets.astype("<f2")
+    if not np.isfinite(half).all():
+        raise GMemError("a snippet has values beyond 65504, the largest f16: store it as f32 or bf16 with --dtype")
+    return half
+
+
+def snippet_payload(blocks: Callable[[], Iterable[NDArray[np.float32]]], num_rows: int, dim: int, dtype: str) -> Payload:
+    """Return a segment's snippets as a payload.
+
+    Args:
+        blocks: yields (b, D) float32 arrays, n rows in all.
+        num_rows: n.
+        dim: D.
+        dtype: "f32", "f16" or "bf16".
+    """
+    stored = SNIPPET_DTYPES[dtype]
+    return Payload(
+        dtype=stored,
+        shape=(num_rows, dim),
+        blocks=lambda: (narrow(block, stored).view(np.uint8).data.cast("B") for block in blocks() if len(block)),
+    )
+
+
+def segment_payloads(
+    name: str, keys: Sequence[str], source_ids: NDArray[np.int64], snippets: Payload
+) -> dict[str, Payload]:
+    """Return the entries of one segment.
+
+    Args:
+        name: the segment's name.
+        keys: n keys.
+        source_ids: (n,) positions in the bank's list of sources.
+        snippets: from `snippet_payload`.
+    """
+    text, offsets = key_tables.encode(keys)
+    return {
+        f"{name}/snippets": snippets,
+        f"{name}/keys.bytes": Payload.of(text),
+        f"{name}/keys.offsets": Payload.of(offsets),
+        f"{name}/source": Payload.of(source_ids.astype(np.uint32)),
+    }
+
+
+def key_table_payloads(hashes: NDArray[np.uint64], rows: NDArray[np.int64]) -> dict[str, Payload]:
+    """Return the entries of the key table from (N,) sorted hashes and their rows."""
+    return {"keys.hash": Payload.of(hashes), "keys.row": Payload.of(rows)}
+
+
+def concept_payloads(concepts: Mapping[str, NDArray[np.int64]]) -> dict[str, Payload]:
+    """Return the entries of the concepts (name → ascending rows), none when there are none."""
+    if not concepts:
+        return {}
+    offsets = np.zeros(len(concepts) + 1, np.int64)
+    np.cumsum([len(rows) for rows in concepts.values()], out=offsets[1:])
+    rows = np.concatenate(list(concepts.values())).astype(np.int64)
+    return {"concepts.rows": Payload.of(rows), "concepts.offsets": Payload.of(offsets)}
+
+
+def concepts_of_folders(keys: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+    """Return top folder → rows, in order of name: class folders are concepts; images outside any folder have none."""
+    members: dict[str, list[int]] = {}
+    for row, key in enumerate(keys):
+        folder, slash, _ = key.partition("/")
+        if slash:
+            members.setdefault(folder, []).append(row)
+    return {name: np.asarray(members[name], np.int64) for name in sorted(members)}

@@ -1,0 +1,49 @@
+"""The one place where a space is applied: `raw` leaves a snippet as it is, `unit` gives it an L2 norm of 1.
+
+Shapes: N rows, D dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Space = Literal["raw", "unit"]
+SPACES: tuple[Space, ...] = ("raw", "unit")
+
+TINY_NORM = 1e-12
+"""A snippet shorter than this has no direction and cannot be brought to unit length."""
+
+
+def to_space(snippets: NDArray[np.float32], space: Space) -> NDArray[np.float32]:
+    """Return the snippets in a space.
+
+    Args:
+        snippets: (N, D) float32, finite.
+        space: "raw" or "unit".
+
+    Returns:
+        (N, D) float32; the same array for "raw", a new one for "unit". A row of zeros stays zero.
+    """
+    if space == "raw":
+        return snippets
+    norms = np.sqrt(np.einsum("nd,nd->n", snippets, snippets, dtype=np.float64))
+    scaled: NDArray[np.float32] = (snippets / np.maximum(norms, TINY_NORM)[:, None]).astype(np.float32)
+    return scaled
+
+
+def unusable_rows(snippets: NDArray[np.float32], space: Space) -> dict[int, str]:
+    """Return row → reason for every row that cannot be a snippet of the space.
+
+    Args:
+        snippets: (N, D) float32.
+        space: "raw" or "unit".
+    """
+    reasons = {int(row): "its snippet is not finite" for row in np.flatnonzero(~np.isfinite(snippets).all(axis=1))}
+    if space == "unit":
+        norms = np.linalg.norm(snippets.astype(np.float64), axis=1)
+        for row in np.flatnonzero(norms < TINY_NORM):
+            reasons.setdefault(int(row), "its snippet is all zeros (nothing for the encoder to see in the image)")
+    return reasons

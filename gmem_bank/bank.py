@@ -80,7 +80,7 @@ class MemoryBank:
 
     @property
     def space(self) -> Space:
-        """"raw" or "unit"."""
+        """Space of the snippets: "raw" or "unit"."""
         return "unit" if self.header.space == "unit" else "raw"
 
     @property
@@ -127,9 +127,11 @@ class MemoryBank:
     def rows_for(self, keys: Sequence[str]) -> NDArray[np.int64]:
         """Return the (B,) rows of keys, order kept; raises UnknownKeyError naming the first three unknown ones."""
         found = self.find_rows(keys)
-        unknown = [keys[place] for place in np.flatnonzero(found < 0)]
+        unknown = [keys[place] for place in np.flatnonzero(found < 0).tolist()]
         if unknown:
-            raise UnknownKeyError(f"{self.path} has no row with key {first_three(unknown)}", path=self.path, key=unknown[0])
+            raise UnknownKeyError(
+                f"{self.path} has no row with key {first_three(unknown)}", path=self.path, key=unknown[0]
+            )
         return found
 
     def find_rows(self, keys: Sequence[str]) -> NDArray[np.int64]:
@@ -146,7 +148,9 @@ class MemoryBank:
         for place, stored_key in zip(hit.tolist(), self.keys(found[hit]), strict=True):
             if stored_key != keys[place]:
                 others = table_rows[begins[place] + 1 : ends[place]]
-                matches = [row for row, key in zip(others.tolist(), self.keys(others), strict=True) if key == keys[place]]
+                matches = [
+                    row for row, key in zip(others.tolist(), self.keys(others), strict=True) if key == keys[place]
+                ]
                 found[place] = matches[0] if matches else -1
         return found
 
@@ -159,7 +163,9 @@ class MemoryBank:
             for place, row in zip(places.tolist(), local.tolist(), strict=True):
                 begin, end = int(offsets[row]), int(offsets[row + 1])
                 if not 0 <= begin < end <= len(text):
-                    raise CorruptError(f"{self.path}: the key of row {row} in segment {name} is damaged", path=self.path)
+                    raise CorruptError(
+                        f"{self.path}: the key of row {row} in segment {name} is damaged", path=self.path
+                    )
                 keys[place] = _decoded(bytes(text[begin:end]), self.path)
         return keys
 
@@ -203,11 +209,13 @@ class MemoryBank:
             result[places] = self._gather(name, local)
         if not np.isfinite(result).all():
             row = int(wanted[~np.isfinite(result).all(axis=1)][0])
-            raise CorruptError(f"{self.path}: the snippet of row {row} is not finite: build it again", path=self.path, row=row)
+            raise CorruptError(
+                f"{self.path}: the snippet of row {row} is not finite: build it again", path=self.path, row=row
+            )
         return result
 
     def _gather(self, segment: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        raise AssertionError("a subclass reads the snippets")
+        raise AssertionError(f"{type(self).__name__} does not read snippets: {segment}, {len(rows)} rows")
 
     # -- concepts
 
@@ -219,7 +227,9 @@ class MemoryBank:
     def all_rows_of(self, concept: str) -> NDArray[np.int64]:
         """Return a concept's rows, masked ones included, ascending; raises UnknownKeyError with the nearest names."""
         if concept not in self.concepts:
-            known = ", ".join(self.concepts[:8]) + (", …" if len(self.concepts) > 8 else "") if self.concepts else "none"
+            known = (
+                ", ".join(self.concepts[:8]) + (", …" if len(self.concepts) > 8 else "") if self.concepts else "none"
+            )
             raise UnknownKeyError(
                 f"{self.path} has no concept {concept!r} (it has: {known}).{suggest(concept, self.concepts)}",
                 path=self.path, key=concept,
@@ -235,21 +245,26 @@ class MemoryBank:
     def rows_of(self, concept: str) -> NDArray[np.int64]:
         """Return the active rows of a concept, ascending; raises UnknownKeyError with the nearest names."""
         members = self.all_rows_of(concept)
-        return members if self._active is None else members[self._active[members]]
+        if self._active is not None:
+            members = np.asarray(members[self._active[members]], dtype=np.int64)
+        return members
 
     # -- images
 
     def image_rows(self) -> NDArray[np.int64]:
         """Return the active rows that came from an image, ascending."""
         from_image = np.array([source.path is not None for source in self.sources])
-        return self.rows()[from_image[self.source_ids()[self.rows()]]]
+        rows: NDArray[np.int64] = self.rows()
+        return np.asarray(rows[from_image[self.source_ids()[rows]]], dtype=np.int64)
 
     def source_ids(self) -> NDArray[np.int64]:
         """Return the (N,) position in `sources` of every row's source."""
         parts = [self._stored.array(segment.entry("source")) for segment in self.header.segments]
         ids = np.concatenate(parts).astype(np.int64)
         if ids.size and ids.max() >= len(self.sources):
-            raise CorruptError(f"{self.path}: a row points at source {ids.max()} of {len(self.sources)}", path=self.path)
+            raise CorruptError(
+                f"{self.path}: a row points at source {ids.max()} of {len(self.sources)}", path=self.path
+            )
         return ids
 
     def _image_paths(self, rows: NDArray[np.int64], images: str | os.PathLike[str] | None) -> list[Path]:

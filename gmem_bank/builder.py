@@ -184,7 +184,9 @@ def _already_built(
     try:
         bank = bank_module.open(target)
     except GMemError as error:
-        raise OutputExistsError(f"{target} exists and is not a bank that can be read ({error}): --overwrite replaces it") from error
+        raise OutputExistsError(
+            f"{target} exists and is not a bank that can be read ({error}): --overwrite replaces it"
+        ) from error
     history = [{**entry} for entry in bank.history]
     same = (
         len(history) == 1

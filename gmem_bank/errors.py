@@ -26,6 +26,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from os import PathLike
+from typing import Any
 
 
 class GMemError(Exception):
@@ -52,7 +53,7 @@ class GMemError(Exception):
     ) -> None:
         super().__init__(message)
         self.message = message
-        self.path = path
+        self.path: Any = path  # Any: ImportError has an attribute of this name and another type
         self.tensor = tensor
         self.key = key
         self.row = row

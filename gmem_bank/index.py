@@ -51,7 +51,9 @@ def search_flat(
     faiss = require_faiss()
     rows = bank.rows()
     if queries.ndim != 2 or queries.shape[1] != bank.dim:
-        raise EncoderMismatchError(f"queries of shape {list(queries.shape)} for a bank of dimension {bank.dim}", path=bank.path)
+        raise EncoderMismatchError(
+            f"queries of shape {list(queries.shape)} for a bank of dimension {bank.dim}", path=bank.path
+        )
     if not 1 <= k <= len(rows):
         raise ConfigError(f"k must be 1 to {len(rows)}, the active rows of {bank.path}; got {k}", key="k")
     if not np.isfinite(queries).all():

@@ -81,9 +81,7 @@ class SupportsImages(Protocol):
     def image_rows(self) -> NDArray[np.int64]:
         """Return the active rows that came from an image (not from arithmetic on other rows), ascending."""
 
-    def missing_images(
-        self, rows: NDArray[np.int64], images: str | PathLike[str] | None = None
-    ) -> NDArray[np.int64]:
+    def missing_images(self, rows: NDArray[np.int64], images: str | PathLike[str] | None = None) -> NDArray[np.int64]:
         """Return those of the rows whose image is not where the provenance, or the folder `images`, says it is."""
 
     def read_image(self, row: int, images: str | PathLike[str] | None = None) -> NDArray[np.uint8]:

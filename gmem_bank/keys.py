@@ -24,7 +24,9 @@ def check_key(key: str) -> str:
     except UnicodeEncodeError as error:
         raise GMemError(f"the key {key!r} is not valid Unicode: rename the file", key=key) from error
     if not encoded or len(encoded) > MAX_KEY_BYTES or b"\0" in encoded:
-        raise GMemError(f"the key {key[:60]!r} must have 1 to {MAX_KEY_BYTES} bytes and no NUL: rename the file", key=key)
+        raise GMemError(
+            f"the key {key[:60]!r} must have 1 to {MAX_KEY_BYTES} bytes and no NUL: rename the file", key=key
+        )
     return key
 
 

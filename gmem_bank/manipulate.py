@@ -42,7 +42,8 @@ def spherical(a: Vector, b: Vector, t: float) -> Vector:
         axis[int(np.argmin(np.abs(start)))] = 1.0
         tangent = axis - float(start @ axis) * start
     tangent /= float(np.linalg.norm(tangent))
-    return length * (np.cos(t * angle) * start + np.sin(t * angle) * tangent)
+    point: Vector = length * (np.cos(t * angle) * start + np.sin(t * angle) * tangent)
+    return point
 
 
 def concat(a: Vector, b: Vector, t: float) -> Vector:

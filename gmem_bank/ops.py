@@ -109,9 +109,7 @@ def insert_concept(
             return _already_inserted(bank, concept, listings, encoder, target, batch_size)
         _require_new_keys(bank, [item.key for listing in listings for item in listing.items])
         staging = staging_folder(target, "insert")
-        encoded = encode_listings(
-            listings, encoder, staging_folder=staging, batch_size=batch_size, progress=progress
-        )
+        encoded = encode_listings(listings, encoder, staging_folder=staging, batch_size=batch_size, progress=progress)
         keys = [item.key for item in encoded.items]
         sources = [listing.to_source(target.parent) for listing in listings]
         entry = {"operation": "insert-concept", "arguments": {"name": concept}, "num_rows": len(keys)}
@@ -148,7 +146,9 @@ def remove_concept(
         keep = np.ones(len(bank), np.bool_)
         keep[doomed] = False
         if not keep.any():
-            raise GMemError(f"{bank.path}: {name!r} holds every row, and a bank must keep at least one: delete the file instead")
+            raise GMemError(
+                f"{bank.path}: {name!r} holds every row, and a bank must keep at least one: delete the file instead"
+            )
         concepts = concepts_after(bank, keep, without=name)
         dropped = [other for other in bank.concepts if other != name and other not in concepts]
         entry = {"operation": "remove-concept", "arguments": {"name": name}, "num_rows": len(doomed)}
@@ -201,7 +201,9 @@ def interpolate(
         points = manipulate.interpolate(snippet_of(bank, first), snippet_of(bank, second), steps, method, seed=seed)
         reasons = unusable_rows(points, bank.space)
         if reasons:
-            raise GMemError(f"step {min(reasons)} of {method} between {first!r} and {second!r} has no direction: try slerp")
+            raise GMemError(
+                f"step {min(reasons)} of {method} between {first!r} and {second!r} has no direction: try slerp"
+            )
         keys = [f"{concept}/{step:0{len(str(steps - 1))}d}" for step in range(steps)]
         _require_new_keys(bank, keys)
         arguments = {"first": first, "second": second, "method": method, "steps": steps, "name": concept, "seed": seed}
@@ -250,13 +252,17 @@ def _require_unique(listings: Sequence[Listing]) -> None:
     keys = [item.key for listing in listings for item in listing.items]
     twice = key_tables.duplicates(keys)
     if twice:
-        raise GMemError(f"the images give {len(twice)} keys twice, such as {first_three(twice)}: insert them under different names")
+        raise GMemError(
+            f"the images give {len(twice)} keys twice, such as {first_three(twice)}: insert them under different names"
+        )
 
 
 def _require_new_keys(bank: MemoryBank, keys: Sequence[str]) -> None:
     taken = [key for key, row in zip(keys, bank.find_rows(keys), strict=True) if row >= 0]
     if taken:
-        raise ConceptExistsError(f"{bank.path} already has rows with key {first_three(taken)}: choose another --name", key=taken[0])
+        raise ConceptExistsError(
+            f"{bank.path} already has rows with key {first_three(taken)}: choose another --name", key=taken[0]
+        )
 
 
 def _taken(bank: MemoryBank, concept: str) -> str:

@@ -41,7 +41,12 @@ class ProgressBar:
             interval = 0.2 if sys.stderr.isatty() else 10.0
             # Items done by an earlier run must not count towards this run's rate.
             self._bar = tqdm(
-                total=total, initial=done, desc=self._label, unit=f" {self._unit}", file=sys.stderr, mininterval=interval
+                total=total,
+                initial=done,
+                desc=self._label,
+                unit=f" {self._unit}",
+                file=sys.stderr,
+                mininterval=interval,
             )
         self._bar.update(done - self._bar.n)
 

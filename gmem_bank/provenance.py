@@ -88,7 +88,7 @@ class EncoderSpec:
         _check(str, name=self.name, family=self.family, space=self.space, software=self.software)
         _check(int, dim=self.dim)
         _check((str, type(None)), weights_sha256=self.weights_sha256, weights_path=self.weights_path)
-        _check(Mapping, preprocessing=self.preprocessing, parameters=self.parameters)  # type: ignore[type-abstract]
+        _check(Mapping, preprocessing=self.preprocessing, parameters=self.parameters)
         if self.dim < 1:
             raise ValueError(f"dim must be at least 1, got {self.dim}")
         if self.space not in ("raw", "unit"):

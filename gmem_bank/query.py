@@ -56,7 +56,7 @@ def snippet_of(bank: MemoryBank, item: str) -> NDArray[np.float32]:
         if not len(rows):
             raise UnknownKeyError(f"every row of concept {item!r} in {bank.path} is masked", path=bank.path, key=item)
         mean = bank.snippets(rows).astype(np.float64).mean(axis=0).astype(np.float32)
-        return to_space(mean[None], bank.space)[0]
+        return to_space(mean[None], bank.space).reshape(-1)
     row = bank.find_rows([item])
     if row[0] < 0:
         raise UnknownKeyError(
@@ -64,7 +64,7 @@ def snippet_of(bank: MemoryBank, item: str) -> NDArray[np.float32]:
             f"'gmem-bank list {bank.path}' shows both",
             path=bank.path, key=item,
         )  # fmt: skip
-    return bank.snippets(row)[0]
+    return bank.snippets(row).reshape(-1)
 
 
 def search(

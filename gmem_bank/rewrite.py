@@ -77,6 +77,7 @@ def _number(name: str) -> int:
 
 
 def concepts_after(bank: MemoryBank, keep: NDArray[np.bool_], *, without: str) -> dict[str, NDArray[np.int64]]:
+    """Return the concepts but one with their rows renumbered after only `keep` (N,) stays; those left empty are gone."""
     new_row = np.cumsum(keep) - 1
     rows = {name: bank.all_rows_of(name) for name in bank.concepts if name != without}
     kept = {name: new_row[members[keep[members]]] for name, members in rows.items()}
@@ -122,7 +123,9 @@ def keep_rows(
 
 
 def _bank_wide(bank: MemoryBank) -> tuple[str, ...]:
-    return tuple(n for n in ("keys.hash", "keys.row", "concepts.rows", "concepts.offsets", "active") if n in bank.stored)
+    return tuple(
+        n for n in ("keys.hash", "keys.row", "concepts.rows", "concepts.offsets", "active") if n in bank.stored
+    )
 
 
 def _used_sources(
@@ -134,9 +137,7 @@ def _used_sources(
     return tuple(sources[index] for index in used), np.searchsorted(used, ids)
 
 
-def _filtered(
-    bank: MemoryBank, segment: Segment, mask: NDArray[np.bool_]
-) -> dict[str, Payload]:
+def _filtered(bank: MemoryBank, segment: Segment, mask: NDArray[np.bool_]) -> dict[str, Payload]:
     """Return a segment's entries with only the rows of `mask`; entries of the segment this version does not know go."""
     name, local = segment.name, np.flatnonzero(mask)
     stored = bank.stored.array(f"{name}/snippets")

@@ -38,7 +38,9 @@ def narrow(snippets: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
     return half
 
 
-def snippet_payload(blocks: Callable[[], Iterable[NDArray[np.float32]]], num_rows: int, dim: int, dtype: str) -> Payload:
+def snippet_payload(
+    blocks: Callable[[], Iterable[NDArray[np.float32]]], num_rows: int, dim: int, dtype: str
+) -> Payload:
     """Return a segment's snippets as a payload.
 
     Args:

@@ -155,7 +155,9 @@ def _walk(folder: Path, ignored: list[Skipped]) -> list[Path]:
 
     for where, folders, files in os.walk(folder, onerror=complain):
         if RUN_MARKER in files and Path(where) != folder:
-            ignored.append(Skipped(path=Path(where).relative_to(folder).as_posix(), reason="a training run of gmem-gen"))
+            ignored.append(
+                Skipped(path=Path(where).relative_to(folder).as_posix(), reason="a training run of gmem-gen")
+            )
             folders.clear()
             continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -228,7 +230,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uin
                 return np.array(_to_rgb(image), np.uint8)
     except SourceError:
         raise
-    except Exception as error:  # noqa: BLE001 - Pillow's plug-ins raise whatever their parsers meet: all mean "broken"
+    except Exception as error:
         raise SourceError(f"not a readable image ({type(error).__name__}: {error})") from error
 
 

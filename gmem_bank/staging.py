@@ -190,7 +190,9 @@ def encode_in_memory(
     skipped = [entry for batch in batches for entry in batch.skipped]
     items = [listing.items[place] for batch in batches for place in batch.places]
     if not items:
-        raise SourceError(f"none of the {len(listing.items)} images could be used; the first: {skipped[0].path}: {skipped[0].reason}")
+        raise SourceError(
+            f"none of the {len(listing.items)} images could be used; the first: {skipped[0].path}: {skipped[0].reason}"
+        )
     return items, np.concatenate([batch.snippets for batch in batches]), skipped
 
 
@@ -217,7 +219,10 @@ def _encode_batch(items: Sequence[Item], start: int, encoder: Encoder) -> Batch:
 def _checked(snippets: NDArray[np.float32], num_images: int, encoder: Encoder) -> NDArray[np.float32]:
     wanted = (num_images, encoder.spec.dim)
     if not isinstance(snippets, np.ndarray) or snippets.shape != wanted or snippets.dtype != np.float32:
-        got = f"{snippets.dtype} {list(snippets.shape)}" if isinstance(snippets, np.ndarray) else type(snippets).__name__
-        raise EncoderError(f"encoder {encoder.spec.name!r} returned {got}, expected float32 {list(wanted)}: a bug in it")
+        got = (
+            f"{snippets.dtype} {list(snippets.shape)}" if isinstance(snippets, np.ndarray) else type(snippets).__name__
+        )
+        raise EncoderError(
+            f"encoder {encoder.spec.name!r} returned {got}, expected float32 {list(wanted)}: a bug in it"
+        )
     return snippets
-

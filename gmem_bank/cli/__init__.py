@@ -6,14 +6,14 @@ import click
 
 import gmem_bank
 from gmem_bank.cli import build, edit, inspect, search
-from gmem_bank.cli.common import Group
+from gmem_bank.console import CommandGroup
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(gmem_bank.__version__, prog_name="gmem-bank")
 @click.option("--traceback", is_flag=True, help="Show the Python traceback of an error.")
 def main(traceback: bool) -> None:
-    """Build, edit, search and ship banks of semantic snippets.
+    r"""Build, edit, search and ship banks of semantic snippets.
 
     \b
     Start in a folder that holds images:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from gmem_bank.cli.common import (
+from gmem_bank.console import (
     encoder_run_options,
     human_bytes,
     json_option,
@@ -21,11 +21,25 @@ from gmem_bank.cli.common import (
 @click.command()
 @click.argument("source", default=".", type=click.Path())
 @click.option("--encoder", "-e", default="dinov2", show_default=True, metavar="NAME", help="See 'gmem-bank encoders'.")
-@click.option("--weights", default=None, metavar="FOLDER", help="Folder with the encoder's weights, instead of the hub cache.")
-@click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A parameter of the encoder; may be repeated.")
-@click.option("--output", "-o", "--bank", default="bank.safetensors", show_default=True, metavar="FILE", help="The bank to write.")
-@click.option("--space", type=click.Choice(["unit", "raw"]), default="unit", show_default=True, help="unit: snippets of norm 1.")
-@click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]), default="f32", show_default=True, help="How snippets are stored.")
+@click.option(
+    "--weights", default=None, metavar="FOLDER", help="Folder with the encoder's weights, instead of the hub cache."
+)
+@click.option(
+    "--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A parameter of the encoder; may be repeated."
+)
+@click.option(
+    "--output", "-o", "--bank", default="bank.safetensors", show_default=True, metavar="FILE", help="The bank to write."
+)
+@click.option(
+    "--space", type=click.Choice(["unit", "raw"]), default="unit", show_default=True, help="unit: snippets of norm 1."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["f32", "f16", "bf16"]),
+    default="f32",
+    show_default=True,
+    help="How snippets are stored.",
+)
 @encoder_run_options
 @click.option("--overwrite", is_flag=True, help="Replace an existing bank that was built differently.")
 @json_option
@@ -63,7 +77,9 @@ def build(
         f"{human_bytes(report.bytes)}"
     )
     num_others = len(report.skipped) - report.num_unreadable
-    click.echo(f"skipped: {report.num_unreadable} unusable images, {num_others} other files ({report.bank}.report.json)")
+    click.echo(
+        f"skipped: {report.num_unreadable} unusable images, {num_others} other files ({report.bank}.report.json)"
+    )
 
 
 @click.command()
@@ -74,7 +90,9 @@ def encoders(as_json: bool) -> None:
 
     infos: list[Any] = list(gmem_bank.available_encoders().values())
     if as_json:
-        print_json([{"name": i.name, "description": i.description, "origin": i.origin, "extra": i.extra} for i in infos])
+        print_json(
+            [{"name": i.name, "description": i.description, "origin": i.origin, "extra": i.extra} for i in infos]
+        )
         return
     width = max(len(info.name) for info in infos)
     for info in infos:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from gmem_bank.cli.common import (
+from gmem_bank.console import (
     bank_option,
     encoder_run_options,
     json_option,
@@ -20,7 +20,9 @@ from gmem_bank.cli.common import (
 @click.argument("images", nargs=-1, required=True, type=click.Path())
 @bank_option
 @click.option("--name", "-n", default=None, help="The concept's name; default: the folder's name.")
-@click.option("--weights", default=None, metavar="FOLDER", help="The encoder's weights, where the recorded place is gone.")
+@click.option(
+    "--weights", default=None, metavar="FOLDER", help="The encoder's weights, where the recorded place is gone."
+)
 @output_option
 @encoder_run_options
 @json_option
@@ -52,7 +54,9 @@ def insert_concept(
         note(f"{report.output} already holds these images as concept {report.concept!r}: nothing to do")
         click.echo(f"{report.output}: {report.num_rows} rows")
     else:
-        click.echo(f"{report.output}: +{report.num_added} rows as concept {report.concept!r}, {report.num_rows} rows now")
+        click.echo(
+            f"{report.output}: +{report.num_added} rows as concept {report.concept!r}, {report.num_rows} rows now"
+        )
         if report.skipped:
             click.echo(f"skipped: {len(report.skipped)} files")
 
@@ -83,7 +87,9 @@ def remove_concept(name: str, bank: str, output: str | None, as_json: bool) -> N
     "--method", type=click.Choice(["linear", "slerp", "concat", "mask"]), default="slerp", show_default=True,
     help="slerp: along the great arc; concat: first dimensions of one, last of the other; mask: a seeded choice per dimension.",
 )  # fmt: skip
-@click.option("--steps", type=click.IntRange(min=2), default=6, show_default=True, help="Rows to write, both ends included.")
+@click.option(
+    "--steps", type=click.IntRange(min=2), default=6, show_default=True, help="Rows to write, both ends included."
+)
 @click.option("--name", "-n", default=None, help="The new concept's name; default: FIRST-to-SECOND.")
 @click.option("--seed", type=int, default=0, show_default=True, help="For --method mask.")
 @output_option
@@ -95,9 +101,7 @@ def interpolate(
     """Write the way from FIRST to SECOND (keys or concepts) as rows of a new concept."""
     import gmem_bank
 
-    report = gmem_bank.interpolate(
-        bank, first, second, method=method, steps=steps, name=name, seed=seed, output=output
-    )
+    report = gmem_bank.interpolate(bank, first, second, method=method, steps=steps, name=name, seed=seed, output=output)
     if as_json:
         print_json(report.to_json())
         return

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from gmem_bank.cli.common import human_bytes, json_option, note, print_json, quiet_option
+from gmem_bank.console import human_bytes, json_option, note, print_json, quiet_option
 
 bank_argument = click.argument("bank", default="bank.safetensors", type=click.Path())
 
@@ -41,7 +41,9 @@ def info(bank: str, as_json: bool) -> None:
         print_json(record)
         return
     click.echo(f"{record['path']}  (format {record['format_version']}, {human_bytes(record['bytes'])})")
-    masked = f" ({record['num_rows'] - record['num_active']} masked)" if record["num_active"] < record["num_rows"] else ""
+    masked = (
+        f" ({record['num_rows'] - record['num_active']} masked)" if record["num_active"] < record["num_rows"] else ""
+    )
     click.echo(f"  rows         {record['num_rows']}{masked} in {record['num_segments']} segments")
     click.echo(f"  snippets     {record['kind']}, dim {record['dim']}, {record['dtype']}, {record['space']} space")
     click.echo(f"  encoder      {opened.encoder.describe()}")
@@ -79,7 +81,9 @@ def verify(bank: str, as_json: bool, quiet: bool) -> None:
 @click.command("list")
 @bank_argument
 @click.option("--concept", "-c", default=None, help="Only rows of this concept.")
-@click.option("--limit", type=click.IntRange(min=0), default=None, help="Print at most this many rows; 0: concepts only.")
+@click.option(
+    "--limit", type=click.IntRange(min=0), default=None, help="Print at most this many rows; 0: concepts only."
+)
 @json_option
 def list_rows(bank: str, concept: str | None, limit: int | None, as_json: bool) -> None:
     """List the concepts of BANK, then its rows and their keys."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import click
 
-from gmem_bank.cli.common import encoder_run_options, json_option, print_json, quiet_option
+from gmem_bank.console import encoder_run_options, json_option, print_json, quiet_option
 
 
 @click.command()
 @click.argument("bank", type=click.Path())
 @click.argument("query")
 @click.option("-k", "k", type=click.IntRange(min=1), default=10, show_default=True, help="Rows a query.")
-@click.option("--weights", default=None, metavar="FOLDER", help="The encoder's weights, where the recorded place is gone.")
+@click.option(
+    "--weights", default=None, metavar="FOLDER", help="The encoder's weights, where the recorded place is gone."
+)
 @encoder_run_options
 @json_option
 @quiet_option

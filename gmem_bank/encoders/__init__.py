@@ -68,10 +68,15 @@ class EncoderInfo:
 
 
 def _dinov2(size: str, *, registers: bool = False) -> EncoderInfo:
-    name = ("dinov2" if size == "base" and not registers else f"dinov2-{size}") + ("-with-registers" if registers else "")
+    name = ("dinov2" if size == "base" and not registers else f"dinov2-{size}") + (
+        "-with-registers" if registers else ""
+    )
     repo = f"facebook/dinov2-with-registers-{size}" if registers else f"facebook/dinov2-{size}"
     return EncoderInfo(
-        name=name, description=f"{repo} with GMem's preprocessing", target="gmem_bank.encoders.hf:make_dinov2", extra="hf"
+        name=name,
+        description=f"{repo} with GMem's preprocessing",
+        target="gmem_bank.encoders.hf:make_dinov2",
+        extra="hf",
     )
 
 
@@ -133,7 +138,10 @@ def load_encoder(
             f"unknown encoder {name!r}.{suggest(name, known)} 'gmem-bank encoders' lists them all", key=name
         )
     options = EncoderOptions(
-        weights=None if weights is None else Path(weights), device=device, space=space, parameters=dict(parameters or {})
+        weights=None if weights is None else Path(weights),
+        device=device,
+        space=space,
+        parameters=dict(parameters or {}),
     )
     encoder = _factory(known[name])(name, options)
     if not isinstance(encoder, Encoder):
@@ -197,6 +205,7 @@ def refuse_unknown(name: str, parameters: Mapping[str, Any], known: Mapping[str,
         if parameter not in known:
             have = ", ".join(known) or "none"
             raise EncoderError(
-                f"encoder {name!r} has no parameter {parameter!r} (it has: {have}).{suggest(parameter, known)}", key=parameter
+                f"encoder {name!r} has no parameter {parameter!r} (it has: {have}).{suggest(parameter, known)}",
+                key=parameter,
             )
     return {**known, **parameters}

@@ -21,7 +21,15 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 # Fields of config.json that name things without changing a number.
-CONFIG_LABELS = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "id2label", "label2id")
+CONFIG_LABELS = (
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "id2label",
+    "label2id",
+)
 UNUSED_WEIGHTS = ("mask_token",)  # read only while an encoder is pre-trained
 DINOV2_TYPES = ("dinov2", "dinov2_with_registers")
 
@@ -107,9 +115,7 @@ def _require_transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise MissingDependencyError(
-            "this encoder needs transformers: pip install 'gmem[hf]'", extra="hf"
-        ) from error
+        raise MissingDependencyError("this encoder needs transformers: pip install 'gmem[hf]'", extra="hf") from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers

@@ -46,7 +46,9 @@ def _positive(name: str, parameters: Mapping[str, Any], *which: str) -> None:
     for parameter in which:
         value = parameters[parameter]
         if type(value) is not int or value < 1:
-            raise EncoderError(f"encoder {name!r}: {parameter} must be a positive integer, got {value!r}", key=parameter)
+            raise EncoderError(
+                f"encoder {name!r}: {parameter} must be a positive integer, got {value!r}", key=parameter
+            )
 
 
 class Hog:
@@ -71,7 +73,7 @@ class Hog:
         votes = self._votes(grey(images), bins)
         cells = _pool(votes, cell)
         blocks = _blocks(cells, block)
-        return blocks.reshape(len(images), -1).astype(np.float32)
+        return np.asarray(blocks.reshape(len(images), -1), np.float32)
 
     def _votes(self, values: NDArray[np.float32], bins: int) -> NDArray[np.float32]:
         """Return (B, S, S, O): every pixel's gradient magnitude, shared between its two nearest orientations."""
@@ -85,10 +87,8 @@ class Hog:
         magnitude = np.hypot(dx, dy)[..., None]
         index = low.astype(np.int64)[..., None] % bins
         orientation = np.arange(bins)
-        votes = magnitude * (
-            (1 - share) * (index == orientation) + share * ((index + 1) % bins == orientation)
-        )
-        return votes.astype(np.float32)
+        votes = magnitude * ((1 - share) * (index == orientation) + share * ((index + 1) % bins == orientation))
+        return np.asarray(votes, np.float32)
 
 
 def _pool(votes: NDArray[np.float32], cell: int) -> NDArray[np.float32]:
@@ -124,7 +124,9 @@ def make_hog(name: str, options: EncoderOptions) -> Hog:
     _positive(name, parameters, "size", "cell", "block", "orientations")
     cells = parameters["size"] // parameters["cell"]
     if parameters["size"] % parameters["cell"] or cells < parameters["block"]:
-        raise EncoderError(f"encoder 'hog': size {parameters['size']} must be a multiple of cell {parameters['cell']} and hold a block")
+        raise EncoderError(
+            f"encoder 'hog': size {parameters['size']} must be a multiple of cell {parameters['cell']} and hold a block"
+        )
     dim = (cells - parameters["block"] + 1) ** 2 * parameters["block"] ** 2 * parameters["orientations"]
     return Hog(_spec(name, options, parameters, dim))
 
@@ -143,7 +145,7 @@ class Pixels:
     def encode(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return (B, S·S) float32 grey values minus the image's mean."""
         flat = grey(images).reshape(len(images), -1)
-        return flat - flat.mean(axis=1, keepdims=True)
+        return np.asarray(flat - flat.mean(axis=1, keepdims=True), np.float32)
 
 
 def make_pixels(name: str, options: EncoderOptions) -> Pixels:

@@ -145,7 +145,9 @@ def _same_inode(descriptor: int, path: Path) -> bool:
         return False
 
 
-def copy_range(source: BinaryIO, begin: int, end: int, write: Callable[[bytes], object], *, step: int = 1 << 22) -> None:
+def copy_range(
+    source: BinaryIO, begin: int, end: int, write: Callable[[bytes], object], *, step: int = 1 << 22
+) -> None:
     """Copy bytes [begin, end) of an open file through `write`, a few MiB at a time."""
     source.seek(begin)
     left = end - begin

@@ -68,7 +68,9 @@ def header_bytes_of(prefix: bytes, file_size: int) -> int:
     if length > MAX_HEADER_BYTES or length < 2:
         raise CorruptError(f"its header length reads {length}: this is not a safetensors file, or its start is damaged")
     if PREFIX_BYTES + length > file_size:
-        raise CorruptError(f"the header needs {PREFIX_BYTES + length} bytes, the file has {file_size}: it was cut short")
+        raise CorruptError(
+            f"the header needs {PREFIX_BYTES + length} bytes, the file has {file_size}: it was cut short"
+        )
     return length
 
 
@@ -116,7 +118,9 @@ def _parse_entry(name: str, value: object) -> Entry:
         raise fail(f"data_offsets {offsets!r} is not a pair of offsets")
     begin, end = offsets
     if end - begin != num_bytes(dtype, tuple(shape)):
-        raise fail(f"{dtype} of shape {shape} needs {num_bytes(dtype, tuple(shape))} bytes, its offsets span {end - begin}")
+        raise fail(
+            f"{dtype} of shape {shape} needs {num_bytes(dtype, tuple(shape))} bytes, its offsets span {end - begin}"
+        )
     return Entry(name=name, dtype=dtype, shape=tuple(shape), begin=begin, end=end)
 
 

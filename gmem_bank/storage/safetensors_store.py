@@ -116,7 +116,8 @@ def _read_container(path: Path) -> Container:
             return container.parse(stream.read(length), size)
     except FileNotFoundError as error:
         raise BankNotFoundError(
-            f"no bank at {path}: build one with 'gmem-bank build SOURCE -o {path}', or name another with --bank", path=path
+            f"no bank at {path}: build one with 'gmem-bank build SOURCE -o {path}', or name another with --bank",
+            path=path,
         ) from error
     except OSError as error:
         raise FormatError(f"could not read {path}: {error.strerror or error}", path=path) from error
@@ -207,4 +208,3 @@ def _write_entry(stream: BinaryIO, name: str, entry: Entry, payload: Payload) ->
             digest.update(block)
     assert written == entry.end - entry.begin, f"{name}: {written} bytes for {entry.end - entry.begin}"
     return payload.sha256 or digest.hexdigest()  # type: ignore[union-attr]
-

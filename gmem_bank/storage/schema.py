@@ -102,7 +102,12 @@ def parse_header(record: Json) -> Header:
             f"the bank has format version {version[0]}.{version[1]}, this gmem reads {VERSION[0]}.x: "
             "upgrade with 'pip install -U gmem'"
         )
-    known = {f.name for f in dataclasses.fields(Header)} - {"extras", "version"} | {"format", "version", "num_rows", "fingerprint"}
+    known = {f.name for f in dataclasses.fields(Header)} - {"extras", "version"} | {
+        "format",
+        "version",
+        "num_rows",
+        "fingerprint",
+    }
     missing = sorted(known - set(record))
     if missing:
         raise FormatError(f"the bank's header lacks {missing}")

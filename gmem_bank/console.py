@@ -13,7 +13,7 @@ from gmem_bank.errors import GMemError
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class Group(click.Group):
+class CommandGroup(click.Group):
     """A command group that turns our errors into one line on stderr and exit code 1; --traceback shows where from."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -59,10 +59,17 @@ def output_option(command: Command) -> Command:
 def encoder_run_options(command: Command) -> Command:
     """Add --device and --batch-size."""
     command = click.option(
-        "--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Images per call of the encoder."
+        "--batch-size",
+        type=click.IntRange(min=1),
+        default=32,
+        show_default=True,
+        help="Images per call of the encoder.",
     )(command)
     return click.option(
-        "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …; auto takes a GPU where there is one."
+        "--device",
+        default="auto",
+        show_default=True,
+        help="auto, cpu, cuda, cuda:1, …; auto takes a GPU where there is one.",
     )(command)
 
 
@@ -105,4 +112,3 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
-

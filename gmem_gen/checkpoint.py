@@ -1,0 +1,220 @@
+"""Checkpoints: safetensors for tensors, JSON for the rest, one folder a step, complete or not there at all.
+
+RUN/checkpoints/step-00000500/{model,ema,optimizer}.safetensors, state.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from gmem_bank.errors import CheckpointError, GMemError, WriteError
+from gmem_gen.config import Config
+from gmem_gen.model import Generator, LatentShape
+
+STATE = "state.json"
+MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+def checkpoints_folder(run: Path) -> Path:
+    """Return where a run's checkpoints lie."""
+    return run / "checkpoints"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Return a run's complete checkpoints, oldest step first."""
+    folder = checkpoints_folder(run)
+    found = (
+        [path for path in folder.glob("step-*") if _STEP.fullmatch(path.name) and path.is_dir()]
+        if folder.is_dir()
+        else []
+    )
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """Return the optimizer's state as "<parameter>/<what>" → tensor."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{names[index]}/{what}": torch.as_tensor(value)
+        for index, values in state.items()
+        for what, value in values.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
+    """Load what `optimizer_tensors` gave."""
+    index_of = {name: index for index, name in enumerate(names)}
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        parameter, _, what = name.rpartition("/")
+        state.setdefault(index_of[parameter], {})[what] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def save(
+    run: Path, step: int, state: dict[str, Any], model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
+) -> Path:
+    """Write a checkpoint atomically: it appears under its name only when it is complete.
+
+    Args:
+        run: the run's folder.
+        step: optimizer steps done.
+        state: JSON object; gets "step".
+        model: trained weights.
+        ema: averaged weights.
+        optimizer: its state, parameter order as in the model.
+
+    Raises:
+        WriteError: the disk refused; earlier checkpoints stand.
+    """
+    folder = checkpoints_folder(run)
+    final = folder / f"step-{step:08d}"
+    temporary: Path | None = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+        names = [name for name, _ in model.named_parameters()]
+        save_file(_plain(model.state_dict()), temporary / MODEL)
+        save_file(_plain(ema.state_dict()), temporary / EMA)
+        save_file(_plain(optimizer_tensors(optimizer, names)), temporary / OPTIMIZER)
+        (temporary / STATE).write_text(json.dumps({**state, "step": step}, indent=1), encoding="utf-8")
+        for path in temporary.iterdir():
+            _sync(path)
+        if final.exists():  # the same step of the same training: nothing new to keep
+            shutil.rmtree(temporary)
+        else:
+            temporary.rename(final)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise WriteError(
+            f"could not write the checkpoint {final}: {error}. Earlier checkpoints stand; free some space and run the same "
+            "command again",
+            path=final,
+        ) from error
+    return final
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def clean(run: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints (0: none are removed), and what a killed save left."""
+    folder = checkpoints_folder(run)
+    if folder.is_dir():
+        for path in folder.glob(".saving-*"):
+            shutil.rmtree(path, ignore_errors=True)
+    for path in list_checkpoints(run)[: -keep or None] if keep else []:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Return a checkpoint's state.json; raises CheckpointError."""
+    try:
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        if not isinstance(state, dict) or not {"step", "config", "bank", "latent"} <= set(state):
+            raise ValueError("it is incomplete")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint} is not a checkpoint that can be read ({error}): delete that folder to go on from the one before it",
+            path=checkpoint,
+        ) from error
+    return state
+
+
+def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
+    """Return the tensors of one of a checkpoint's files; raises CheckpointError."""
+    try:
+        return load_file(checkpoint / name)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{checkpoint / name} is damaged ({error}): delete the folder {checkpoint} to go on from the checkpoint before it",
+            path=checkpoint / name,
+        ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedCheckpoint:
+    """A model ready to sample from."""
+
+    path: Path
+    model: Generator
+    config: Config
+    bank: dict[str, Any]
+    """What it was trained on, from `conditioning.record_of`."""
+    step: int
+    run: Path
+
+
+def make_model(config: Config, latent: LatentShape, snippet_dim: int) -> Generator:
+    """Return the model of a configuration, freshly initialised."""
+    return Generator(config.model, latent, snippet_dim)
+
+
+def load_checkpoint(path: str | os.PathLike[str], *, weights: str = "ema", device: str = "cpu") -> LoadedCheckpoint:
+    """Load a model for sampling.
+
+    Args:
+        path: a run's folder (its newest checkpoint is taken) or a checkpoint's.
+        weights: "ema" (averaged) or "model" (as trained last).
+        device: where to put the model.
+
+    Raises:
+        CheckpointError: none there, damaged, or the weights do not fit the stored configuration.
+    """
+    where = Path(path)
+    found = list_checkpoints(where)
+    checkpoint = where if (where / STATE).is_file() else found[-1] if found else None
+    if checkpoint is None:
+        raise CheckpointError(
+            f"no checkpoint in {where}: train one with 'gmem-gen train --bank BANK --out {where}', or give another with "
+            "--checkpoint",
+            path=where,
+        )
+    state = read_state(checkpoint)
+    try:
+        config = Config.from_mapping(state["config"])
+        model = make_model(config, LatentShape(**state["latent"]), int(state["bank"]["dim"]))
+        tensors = read_tensors(checkpoint, EMA if weights == "ema" else MODEL)
+        prefix = "module." if weights == "ema" else ""
+        model.load_state_dict({name.removeprefix(prefix): t for name, t in tensors.items() if name != "n_averaged"})
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the weights in {checkpoint} do not fit its configuration: {error}", path=checkpoint
+        ) from error
+    except GMemError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"the configuration in {checkpoint} cannot be used: {error}", path=checkpoint) from error
+    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+    return LoadedCheckpoint(
+        path=checkpoint,
+        model=model.to(device).eval(),
+        config=config,
+        bank=state["bank"],
+        step=int(state["step"]),
+        run=run,
+    )

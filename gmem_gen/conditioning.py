@@ -1,0 +1,201 @@
+"""Where the generator meets a bank, and the only place: joining rows to images, gathering snippets, masking them.
+
+Everything goes through `gmem_bank.interface`, so every manipulation of a model's memory is an operation on its bank.
+
+Shapes: N rows, M training rows, B batch, D snippet dimension.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import gmem_bank
+from gmem_bank.errors import ConfigError, EncoderMismatchError, GMemError, SourceError, UnknownKeyError, first_three
+from gmem_bank.interface import INTERFACE_VERSION, Bank, SupportsConcepts, SupportsImages
+
+
+def open_bank(path: str | os.PathLike[str]) -> Bank:
+    """Open a bank and check that it speaks this version of the interface; raises GMemError."""
+    return require_interface(gmem_bank.open(path))
+
+
+def require_interface(bank: Bank) -> Bank:
+    """Return the bank; raises GMemError where it is none, or of another major version of the interface."""
+    if not isinstance(bank, Bank):
+        raise GMemError(f"{type(bank).__name__} does not offer the Bank interface (gmem_bank.interface.Bank)")
+    if bank.interface_version[0] != INTERFACE_VERSION[0]:
+        raise GMemError(
+            f"the bank has interface {bank.interface_version}, this generator needs {INTERFACE_VERSION[0]}.x: upgrade gmem"
+        )
+    return bank
+
+
+def record_of(bank: Bank) -> dict[str, Any]:
+    """Return what a checkpoint or a result remembers of a bank."""
+    return {
+        "fingerprint": bank.fingerprint,
+        "dim": bank.dim,
+        "space": bank.space,
+        "encoder": bank.encoder.name,
+        "encoder_fingerprint": bank.encoder.fingerprint,
+        "num_rows": len(bank),
+        "num_active": len(bank.rows()),
+    }
+
+
+def require_same_memory(bank: Bank, record: Mapping[str, Any], what: str) -> None:
+    """Raise EncoderMismatchError, naming both encoders, unless a bank's snippets are those a model was trained on.
+
+    Args:
+        bank: the bank offered; its own fingerprint is free to differ, an edited bank must work.
+        record: from `record_of`, as the checkpoint stores it.
+        what: what was trained, for the message.
+    """
+    offered = (bank.encoder.fingerprint, bank.dim, bank.space)
+    if offered != (record["encoder_fingerprint"], record["dim"], record["space"]):
+        raise EncoderMismatchError(
+            f"{what} was trained on snippets of {record['encoder']} (dim {record['dim']}, {record['space']} space, "
+            f"{record['encoder_fingerprint'][:8]}), the bank holds snippets of {bank.encoder.describe()}: give a bank of the "
+            "same encoder, or train again on this one"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Join:
+    """The rows that have an image to learn from."""
+
+    rows: NDArray[np.int64]
+    """(M,) ascending."""
+    keys: list[str]
+    num_derived: int
+    """Active rows computed from other rows: nothing to learn from."""
+    missing: list[str]
+    """Keys left out because their image is gone."""
+
+
+def join_images(bank: Bank, images: str | os.PathLike[str] | None, *, allow_missing: bool) -> Join:
+    """Return the rows to train on: every active row that came from an image, inserted concepts included.
+
+    Args:
+        bank: must offer SupportsImages.
+        images: folder with the images under their keys, instead of where the provenance says they are.
+        allow_missing: leave out rows whose image is gone, instead of stopping.
+
+    Raises:
+        SourceError: images are missing (how many, which, what to do), or there is none at all.
+    """
+    if not isinstance(bank, SupportsImages):
+        raise SourceError("this bank does not know which images its rows came from, so there is nothing to train on")
+    rows = bank.image_rows()
+    missing_rows = bank.missing_images(rows, images)
+    missing = bank.keys(missing_rows)
+    if missing and not (allow_missing and len(missing) < len(rows)):
+        where = f"below {images}" if images is not None else "where the bank was built from"
+        advice = "give their folder with --images" + (
+            " or leave them out with --allow-missing" if len(missing) < len(rows) else ""
+        )
+        raise SourceError(
+            f"{len(missing)} of {len(rows)} images are not {where}, such as {first_three(missing)}: {advice}"
+        )
+    kept = rows[~np.isin(rows, missing_rows)]
+    if not len(kept):
+        raise SourceError("no active row of the bank came from an image: there is nothing to train on")
+    return Join(rows=kept, keys=bank.keys(kept), num_derived=len(bank.rows()) - len(rows), missing=missing)
+
+
+def read_image(bank: Bank, row: int, images: str | os.PathLike[str] | None) -> NDArray[np.uint8]:
+    """Return the (H, W, 3) uint8 image of a row; raises SourceError."""
+    if not isinstance(bank, SupportsImages):
+        raise SourceError("this bank does not know which images its rows came from")
+    return bank.read_image(row, images)
+
+
+def gather(bank: Bank, rows: NDArray[np.int64], device: torch.device) -> Tensor:
+    """Return the (B, D) float32 snippets of rows on a device."""
+    return torch.from_numpy(bank.snippets(rows)).to(device)
+
+
+def regularise(
+    snippets: Tensor, *, null_probability: float, dropout: float, noise: float, generator: torch.Generator
+) -> Tensor:
+    """Return snippets as training sees them.
+
+    First each sample is replaced by the null snippet (zeros) with `null_probability`, so that guidance has a null that
+    the model knows; the others get Gaussian noise and then elementwise dropout with rescale (the random masking of arXiv
+    2412.08781).
+
+    Args:
+        snippets: (B, D).
+        null_probability: 0 to 1.
+        dropout: share of elements set to zero; the rest is divided by 1 − dropout.
+        noise: standard deviation relative to each snippet's root mean square.
+        generator: CPU generator; every number drawn comes from it.
+    """
+    count = len(snippets)
+    known = torch.rand(count, 1, generator=generator) >= null_probability
+    result = snippets
+    if noise:
+        draws = torch.randn(snippets.shape, generator=generator).to(snippets.device)
+        result = result + noise * snippets.square().mean(1, keepdim=True).sqrt() * draws
+    if dropout:
+        kept = (torch.rand(snippets.shape, generator=generator) >= dropout).to(snippets.device)
+        result = result * kept / (1 - dropout)
+    return result * known.to(snippets.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What a batch of samples is conditioned on."""
+
+    rows: NDArray[np.int64]
+    """(B,) one row a sample."""
+    keys: list[str]
+    label: str
+    """A short name for files."""
+
+
+def choose_conditions(
+    bank: Bank, *, concept: str | None, keys: Sequence[str], num: int | None, per_snippet: int, seed: int
+) -> Conditions:
+    """Return the rows to sample from.
+
+    Args:
+        bank: where from.
+        concept: take its rows, in an order drawn by `seed`, again from the start when there are too few.
+        keys: or take exactly these rows, in this order.
+        num: samples wanted; None: all keys, or 16.
+        per_snippet: samples of each row, one after the other.
+        seed: for the order.
+
+    Raises:
+        UnknownKeyError: no such concept or key, or all its rows are masked.
+        ConfigError: both a concept and keys, or counts below 1.
+    """
+    if concept is not None and keys:
+        raise ConfigError("give either a concept or keys, not both")
+    if per_snippet < 1 or (num is not None and num < 1):
+        raise ConfigError("the number of samples must be at least 1")
+    if keys:
+        pool, label = bank.rows_for(keys), "keys"
+    elif concept is not None:
+        if not isinstance(bank, SupportsConcepts):
+            raise UnknownKeyError("this bank has no concepts", key=concept)
+        pool, label = bank.rows_of(concept), concept
+        if not len(pool):
+            raise UnknownKeyError(f"every row of concept {concept!r} is masked", key=concept)
+    else:
+        pool, label = bank.rows(), "random"
+    if not keys:
+        pool = np.random.Generator(np.random.PCG64(seed)).permutation(pool)
+    total = num if num is not None else (len(pool) * per_snippet if keys else 16)
+    rows = np.resize(np.repeat(pool, per_snippet), total)
+    names = bank.keys(rows) if isinstance(bank, SupportsImages) else [str(row) for row in rows]
+    return Conditions(rows=rows, keys=names, label=label)

@@ -1,0 +1,146 @@
+"""Training images: decoded and cropped once into a mapped file, then read by row number; and the order they come in.
+
+Shapes: M training images, B batch, H×W pixels, C channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+import gmem_bank
+from gmem_bank.errors import GMemError
+from gmem_bank.interface import Bank
+from gmem_gen.conditioning import Join, read_image
+from gmem_gen.config import DataConfig, ModelConfig
+
+DEFAULT_SIZE = 64
+PROBE = 256
+FLUSH_EVERY = 1024
+Progress = Callable[[int, int], None]
+
+
+def resolve_image_size(
+    bank: Bank, join: Join, images: str | os.PathLike[str] | None, config: DataConfig, model: ModelConfig
+) -> int:
+    """Return the side to train at: as configured, or 64, or less where the images are smaller.
+
+    "Smaller" is the short side of the smallest of up to 256 images spread over the rows, brought down to a multiple of
+    the patch where one is configured.
+    """
+    if config.image_size:
+        return config.image_size
+    chosen = join.rows[np.linspace(0, len(join.rows) - 1, min(PROBE, len(join.rows))).astype(np.int64)]
+    short = min(int(min(read_image(bank, int(row), images).shape[:2])) for row in chosen)
+    size = min(DEFAULT_SIZE, short)
+    patch = max(1, model.patch_size)
+    return max(patch, size - size % patch)
+
+
+def to_pixels(image: NDArray[np.uint8], size: int, channels: int) -> NDArray[np.uint8]:
+    """Return the central (size, size, C) square of an (H, W, 3) image, by the crop that encoders use; grey for C = 1."""
+    square = gmem_bank.center_crop(image, size)
+    if channels == 3:
+        return square
+    return np.asarray(Image.fromarray(square).convert("L"))[..., None]
+
+
+class PixelCache:
+    """The training images as one mapped uint8 array; derived data that can be deleted at any time.
+
+    Args:
+        folder: where the file lies.
+        bank: read through the interface.
+        join: which rows.
+        images: override of the recorded folders.
+        size: H = W.
+        channels: C.
+        progress: told images read and images in all.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        bank: Bank,
+        join: Join,
+        images: str | os.PathLike[str] | None,
+        *,
+        size: int,
+        channels: int,
+        progress: Progress,
+    ) -> None:
+        where = "" if images is None else str(Path(images).resolve())
+        digest = hashlib.sha256(json.dumps([bank.fingerprint, join.keys, where]).encode()).hexdigest()[:16]
+        path = folder / f"pixels-{size}x{channels}-{digest}.npy"
+        shape = (len(join.rows), size, size, channels)
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._fill(path, shape, bank, join, images, progress)
+        self._images: NDArray[np.uint8] = np.load(path, mmap_mode="r", allow_pickle=False)
+        if self._images.shape != shape or self._images.dtype != np.uint8:
+            raise GMemError(f"{path} is damaged: delete it and run the same command again", path=path)
+
+    def _fill(
+        self,
+        path: Path,
+        shape: tuple[int, ...],
+        bank: Bank,
+        join: Join,
+        images: str | os.PathLike[str] | None,
+        progress: Progress,
+    ) -> None:
+        partial, counter = path.with_suffix(".partial"), path.with_suffix(".count")
+        done = int(counter.read_text()) if partial.exists() and counter.exists() else 0
+        array = np.lib.format.open_memmap(
+            partial, mode="r+" if done else "w+", dtype=np.uint8, shape=None if done else shape
+        )
+        for place in range(done, shape[0]):
+            array[place] = to_pixels(read_image(bank, int(join.rows[place]), images), shape[1], shape[3])
+            if (place + 1) % FLUSH_EVERY == 0:
+                array.flush()
+                counter.write_text(str(place + 1))
+            progress(place + 1, shape[0])
+        array.flush()
+        del array
+        partial.replace(path)
+        counter.unlink(missing_ok=True)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, places: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Return (B, H, W, C) uint8 images by position in the join."""
+        return np.ascontiguousarray(self._images[places])
+
+
+class Order:
+    """Which images each step sees: a fresh permutation an epoch, decided by seed and epoch alone, so any step can be asked for.
+
+    Args:
+        num_images: M.
+        batch_size: B; where M is smaller, M.
+        seed: any integer.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, seed: int) -> None:
+        self.num_images = num_images
+        self.batch_size = min(batch_size, num_images)
+        self.steps_per_epoch = num_images // self.batch_size
+        self._seed = seed
+        self._epoch = -1
+        self._permutation = np.zeros(0, np.int64)
+
+    def batch(self, step: int) -> NDArray[np.int64]:
+        """Return the (B,) positions of a step; the last M mod B images of each epoch's permutation wait for another epoch."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._seed & 0xFFFFFFFF, epoch])))
+            self._epoch, self._permutation = epoch, rng.permutation(self.num_images)
+        return self._permutation[place * self.batch_size : (place + 1) * self.batch_size]

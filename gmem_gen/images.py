@@ -1,0 +1,85 @@
+"""Writing samples: a grid to look at, single images for programs, a JSON that says how they were made.
+
+Shapes: B images, H×W pixels, C channels.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from gmem_bank.errors import WriteError
+
+GAP = 2
+
+
+def make_grid(images: NDArray[np.uint8], columns: int | None = None, *, min_cell: int = 64) -> Image.Image:
+    """Return images side by side on white, small ones enlarged by whole pixels.
+
+    Args:
+        images: (B, H, W, C) uint8, C 1 or 3.
+        columns: images in a row; None: about square.
+        min_cell: least side of a cell in pixels.
+    """
+    count, height, width, channels = images.shape
+    across = columns or math.ceil(math.sqrt(count))
+    down = math.ceil(count / across)
+    factor = max(1, math.ceil(min_cell / width))
+    cell_height, cell_width = height * factor, width * factor
+    sheet = np.full((down * (cell_height + GAP) + GAP, across * (cell_width + GAP) + GAP, 3), 255, np.uint8)
+    for index, image in enumerate(images):
+        row, column = divmod(index, across)
+        top, left = GAP + row * (cell_height + GAP), GAP + column * (cell_width + GAP)
+        big = image.repeat(factor, 0).repeat(factor, 1)
+        sheet[top : top + cell_height, left : left + cell_width] = big if channels == 3 else big.repeat(3, 2)
+    return Image.fromarray(sheet)
+
+
+def to_image(pixels: NDArray[np.uint8]) -> Image.Image:
+    """Return an (H, W, C) array as an image, grey for C = 1."""
+    return Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0])
+
+
+def write_samples(
+    images: NDArray[np.uint8],
+    record: dict[str, Any],
+    grid: Path,
+    *,
+    columns: int | None = None,
+    folder: Path | None = None,
+) -> list[Path]:
+    """Write a grid PNG with a JSON beside it and, where a folder is given, every image as a PNG of its own.
+
+    Raises:
+        WriteError: the disk refused.
+    """
+    written = [grid, grid.with_suffix(".json")]
+    try:
+        grid.parent.mkdir(parents=True, exist_ok=True)
+        _replace(grid, lambda path: make_grid(images, columns).save(path, format="PNG"))
+        text = json.dumps(record, indent=1, ensure_ascii=False)
+        _replace(written[1], lambda path: path.write_text(text, encoding="utf-8"))
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            for index, pixels in enumerate(images):
+                written.append(folder / f"{index:06d}.png")
+                to_image(pixels).save(written[-1])
+    except OSError as error:
+        raise WriteError(f"could not write samples to {grid.parent}: {error.strerror or error}", path=grid) from error
+    return written
+
+
+def _replace(path: Path, write: Any) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,177 @@
+"""The parts of the transformer. Parameter names and arithmetic follow the published LightningDiT, so that its weights fit.
+
+Shapes: B batch, T tokens, E width, H heads, F head dimension (E/H), h·w token grid.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+TIME_FREQUENCIES = 128
+NORM_EPSILON = 1e-6
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight, computed in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (…, E) normalised over the last axis, in the dtype of x."""
+        values = x.float()
+        unit = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + NORM_EPSILON)
+        return unit.type_as(x) * self.weight
+
+
+def make_norm(width: int, *, rms: bool) -> nn.Module:
+    """Return RMSNorm with a weight, or LayerNorm without parameters."""
+    return RMSNorm(width) if rms else nn.LayerNorm(width, elementwise_affine=False, eps=NORM_EPSILON)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sine-cosine features of t in [0, 1], unscaled, through a two-layer MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(2 * TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        frequencies = torch.exp(
+            -math.log(10_000.0) * torch.arange(TIME_FREQUENCIES, dtype=torch.float32) / TIME_FREQUENCIES
+        )
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.frequencies: Tensor
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Return (B, E) for (B,) times: cosines first, then sines."""
+        angles = t.float()[:, None] * self.frequencies
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        embedded: Tensor = self.mlp(features.to(next(self.mlp.parameters()).dtype))
+        return embedded
+
+
+class PatchEmbed(nn.Module):
+    """A convolution whose stride is its size."""
+
+    def __init__(self, channels: int, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, T, E) for (B, C, H, W)."""
+        tokens: Tensor = self.proj(x)
+        return tokens.flatten(2).transpose(1, 2)
+
+
+def position_table(grid: int, width: int) -> Tensor:
+    """Return the fixed (1, T, E) table: first half of the width for the column, second for the row, each sines then cosines.
+
+    Args:
+        grid: tokens a side.
+        width: E, a multiple of 4.
+    """
+    quarter = width // 4
+    omega = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
+    columns, rows = axis.repeat(grid, 1), axis.repeat_interleave(grid, dim=0)
+    return torch.cat([columns, rows], dim=1).float()[None]
+
+
+def rope_tables(grid: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Return the (T, F) cosines and sines of the 2-D rotary embedding (Su et al. 2021, arXiv 2104.09864).
+
+    The first half of F turns with the row, the second with the column; each frequency serves a neighbouring pair.
+    """
+    half = head_dim // 2
+    frequencies = 10_000.0 ** (-torch.arange(0, half, 2, dtype=torch.float64) / half)
+    angles = (torch.arange(grid, dtype=torch.float64)[:, None] * frequencies).repeat_interleave(2, dim=1)
+    rows = angles[:, None, :].expand(grid, grid, half)
+    columns = angles[None, :, :].expand(grid, grid, half)
+    table = torch.cat([rows, columns], dim=-1).reshape(grid * grid, head_dim)
+    return table.cos().float(), table.sin().float()
+
+
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Return (B, H, T, F) turned by the tables: (x₁, x₂) → (x₁cos − x₂sin, x₂cos + x₁sin) for neighbouring pairs."""
+    first, second = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
+    turned = torch.stack([-second, first], dim=-1).flatten(-2)
+    return x * cosines.to(x.dtype) + turned * sines.to(x.dtype)
+
+
+class RotaryEmbedding(nn.Module):
+    """The rotary tables, stored with the weights as the published model does."""
+
+    def __init__(self, grid: int, head_dim: int) -> None:
+        super().__init__()
+        cosines, sines = rope_tables(grid, head_dim)
+        self.register_buffer("freqs_cos", cosines)
+        self.register_buffer("freqs_sin", sines)
+        self.freqs_cos: Tensor
+        self.freqs_sin: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return queries or keys (B, H, T, F), turned."""
+        return rotate(x, self.freqs_cos, self.freqs_sin)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, width: int, num_heads: int, *, qk_norm: bool, rms: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = make_norm(width // num_heads, rms=rms) if qk_norm else nn.Identity()
+        self.k_norm = make_norm(width // num_heads, rms=rms) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rope: RotaryEmbedding | None) -> Tensor:
+        """Return (B, T, E)."""
+        qkv: Tensor = self.qkv(x)
+        q, k, v = qkv.view(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rope(q), rope(k)
+        mixed = functional.scaled_dot_product_attention(q, k, v)
+        output: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
+        return output
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(a)·b) with [a, b] = w12(x) (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, T, E)."""
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        output: Tensor = self.w3(functional.silu(gate) * value)
+        return output
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (tanh), Linear."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, T, E)."""
+        output: Tensor = self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))
+        return output
+
+
+def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
+    """Return x·(1 + scale) + shift, with (B, E) shift and scale for (B, T, E) x."""
+    scaled = x * (1 + scale[:, None])
+    return scaled if shift is None else scaled + shift[:, None]

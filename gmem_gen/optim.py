@@ -1,0 +1,48 @@
+"""Optimizer, learning rate and averaged weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from gmem_gen.config import TrainConfig
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Return AdamW over all parameters (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+    )
+
+
+def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
+    """Return the learning rate of a step (0-based): linear warm-up, then constant or cosine to 0 at `total_steps`."""
+    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    if config.schedule == "constant":
+        return config.learning_rate * warm
+    span = max(1, total_steps - config.warmup_steps)
+    progress = min(1.0, max(0, step - config.warmup_steps) / span)
+    return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_average(model: nn.Module, decay: float) -> AveragedModel:
+    """Return the exponential moving average of a model's weights.
+
+    Args:
+        model: followed.
+        decay: approached from below as (1 + n) / (10 + n) after n updates, so that short trainings average what they can.
+    """
+
+    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
+        n = int(count)
+        weight = 1.0 - min(decay, (1 + n) / (10 + n))
+        torch._foreach_lerp_(list(averaged), list(current), weight)
+
+    return AveragedModel(model, multi_avg_fn=update)

@@ -1,0 +1,136 @@
+"""A training run's folder: what is in it, whether a training may go on in it, and its log.
+
+RUN/.gmem-run  run.json  config.toml  log.jsonl  checkpoints/  cache/  samples/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gmem_bank
+from gmem_bank.errors import CheckpointError, ConfigError, WriteError
+from gmem_bank.interface import Bank
+from gmem_gen import checkpoint as checkpoints
+from gmem_gen import conditioning
+from gmem_gen.config import Config
+
+# What may differ between the parts of one training: where it stops, where it runs, how often it reports.
+FREE_SETTINGS = frozenset(
+    f"train.{name}"
+    for name in (
+        "epochs",
+        "max_steps",
+        "max_minutes",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_every",
+        "device",
+        "num_threads",
+    )
+) | {"data.allow_missing"}
+BUDGET_SETTINGS = frozenset({"train.epochs", "train.max_steps"})
+
+
+def default_run(bank_path: str | os.PathLike[str]) -> Path:
+    """Return `runs/<bank stem>`: where `train` writes and `sample` looks."""
+    return Path("runs") / Path(bank_path).stem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumption:
+    """Where a training goes on."""
+
+    checkpoint: Path | None
+    step: int
+    elapsed: float
+    """Seconds of training so far."""
+
+
+def prepare(run: Path) -> None:
+    """Make the folder and mark it, so that `gmem-bank build` does not take samples for images; raises WriteError."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / gmem_bank.RUN_MARKER).touch()
+    except OSError as error:
+        raise WriteError(
+            f"could not make the run's folder {run}: {error.strerror}: choose another with --out", path=run
+        ) from error
+
+
+def find_resumption(run: Path, config: Config, bank: Bank, *, keys_digest: str, accept_bank_change: bool) -> Resumption:
+    """Return where to go on, after making sure that this is the same training.
+
+    Raises:
+        ConfigError: settings differ that a training cannot change on its way.
+        EncoderMismatchError: the bank has another encoder.
+        CheckpointError: the bank was edited and `accept_bank_change` is False, or the checkpoint is damaged.
+    """
+    found = checkpoints.list_checkpoints(run)
+    if not found:
+        return Resumption(checkpoint=None, step=0, elapsed=0.0)
+    state = checkpoints.read_state(found[-1])
+    conditioning.require_same_memory(bank, state["bank"], f"the training in {run}")
+    _require_same_settings(run, state["config"], config)
+    if not accept_bank_change and (
+        state["bank"]["fingerprint"] != bank.fingerprint or state["keys_digest"] != keys_digest
+    ):
+        raise CheckpointError(
+            f"the bank has changed since the training in {run} stopped at step {state['step']} "
+            f"({state['bank']['num_rows']} rows then, {len(bank)} now). A trained generator works with the edited bank: "
+            "just sample. To go on training on the edited bank give --accept-bank-change; to start anew choose another --out",
+            path=run,
+        )
+    return Resumption(checkpoint=found[-1], step=int(state["step"]), elapsed=float(state["elapsed"]))
+
+
+def _require_same_settings(run: Path, stored: dict[str, Any], config: Config) -> None:
+    now = config.to_json()
+    free = FREE_SETTINGS if now["train"]["schedule"] == "constant" else FREE_SETTINGS - BUDGET_SETTINGS
+    changed = [
+        f"{section}.{name} was {stored.get(section, {}).get(name)!r}, is {value!r}"
+        for section, values in now.items()
+        for name, value in values.items()
+        if f"{section}.{name}" not in free and stored.get(section, {}).get(name) != value
+    ]
+    if changed:
+        raise ConfigError(
+            f"the training in {run} has other settings: {'; '.join(changed[:4])}. Repeat its command to go on with it, or "
+            "choose another --out",
+            path=run,
+        )
+
+
+class Log:
+    """log.jsonl: one JSON object a line, cut back to the checkpoint when a training goes on.
+
+    Args:
+        run: the run's folder.
+        step: lines past this step are dropped: they will be written again.
+    """
+
+    def __init__(self, run: Path, step: int) -> None:
+        path = run / "log.jsonl"
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if int(json.loads(line)["step"]) <= step:
+                        kept.append(line + "\n")
+                except (ValueError, KeyError, TypeError):
+                    continue  # the last line of a killed run may be cut
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(path)
+        self._stream = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a line."""
+        self._stream.write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()

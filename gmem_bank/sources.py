@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -213,6 +214,15 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
         raise SourceError(f"{where}: {error}", path=where) from error.__cause__
 
 
+@cache
+def _formats() -> tuple[str, ...]:
+    """Return those of FORMATS that this Pillow can read; its plug-ins have to be loaded before they may be named."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Decode the bytes of an image file; see `read_image`."""
     import warnings
@@ -224,7 +234,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uin
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of oddities that decode well; failures raise
-            with Image.open(BytesIO(data), formats=list(FORMATS)) as image:
+            with Image.open(BytesIO(data), formats=_formats()) as image:
                 if image.width * image.height > max_pixels:
                     raise SourceError(f"{image.width}×{image.height} is more than {max_pixels:,} pixels")
                 return np.array(_to_rgb(image), np.uint8)

@@ -7,8 +7,7 @@ import errno
 import fcntl
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -143,35 +142,3 @@ def _same_inode(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
-
-
-def copy_range(
-    source: BinaryIO, begin: int, end: int, write: Callable[[bytes], object], *, step: int = 1 << 22
-) -> None:
-    """Copy bytes [begin, end) of an open file through `write`, a few MiB at a time."""
-    source.seek(begin)
-    left = end - begin
-    while left:
-        block = source.read(min(step, left))
-        if not block:
-            raise OSError(errno.EIO, f"the file ended {left} bytes early while it was copied")
-        write(block)
-        left -= len(block)
-
-
-@contextlib.contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """Fill a temporary folder beside `path` and, if the block ends well, rename it to `path`, which must not exist."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary
-        sync_folder(temporary)
-        temporary.rename(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise explain(error, path) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

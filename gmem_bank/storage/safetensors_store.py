@@ -9,6 +9,7 @@ import hashlib
 import json
 import mmap
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from gmem_bank.errors import BankNotFoundError, CorruptError, FormatError, GMemE
 from gmem_bank.storage import atomic, container, schema
 from gmem_bank.storage.container import Container, Entry
 
+BLOCK_BYTES = 4 << 20
 NUMPY_DTYPE = {
     "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1",
     "I8": "i1", "BOOL": "?", "F64": "<f8", "I32": "<i4", "I16": "<i2",
@@ -41,21 +43,23 @@ class StoredBank:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            self.container = _read_container(self.path)
+            # The descriptor is held: a bank that is replaced later stays, for whoever has it open, the one it was.
+            self._descriptor = _open(self.path)
+            weakref.finalize(self, os.close, self._descriptor)
+            self.container = _read_container(self._descriptor)
             self.header = _read_header(self.container)
             schema.check_entries(self.header, self.container.entries)
         except GMemError as error:
             if error.path is None:
                 error.path = self.path
-                error.args = (f"{self.path}: {error.message}.{_advice(error)}",)
-                error.message = str(error.args[0])
+                error.message = f"{self.path}: {error.message}.{_advice(error)}"
             raise
         self._map: mmap.mmap | None = None
 
     @property
     def num_bytes(self) -> int:
         """Size of the file in bytes."""
-        return self.path.stat().st_size
+        return os.fstat(self._descriptor).st_size
 
     def __contains__(self, name: str) -> bool:
         return name in self.container.entries
@@ -76,13 +80,13 @@ class StoredBank:
     def blocks(self, name: str) -> Iterator[bytes]:
         """Yield an entry's bytes without mapping it."""
         entry = self.container.entries[name]
-        blocks: list[bytes] = []
-        with self.path.open("rb") as stream:
-            start, step = self.container.data_start, 1 << 22
-            for begin in range(entry.begin, entry.end, step):
-                blocks.clear()
-                atomic.copy_range(stream, start + begin, start + min(begin + step, entry.end), blocks.append)
-                yield from blocks
+        position, end = self.container.data_start + entry.begin, self.container.data_start + entry.end
+        while position < end:
+            block = os.pread(self._descriptor, min(BLOCK_BYTES, end - position), position)
+            if not block:
+                raise CorruptError(f"{self.path} was cut short after it was opened", path=self.path, tensor=name)
+            position += len(block)
+            yield block
 
     def payload(self, name: str) -> Payload:
         """Return an entry ready to be copied into another file, its hash taken over."""
@@ -93,10 +97,7 @@ class StoredBank:
 
     def _mapped(self) -> mmap.mmap:
         if self._map is None:
-            with self.path.open("rb") as stream:
-                if os.fstat(stream.fileno()).st_size < self.container.data_start:
-                    raise CorruptError(f"{self.path} changed after it was opened: open it again", path=self.path)
-                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            self._map = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
         return self._map
 
 
@@ -106,14 +107,11 @@ def _advice(error: GMemError) -> str:
     return ""
 
 
-def _read_container(path: Path) -> Container:
-    if path.is_dir():
-        raise FormatError(f"{path} is a folder, not a bank file", path=path)
+def _open(path: Path) -> int:
     try:
-        with path.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            length = container.header_bytes_of(stream.read(container.PREFIX_BYTES), size)
-            return container.parse(stream.read(length), size)
+        if path.is_dir():
+            raise FormatError(f"{path} is a folder, not a bank file", path=path)
+        return os.open(path, os.O_RDONLY)
     except FileNotFoundError as error:
         raise BankNotFoundError(
             f"no bank at {path}: build one with 'gmem-bank build SOURCE -o {path}', or name another with --bank",
@@ -121,6 +119,12 @@ def _read_container(path: Path) -> Container:
         ) from error
     except OSError as error:
         raise FormatError(f"could not read {path}: {error.strerror or error}", path=path) from error
+
+
+def _read_container(descriptor: int) -> Container:
+    size = os.fstat(descriptor).st_size
+    length = container.header_bytes_of(os.pread(descriptor, container.PREFIX_BYTES, 0), size)
+    return container.parse(os.pread(descriptor, length, container.PREFIX_BYTES), size)
 
 
 def _read_header(parsed: Container) -> schema.Header:

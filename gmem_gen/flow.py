@@ -112,11 +112,22 @@ def heun(field: Field, x_0: Tensor, times: Tensor) -> Solution:
 SOLVERS: dict[str, Callable[[Field, Tensor, Tensor], Solution]] = {"euler": euler, "heun": heun}
 
 
-def time_grid(num_steps: int) -> Tensor:
-    """Return (num_steps + 1,) equally spaced times from 0 to 1."""
+def time_grid(num_steps: int, shift: float = 1.0) -> Tensor:
+    """Return (num_steps + 1,) times from 0 to 1.
+
+    Args:
+        num_steps: steps between them.
+        shift: s of t ← s·t / (1 + (s − 1)·t) (arXiv 2403.03206); 1 is equally spaced, below 1 is denser near the noise.
+
+    Raises:
+        ConfigError: no step, or a shift that is not positive.
+    """
+    if not shift > 0:
+        raise ConfigError(f"timestep shift must be positive, got {shift}", key="timestep_shift")
     if num_steps < 1:
         raise ConfigError(f"steps must be at least 1, got {num_steps}", key="steps")
-    return torch.linspace(0.0, 1.0, num_steps + 1)
+    t = torch.linspace(0.0, 1.0, num_steps + 1)
+    return shift * t / (1 + (shift - 1) * t)
 
 
 def guided(

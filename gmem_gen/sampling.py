@@ -44,6 +44,8 @@ class SampleConfig:
     """Guidance from this t on; before it the conditional velocity."""
     guidance_end: float = 1.0
     """Guidance up to this t; after it the null velocity, as published."""
+    timestep_shift: float = 1.0
+    """1: equal steps; below 1: shorter steps near the noise (the published 0.3)."""
     seed: int = 0
     """Of the first sample; sample i is decided by (seed, i)."""
     batch_size: int = 64
@@ -58,6 +60,8 @@ class SampleConfig:
             raise ConfigError(f"steps and batch size must be at least 1, got {self.num_steps} and {self.batch_size}")
         if not (math.isfinite(self.guidance) and self.guidance >= 0):
             raise ConfigError(f"guidance must be 0 or more, got {self.guidance}")
+        if not self.timestep_shift > 0:
+            raise ConfigError(f"timestep shift must be positive, got {self.timestep_shift}")
         if not 0 <= self.guidance_start <= self.guidance_end <= 1:
             raise ConfigError(f"guidance interval must lie in 0 to 1, got {self.guidance_start} to {self.guidance_end}")
 
@@ -110,7 +114,7 @@ def sample(
     model = checkpoint.model
     latent, device = model.latent, next(model.parameters()).device
     tokenizer = PixelTokenizer(latent.size, latent.channels)
-    solver, times = flow.SOLVERS[wanted.solver], flow.time_grid(wanted.num_steps).to(device)
+    solver, times = flow.SOLVERS[wanted.solver], flow.time_grid(wanted.num_steps, wanted.timestep_shift).to(device)
     images, nfe, total = [], 0, len(conditions.rows)
 
     def velocity(x_t: Tensor, t: Tensor, snippets: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +29,19 @@ settings.register_profile(
 settings.load_profile("default")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def hub_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep the hub client, which reads its environment once, offline and away from the user's cache."""
+    home = tmp_path_factory.mktemp("hf-home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(home))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield home
+
+
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf-home"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture
@@ -107,9 +115,10 @@ def make_bank(tmp_path: Path) -> BankMaker:
 
 
 @pytest.fixture
-def hf_cache(tmp_path: Path) -> Path:
-    """A hub cache that holds a small random DINOv2 as facebook/dinov2-base; returns the snapshot's folder."""
-    return make_hub_cache(tmp_path / "hf-home")
+def hf_cache(hub_home: Path) -> Iterator[Path]:
+    """A hub cache that holds a small random DINOv2 as facebook/dinov2-base; gives the snapshot's folder."""
+    yield make_hub_cache(hub_home)
+    shutil.rmtree(hub_home / "hub")
 
 
 def make_hub_cache(home: Path, repository: str = "facebook/dinov2-base") -> Path:

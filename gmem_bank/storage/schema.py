@@ -84,7 +84,8 @@ class Header:
 
     def to_json(self) -> str:
         """Return the canonical JSON text: equal banks, equal bytes."""
-        return canonical_json({**self._record(), "fingerprint": self.fingerprint})
+        record = {**self._record(), "fingerprint": self.fingerprint}
+        return canonical_json({**record, "checksum": sha256_of(record)})
 
 
 def parse_header(record: Json) -> Header:
@@ -102,15 +103,14 @@ def parse_header(record: Json) -> Header:
             f"the bank has format version {version[0]}.{version[1]}, this gmem reads {VERSION[0]}.x: "
             "upgrade with 'pip install -U gmem'"
         )
-    known = {f.name for f in dataclasses.fields(Header)} - {"extras", "version"} | {
-        "format",
-        "version",
-        "num_rows",
-        "fingerprint",
-    }
+    own = {f.name for f in dataclasses.fields(Header)} - {"extras"}
+    known = own | {"format", "num_rows", "fingerprint", "checksum"}
     missing = sorted(known - set(record))
     if missing:
         raise FormatError(f"the bank's header lacks {missing}")
+    rest = {name: value for name, value in record.items() if name != "checksum"}
+    if record["checksum"] != sha256_of(rest):
+        raise CorruptError("the bank's header does not match its checksum: it was changed or damaged")
     header = Header(
         version=version,
         kind=_one_of(record, "kind", KINDS),
@@ -139,7 +139,7 @@ def _check_header(header: Header, record: Mapping[str, Json]) -> None:
     if (header.encoder.dim, header.encoder.space) != (header.dim, header.space):
         raise CorruptError("the encoder's dimension and space differ from the bank's")
     if record["fingerprint"] != header.fingerprint:
-        raise CorruptError("the bank's fingerprint does not match its header: the header was changed or damaged")
+        raise CorruptError("the bank's fingerprint does not match its header: whatever wrote it is at fault")
 
 
 def _pair(value: Json) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import pytest
 
 from gmem_bank.bank import open as open_bank
 from gmem_bank.errors import BankNotFoundError, CorruptError, FormatError, FormatVersionError, LockedError, WriteError
-from gmem_bank.provenance import canonical_json
+from gmem_bank.provenance import sha256_of
 from gmem_bank.storage import Payload, atomic, write
 from gmem_bank.storage.safetensors_store import StoredBank
 from gmem_bank.storage.schema import parse_header
@@ -67,16 +67,46 @@ def test_a_newer_major_version_says_what_to_do(make_bank: BankMaker) -> None:
         parse_header({**record, "version": [2, 0]})
 
 
-@pytest.mark.parametrize(
-    "field", ["kind", "space", "dim", "num_rows", "segments", "encoder", "concepts", "fingerprint"]
-)
+FIELDS = [
+    "kind",
+    "space",
+    "dim",
+    "num_rows",
+    "segments",
+    "encoder",
+    "sources",
+    "concepts",
+    "history",
+    "hashes",
+    "fingerprint",
+]
+
+
+def signed(record: dict) -> dict:
+    """A header record whose fingerprint and checksum fit, as a faulty writer would leave it."""
+    record = {name: value for name, value in record.items() if name not in ("fingerprint", "checksum")}
+    record["fingerprint"] = sha256_of({name: value for name, value in record.items() if name != "history"})
+    return {**record, "checksum": sha256_of(record)}
+
+
+@pytest.mark.parametrize("field", FIELDS)
 def test_a_header_field_changed_by_hand_is_refused(make_bank: BankMaker, field: str) -> None:
-    """No field can be changed without the reader noticing."""
+    """No field can be changed without the reader noticing, even the history, which the fingerprint leaves out."""
     record = json.loads(make_bank().header.to_json())
-    for value in (None, -1, 2**60, "x", ["x"], [], {}):
-        if canonical_json(record[field]) != canonical_json(value):
-            with pytest.raises(FormatError):
-                parse_header({**record, field: value})
+    with pytest.raises(CorruptError, match="checksum"):
+        parse_header({**record, field: "changed"})
+
+
+@pytest.mark.parametrize("field", FIELDS[:-1])
+@pytest.mark.parametrize("value", [None, -1, True, 2**60, "x", ["x"], [None], [{}], {"a": 1}])
+def test_a_header_that_cannot_be_is_refused_though_its_hashes_fit(
+    make_bank: BankMaker, field: str, value: object
+) -> None:
+    """Wrong types and impossible values raise our error, never another."""
+    record = json.loads(make_bank().header.to_json())
+    if (field, value) != ("concepts", ["x"]):  # a list of names is what it should be; the entries then disagree
+        with pytest.raises(FormatError):
+            parse_header(signed({**record, field: value}))
 
 
 class FullDisk:

@@ -1,0 +1,64 @@
+"""GMem's preprocessing, pixel for pixel."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+
+from gmem_bank.encoders.preprocess import center_crop, gmem_preprocessing, to_input
+from gmem_bank.sources import read_image
+from tests.conftest import DATA, SHARED
+
+GOLDEN = load_file(DATA / "preprocess.safetensors")
+
+
+def picture(index: int) -> np.ndarray:
+    if index < 3:
+        return read_image(DATA / f"preprocess_{index}.jpg")
+    enlarged = Image.fromarray(read_image(DATA / "preprocess_0.jpg")).resize((1600, 1200), Image.Resampling.BICUBIC)
+    return np.asarray(enlarged)
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_crop_and_network_input_equal_the_published_ones(index: int) -> None:
+    """The crop is equal to the byte; the network's input to 1e-5 (sampled at 4096 places)."""
+    crop = center_crop(picture(index), 256)
+    np.testing.assert_array_equal(crop, GOLDEN[f"{index}.crop_u8"])
+    values = to_input(torch.from_numpy(crop)[None], gmem_preprocessing())[0].numpy()
+    assert values.shape == (3, 224, 224)
+    sampled = values.reshape(-1)[GOLDEN[f"{index}.places"]]
+    assert np.abs(sampled - GOLDEN[f"{index}.encoder_in"]).max() <= 1e-5
+
+
+def test_every_pixel_equals_the_published_one_where_the_whole_vectors_are_at_hand() -> None:
+    """With the reference folder beside the checkout, all 4 × 150,528 values are compared; without it, the sample above stands."""
+    path = SHARED / "golden" / "preprocess.safetensors"
+    whole = load_file(path) if path.exists() else {}
+    for index in range(4 if whole else 0):
+        crop = torch.from_numpy(center_crop(picture(index), 256))[None]
+        assert np.abs(to_input(crop, gmem_preprocessing())[0].numpy() - whole[f"{index}.encoder_in"]).max() <= 1e-5
+    assert len(json.dumps(gmem_preprocessing())) > 50
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [(8, 8, 32), (300, 257, 256), (257, 300, 256), (511, 2000, 256), (1, 50, 16), (64, 64, 64)],
+)
+def test_any_size_gives_the_asked_square(height: int, width: int, size: int) -> None:
+    """Small images are enlarged, long ones cropped; a constant image stays constant."""
+    crop = center_crop(np.full((height, width, 3), 77, np.uint8), size)
+    assert crop.shape == (size, size, 3)
+    assert (crop == 77).all()
+
+
+def test_the_crop_is_central() -> None:
+    """A mark in the middle stays in the middle."""
+    image = np.zeros((100, 301, 3), np.uint8)
+    image[:, 150] = 255
+    crop = center_crop(image, 100)
+    assert crop[50, :, 0].argmax() == 50

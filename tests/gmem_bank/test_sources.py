@@ -1,0 +1,152 @@
+"""Sources: one order, every file accounted for, pixels as a person would see them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gmem_bank.errors import SourceError
+from gmem_bank.sources import decode_image, list_folder, read_image
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format=kind, **options)
+    return stream.getvalue()
+
+
+GRADIENT = np.stack(np.meshgrid(np.arange(32) * 8, np.arange(16) * 16), axis=-1).astype(np.uint8)
+RGB = np.concatenate([GRADIENT, 255 - GRADIENT[..., :1]], axis=-1)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "TGA", "QOI"])
+def test_lossless_formats_decode_to_their_pixels(kind: str) -> None:
+    """What was written is what is read."""
+    np.testing.assert_array_equal(decode_image(saved(Image.fromarray(RGB), kind)), RGB)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    """Each of the eight orientations shows the upright picture."""
+    turns = {1: [], 2: [0], 3: [3], 4: [1], 5: [5], 6: [4], 7: [6], 8: [2]}
+    undo = {0: 0, 1: 1, 3: 3, 5: 5, 6: 6, 4: 2, 2: 4}
+    image = Image.fromarray(RGB)
+    for turn in turns[orientation]:
+        image = image.transpose(Image.Transpose(undo[turn]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    np.testing.assert_array_equal(decode_image(saved(image, "PNG", exif=exif)), RGB)
+
+
+def test_transparency_is_laid_over_white() -> None:
+    """Not over black, and not whatever colour lies under it."""
+    alpha = np.zeros((2, 3, 4), np.uint8)
+    alpha[0, 0] = (200, 0, 0, 255)
+    alpha[0, 1] = (0, 0, 0, 128)
+    rgb = decode_image(saved(Image.fromarray(alpha), "PNG"))
+    assert rgb[0, 0].tolist() == [200, 0, 0]
+    assert rgb[0, 1].tolist() == [127, 127, 127]
+    assert (rgb[1] == 255).all()
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8), "L").convert("P")
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    rgb = decode_image(saved(palette, "PNG", transparency=1))
+    assert rgb[0].tolist() == [[10, 20, 30], [255, 255, 255]]
+
+
+def test_16_bit_grey_is_scaled_not_clipped() -> None:
+    """65535 is white, half of it mid-grey."""
+    samples = np.array([[0, 32768, 65535, 257]], np.uint16)
+    rgb = decode_image(saved(Image.fromarray(samples), "PNG"))
+    assert rgb[0, :, 0].tolist() == [0, 128, 255, 1]
+
+
+def test_grey_palette_cmyk_and_1_bit_become_rgb() -> None:
+    """All modes give three channels of the right colour."""
+    grey = Image.fromarray(GRADIENT[..., 0])
+    np.testing.assert_array_equal(decode_image(saved(grey, "PNG")), np.repeat(GRADIENT[..., :1], 3, axis=2))
+    ones = Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1")
+    assert decode_image(saved(ones, "PNG"))[0].tolist() == [[0, 0, 0], [255, 255, 255]]
+    red = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    assert np.abs(decode_image(saved(red, "TIFF"))[4, 4].astype(int) - [255, 0, 0]).max() <= 2
+
+
+def test_of_an_animation_the_first_frame_is_taken() -> None:
+    """A GIF of two frames gives its first."""
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    data = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert decode_image(data)[0, 0].tolist() == [255, 0, 0]
+
+
+def test_what_cannot_be_decoded_says_why() -> None:
+    """Empty, foreign, cut and oversized images raise our error with the reason."""
+    data = saved(Image.fromarray(RGB), "PNG")
+    for broken, reason in (
+        (b"", "empty"),
+        (b"GIF89a", "not a readable"),
+        (data[:60], "not a readable"),
+        (b"%PDF-1.4 xx", "not a readable"),
+    ):
+        with pytest.raises(SourceError, match=reason):
+            decode_image(broken)
+    with pytest.raises(SourceError, match="more than 100 pixels"):
+        decode_image(data, max_pixels=100)
+
+
+def test_listing_is_sorted_recursive_and_accounts_for_every_file(tmp_path: Path) -> None:
+    """Order is by key bytes; hidden, foreign and dangling files are not taken; nothing else is lost."""
+    for name in (
+        "b/2.png",
+        "a-b/1.jpg",
+        "a/1.jpg",
+        "B.PNG",
+        "a/.hidden.png",
+        ".git/x.png",
+        "a/readme.md",
+        "z/deep/er/q.webp",
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "nothing")
+    listing = list_folder(tmp_path, prefix="new/")
+    assert [item.key for item in listing.items] == [
+        "new/B.PNG",
+        "new/a-b/1.jpg",
+        "new/a/1.jpg",
+        "new/b/2.png",
+        "new/z/deep/er/q.webp",
+    ]
+    assert {skipped.path for skipped in listing.ignored} == {"a/readme.md", "dangling.png"}
+
+
+def test_listing_digest_follows_names_and_sizes_not_times(tmp_path: Path) -> None:
+    """A touched file changes nothing; a changed size or name does."""
+    import os
+
+    (tmp_path / "a.png").write_bytes(b"123")
+    digest = list_folder(tmp_path).digest
+    os.utime(tmp_path / "a.png", (1, 1))
+    assert list_folder(tmp_path).digest == digest
+    (tmp_path / "a.png").write_bytes(b"1234")
+    assert list_folder(tmp_path).digest != digest
+
+
+def test_a_file_name_that_is_not_unicode_is_listed_not_fatal(tmp_path: Path) -> None:
+    """Keys are UTF-8, so such a file is passed over with the reason."""
+    (tmp_path / "good.png").write_bytes(b"x")
+    with open(bytes(tmp_path) + b"/bad\xff.png", "wb") as stream:  # noqa: PTH123 - a path of bytes
+        stream.write(b"x")
+    listing = list_folder(tmp_path)
+    assert len(listing.items) == 1
+    assert listing.ignored[0].path == "bad\\udcff.png"
+    assert "Unicode" in listing.ignored[0].reason
+
+
+def test_read_image_names_the_path(tmp_path: Path) -> None:
+    """An absent file is named."""
+    with pytest.raises(SourceError, match=r"gone\.png: No such file"):
+        read_image(tmp_path / "gone.png")

@@ -1,0 +1,163 @@
+"""The network: the published numbers, and the laws of its parts."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gmem_bank.errors import ConfigError
+from gmem_gen.config import MODEL_PRESETS, ModelConfig
+from gmem_gen.flow import guided
+from gmem_gen.layers import RMSNorm, position_table, rope_tables, rotate
+from gmem_gen.model import Generator, LatentShape, auto_patch_size, num_parameters
+from tests.conftest import DATA, SHARED
+
+
+def published(folder, case: str) -> tuple[Generator, dict, dict]:
+    """A generator with the published weights, the vectors, and their description."""
+    vectors = load_file(folder / f"lightningdit_{case}.safetensors")
+    facts = json.loads((folder / f"lightningdit_{case}.json").read_text())
+    kwargs = facts["class_kwargs"]
+    config = ModelConfig(
+        width=kwargs["hidden_size"],
+        depth=kwargs["depth"],
+        num_heads=kwargs["num_heads"],
+        patch_size=kwargs["patch_size"],
+        mlp_ratio=kwargs["mlp_ratio"],
+        use_rope=kwargs["use_rope"],
+        use_swiglu=kwargs["use_swiglu"],
+        use_rmsnorm=kwargs["use_rmsnorm"],
+        use_qk_norm=kwargs["use_qknorm"],
+        use_shift=not kwargs["wo_shift"],
+    )
+    model = Generator(config, LatentShape(channels=kwargs["in_channels"], size=kwargs["input_size"]), 768)
+    state = {name.removeprefix("state."): value for name, value in vectors.items() if name.startswith("state.")}
+    for name in ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"):
+        torch.testing.assert_close(model.state_dict()[name], state[name], atol=1e-6, rtol=0)
+    model.load_state_dict(state)
+    return model.eval(), vectors, facts
+
+
+CASES = [(DATA, "patch2")] + ([(SHARED / "golden", "xlflags")] if (SHARED / "golden").exists() else [])
+
+
+@pytest.mark.parametrize(("folder", "case"), CASES)
+def test_forward_equals_the_published_model(folder, case: str) -> None:
+    """Our tables, keys and forward are the published ones, with a snippet and with the null snippet."""
+    model, vectors, _ = published(folder, case)
+    x, t, c = vectors["in.x"], vectors["in.t"], vectors["in.c"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, t, c), vectors["eval.out"], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(model(x, t, torch.zeros_like(c)), vectors["eval.out_c_zero"], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("folder", "case"), CASES)
+def test_guidance_equals_the_published_one(folder, case: str) -> None:
+    """Inside, before and after the interval."""
+    model, vectors, facts = published(folder, case)
+    for one in facts["cfg"]:
+        interval = one.get("cfg_interval", False)
+        start = one["cfg_interval_start"] if interval else 0.0
+        field = guided(model, vectors["in.c"], one["cfg_scale"], start, one.get("cfg_interval_end") or 1.0)
+        with torch.no_grad():
+            got = field(vectors["in.x"], torch.full((3,), one["t"]))
+        torch.testing.assert_close(got, vectors[f"cfg.{one['name']}.out"][:3], atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("use_shift", [True, False])
+@pytest.mark.parametrize("use_swiglu", [True, False])
+@pytest.mark.parametrize("use_rmsnorm", [True, False])
+@pytest.mark.parametrize("use_rope", [True, False])
+def test_every_switch_gives_a_model_whose_gradients_are_right(use_shift, use_swiglu, use_rmsnorm, use_rope) -> None:
+    """The gradient of the loss equals a finite difference in a random direction, in float64."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        width=16, depth=2, num_heads=2, use_shift=use_shift, use_swiglu=use_swiglu, use_rmsnorm=use_rmsnorm,
+        use_rope=use_rope, use_qk_norm=use_rope,
+    )  # fmt: skip
+    model = Generator(config, LatentShape(channels=3, size=4), 5).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x, t, s = torch.randn(2, 3, 4, 4).double(), torch.rand(2).double(), torch.randn(2, 5).double()
+    loss = model(x, t, s).square().mean()
+    loss.backward()
+    direction = [torch.randn_like(parameter) for parameter in model.parameters()]
+    slope = sum(float((p.grad * d).sum()) for p, d in zip(model.parameters(), direction, strict=True))
+    step = 1e-4
+    values = []
+    with torch.no_grad():
+        for sign in (1, -1):
+            for p, d in zip(model.parameters(), direction, strict=True):
+                p += sign * step * d
+            values.append(float(model(x, t, s).square().mean()))
+            for p, d in zip(model.parameters(), direction, strict=True):
+                p -= sign * step * d
+    assert (values[0] - values[1]) / (2 * step) == pytest.approx(slope, rel=2e-3, abs=1e-6)
+
+
+def test_a_fresh_model_predicts_zero_and_its_blocks_are_identities() -> None:
+    """Modulation and output start at zero."""
+    model = Generator(ModelConfig(width=16, depth=3, num_heads=2), LatentShape(channels=1, size=8), 5)
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(model(x, torch.rand(2), torch.randn(2, 5)), torch.zeros_like(x))
+
+
+def test_unpatchify_undoes_the_published_token_order() -> None:
+    """Token (row, column) holds pixel (p, q) of channel c at (p·P + q)·C + c."""
+    model = Generator(ModelConfig(width=16, depth=1, num_heads=2, patch_size=2), LatentShape(channels=3, size=4), 5)
+    image = torch.arange(48.0).view(1, 3, 4, 4)
+    tokens = torch.stack([
+        image[0, :, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2].permute(1, 2, 0).flatten() for r in range(2) for c in range(2)
+    ])[None]  # fmt: skip
+    assert torch.equal(model._unpatchify(tokens), image)
+
+
+def test_rotary_scores_depend_on_the_distance_only() -> None:
+    """⟨R_i q, R_j k⟩ is the same for all pairs of positions with the same offset."""
+    cosines, sines = rope_tables(5, 8)
+    q, k = torch.randn(8), torch.randn(8)
+    turned_q, turned_k = (rotate(v.expand(1, 1, 25, 8), cosines, sines)[0, 0] for v in (q, k))
+    scores = (turned_q @ turned_k.T).view(5, 5, 5, 5)
+    torch.testing.assert_close(scores[0, 0, 1, 2], scores[3, 1, 4, 3])
+    torch.testing.assert_close(scores[2, 2, 0, 3], scores[3, 1, 1, 2])
+    torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(25))
+
+
+def test_position_table_has_columns_first() -> None:
+    """Moving along a row of tokens changes the first half of the width only."""
+    table = position_table(4, 16)[0].view(4, 4, 16)
+    assert torch.equal(table[1, 2, 8:], table[1, 3, 8:])
+    assert torch.equal(table[1, 2, :8], table[3, 2, :8])
+    assert not torch.equal(table[1, 2, :8], table[1, 3, :8])
+
+
+def test_rms_norm_equals_its_formula() -> None:
+    """x / sqrt(mean(x²) + eps) times the weight."""
+    norm = RMSNorm(6)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(3, 6)
+    expected = x.numpy() / np.sqrt((x.numpy() ** 2).mean(-1, keepdims=True) + 1e-6) * norm.weight.detach().numpy()
+    np.testing.assert_allclose(norm(x).detach().numpy(), expected, rtol=1e-5)
+
+
+def test_presets_have_the_published_sizes() -> None:
+    """Parameters of S/1, B/1 and XL/1 on 16×16×32 latents, the projection head of training left out."""
+    summary = json.loads((DATA / "published_sizes.json").read_text())
+    for name, count in summary.items():
+        config = MODEL_PRESETS[name]()
+        with torch.device("meta"):
+            model = Generator(
+                config.__class__(**{**config.__dict__, "patch_size": 1}), LatentShape(channels=32, size=16), 768
+            )
+        assert num_parameters(model) == count, name
+
+
+def test_patch_sizes_divide() -> None:
+    """The automatic patch divides the image; a wrong one is refused."""
+    assert [auto_patch_size(size) for size in (8, 28, 32, 64, 60, 256)] == [1, 1, 2, 4, 3, 16]
+    with pytest.raises(ConfigError, match="does not divide"):
+        Generator(ModelConfig(patch_size=3), LatentShape(channels=3, size=8), 5)

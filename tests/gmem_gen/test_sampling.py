@@ -1,0 +1,155 @@
+"""Sampling: one seed an image, any batch; and a record of how it was made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import gmem_bank
+import gmem_gen
+from gmem_bank.errors import CheckpointError, ConfigError, EncoderMismatchError
+from gmem_gen.config import Config, DataConfig, ModelConfig, TrainConfig
+from gmem_gen.images import make_grid, write_samples
+from gmem_gen.tokenizers import PixelTokenizer
+
+
+@pytest.fixture
+def trained(photos: Path) -> str:
+    """A bank, and a tiny generator trained on it in runs/bank."""
+    gmem_bank.build(photos, gmem_bank.load_encoder("hog"), "bank.safetensors")
+    model = ModelConfig(width=16, depth=1, num_heads=2)
+    config = Config(
+        data=DataConfig(image_size=8), model=model, train=TrainConfig(max_steps=30, batch_size=8, num_threads=1)
+    )
+    gmem_gen.train("bank.safetensors", config)
+    return "bank.safetensors"
+
+
+def draw(bank: str, num: int = 6, **options: object) -> gmem_gen.Samples:
+    opened = gmem_bank.open(bank)
+    conditions = gmem_gen.choose_conditions(opened, concept="hat", keys=(), num=num, per_snippet=1, seed=0)
+    config = gmem_gen.SampleConfig(**{"num_steps": 4, **options})
+    return gmem_gen.sample(opened, gmem_gen.load_checkpoint("runs/bank"), conditions, config)
+
+
+def test_an_image_does_not_depend_on_its_batch(trained: str) -> None:
+    """Batches of 1, 4 and 6 give the same pixels up to rounding of one level; the seed decides them."""
+    whole = draw(trained, batch_size=6).images.astype(int)
+    for batch_size in (1, 4):
+        assert np.abs(draw(trained, batch_size=batch_size).images.astype(int) - whole).max() <= 1
+    assert (
+        np.array_equal(draw(trained, num=3, batch_size=6).images, whole[:3])
+        or np.abs(draw(trained, num=3, batch_size=6).images.astype(int) - whole[:3]).max() <= 1
+    )
+    assert np.abs(draw(trained, seed=1).images.astype(int) - whole).max() > 10
+
+
+def test_nfe_counts_what_the_solver_asks_for(trained: str) -> None:
+    """Euler asks once a step, Heun twice."""
+    assert draw(trained, solver="euler").nfe == 4
+    assert draw(trained, solver="heun").nfe == 8
+
+
+def test_guidance_changes_samples_and_needs_a_null_that_was_trained(trained: str) -> None:
+    """Scale 1 is no guidance; a model that never saw the null snippet refuses."""
+    assert not np.array_equal(draw(trained, guidance=4.0).images, draw(trained).images)
+    config = Config(data=DataConfig(image_size=8), model=ModelConfig(width=16, depth=1, num_heads=2),
+                    train=TrainConfig(max_steps=1, null_probability=0.0))  # fmt: skip
+    gmem_gen.train(trained, config, out="no-null")
+    opened = gmem_bank.open(trained)
+    conditions = gmem_gen.choose_conditions(opened, concept=None, keys=(), num=1, per_snippet=1, seed=0)
+    with pytest.raises(ConfigError, match="null_probability"):
+        gmem_gen.sample(opened, gmem_gen.load_checkpoint("no-null"), conditions, gmem_gen.SampleConfig(guidance=2.0))
+
+
+def test_the_snippet_reaches_the_picture(trained: str) -> None:
+    """The same noise with another snippet gives another picture."""
+    opened = gmem_bank.open(trained)
+    loaded = gmem_gen.load_checkpoint("runs/bank", weights="model")
+    pictures = []
+    for concept in ("hat", "shoes"):
+        conditions = gmem_gen.choose_conditions(opened, concept=concept, keys=(), num=1, per_snippet=1, seed=0)
+        pictures.append(gmem_gen.sample(opened, loaded, conditions, gmem_gen.SampleConfig(num_steps=4)).images)
+    assert not np.array_equal(*pictures)
+
+
+def test_a_foreign_bank_is_refused_and_both_are_named(trained: str, photos: Path) -> None:
+    """A generator draws only from the memory it was trained on the like of."""
+    gmem_bank.build(photos, gmem_bank.load_encoder("pixels"), "other.safetensors")
+    with pytest.raises(EncoderMismatchError, match=r"snippets of hog \(dim 324.*snippets of pixels \(dim 256"):
+        draw("other.safetensors")
+
+
+def test_an_inserted_concept_is_sampled_without_training(trained: str, new_photos: Path) -> None:
+    """The bank may be edited after the training."""
+    gmem_bank.insert_concept(trained, [new_photos], gmem_bank.load_encoder("hog"))
+    opened = gmem_bank.open(trained)
+    conditions = gmem_gen.choose_conditions(opened, concept="images", keys=(), num=2, per_snippet=1, seed=0)
+    samples = gmem_gen.sample(
+        opened, gmem_gen.load_checkpoint("runs/bank"), conditions, gmem_gen.SampleConfig(num_steps=2)
+    )
+    assert samples.images.shape == (2, 8, 8, 3)
+    assert samples.record["trained_on"]["fingerprint"] != samples.record["bank"]["fingerprint"] == opened.fingerprint
+
+
+def test_the_written_record_names_all_that_decides_a_sample(trained: str) -> None:
+    """Sampler, NFE, guidance, seeds, precision, fingerprints, versions; the grid holds the pixels."""
+    samples = draw(trained, num=3)
+    write_samples(samples.images, samples.record, Path("out/grid.png"), columns=3, folder=Path("out/single"))
+    record = json.loads(Path("out/grid.json").read_text())
+    for name in (
+        "solver",
+        "num_steps",
+        "nfe",
+        "guidance",
+        "seed",
+        "precision",
+        "bank",
+        "keys",
+        "versions",
+        "weights_step",
+    ):
+        assert name in record, name
+    for index, pixels in enumerate(samples.images):
+        np.testing.assert_array_equal(np.asarray(Image.open(f"out/single/{index:06d}.png")), pixels)
+    grid = np.asarray(Image.open("out/grid.png"))
+    np.testing.assert_array_equal(grid[2 : 2 + 64 : 8, 2 + 66 : 2 + 66 + 64 : 8], samples.images[1])
+
+
+def test_grids_enlarge_small_images_and_fill_every_cell() -> None:
+    """Whole-pixel enlargement; grey becomes RGB; no image is lost."""
+    images = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1).repeat(8, 1).repeat(8, 2) * 50
+    grid = np.asarray(make_grid(images, 3))
+    assert grid.shape == (2 * 66 + 2, 3 * 66 + 2, 3)
+    assert {int(v) for v in np.unique(grid)} == {0, 50, 100, 150, 200, 255}
+
+
+def test_pixels_survive_the_tokenizer() -> None:
+    """decode(encode(x)) = x for every byte value; latents lie in [−1, 1]."""
+    images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    tokenizer = PixelTokenizer(16, 1)
+    latents = tokenizer.encode(images)
+    assert (latents.min(), latents.max()) == (-1, 1)
+    np.testing.assert_array_equal(tokenizer.decode(latents), images)
+    assert tokenizer.decode(torch.full((1, 1, 2, 2), 9.0)).max() == 255
+
+
+def test_bad_requests_are_clear() -> None:
+    """No run, wrong solver, wrong interval."""
+    with pytest.raises(CheckpointError, match="gmem-gen train"):
+        gmem_gen.load_checkpoint("runs/none")
+    with pytest.raises(ConfigError, match="'heun'"):
+        gmem_gen.SampleConfig(solver="heunn")
+    for options in (
+        {"guidance": -1.0},
+        {"guidance": float("nan")},
+        {"guidance_start": 0.9, "guidance_end": 0.1},
+        {"num_steps": 0},
+    ):
+        with pytest.raises(ConfigError):
+            gmem_gen.SampleConfig(**options)

@@ -1,0 +1,285 @@
+"""Training: learns, resumes bit for bit, refuses what is not the same training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import gmem_bank
+import gmem_gen
+from gmem_bank.errors import CheckpointError, ConfigError, EncoderMismatchError, GMemError, WriteError
+from gmem_gen import checkpoint as checkpoints
+from gmem_gen import optim
+from gmem_gen.config import Config, DataConfig, ModelConfig, TrainConfig
+from gmem_gen.data import Order
+
+TINY = ModelConfig(width=16, depth=1, num_heads=2)
+
+
+def config(**train: object) -> Config:
+    defaults = {
+        "max_steps": 6,
+        "batch_size": 8,
+        "warmup_steps": 2,
+        "log_every": 1,
+        "checkpoint_every": 2,
+        "num_threads": 1,
+    }
+    return Config(data=DataConfig(image_size=8), model=TINY, train=TrainConfig(**{**defaults, **train}))
+
+
+@pytest.fixture
+def bank(photos: Path) -> str:
+    """A HOG bank of the photos."""
+    gmem_bank.build(photos, gmem_bank.load_encoder("hog"), "bank.safetensors")
+    return "bank.safetensors"
+
+
+def tensors(run: str) -> dict[str, torch.Tensor]:
+    """All tensors of a run's newest checkpoint."""
+    newest = checkpoints.list_checkpoints(Path(run))[-1]
+    names = (checkpoints.MODEL, checkpoints.EMA, checkpoints.OPTIMIZER)
+    return {f"{name}:{key}": value for name in names for key, value in load_file(newest / name).items()}
+
+
+def losses(run: str) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in map(json.loads, Path(run, "log.jsonl").read_text().splitlines())]
+
+
+@pytest.mark.parametrize("cut", [1, 3, 5])
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(bank: str, cut: int, schedule: str) -> None:
+    """Model, averaged weights, optimizer and log are the same numbers."""
+
+    class Stop(BaseException):
+        pass
+
+    def stop_at(done: int, total: int) -> None:
+        if done == cut:
+            raise Stop
+
+    whole = config(schedule=schedule, snippet_noise=0.1)
+    gmem_gen.train(bank, whole, out="whole")
+    with pytest.raises(Stop):
+        gmem_gen.train(bank, whole, out="parts", progress=stop_at)
+    report = gmem_gen.train(bank, whole, out="parts")
+    assert report.step == 6
+    first, second = tensors("whole"), tensors("parts")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert losses("whole") == losses("parts")
+
+
+def test_seeds_decide_everything(bank: str) -> None:
+    """Same seed, same numbers; another seed, others."""
+    for run, seed in (("a", 0), ("b", 0), ("c", 1)):
+        gmem_gen.train(bank, config(seed=seed, max_steps=2), out=run)
+    assert losses("a") == losses("b") != losses("c")
+
+
+def test_a_step_is_the_formula(bank: str) -> None:
+    """The first logged loss is the mean squared error of a fresh model, which predicts zero: mean of (x_1 − x_0)²."""
+    gmem_gen.train(bank, config(max_steps=1), out="run")
+    from gmem_gen.stepping import step_generator
+
+    opened = gmem_bank.open(bank)
+    places = Order(24, 8, 0).batch(0)
+    rows = opened.image_rows()[places]
+    from gmem_gen.data import to_pixels
+
+    x_1 = np.stack([to_pixels(opened.read_image(int(row)), 8, 3) for row in rows]).astype(np.float32) / 127.5 - 1
+    x_0 = torch.randn(8, 3, 8, 8, generator=step_generator(0, 0)).numpy()
+    expected = float(((x_1.transpose(0, 3, 1, 2) - x_0) ** 2).mean())
+    assert losses("run")[0][1] == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_lowers_the_loss(bank: str) -> None:
+    """Two hundred small steps learn something."""
+    gmem_gen.train(bank, config(max_steps=200, learning_rate=3e-3), out="run")
+    values = [loss for _, loss in losses("run")]
+    assert np.mean(values[-30:]) < 0.6 * np.mean(values[:10])
+
+
+def test_the_order_sees_every_image_once_an_epoch() -> None:
+    """A permutation an epoch, another the next; any step can be asked for directly."""
+    order = Order(10, 3, seed=4)
+    epoch = np.concatenate([order.batch(step) for step in range(3)])
+    assert len(set(epoch.tolist())) == 9
+    assert order.batch(4).tolist() == Order(10, 3, seed=4).batch(4).tolist()
+    assert order.batch(0).tolist() != order.batch(3).tolist()
+    assert Order(2, 64, seed=0).batch(5).tolist() in ([0, 1], [1, 0])
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    """Linear to the peak; cosine to zero at the last step."""
+    settings = TrainConfig(learning_rate=2.0, warmup_steps=4, schedule="cosine")
+    rates = [optim.learning_rate(step, 104, settings) for step in range(104)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert rates[54] == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(0, abs=1e-3)
+    assert optim.learning_rate(99, 104, dataclasses.replace(settings, schedule="constant")) == 2.0
+
+
+def test_averaged_weights_follow_the_formula() -> None:
+    """θ̄ ← d·θ̄ + (1 − d)·θ with d = min(decay, (1 + n)/(10 + n)); the first update copies."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    average = optim.make_average(model, 0.5)
+    expected = None
+    for n in range(20):
+        with torch.no_grad():
+            model.weight.fill_(float(n * n))
+        average.update_parameters(model)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = float(n * n) if expected is None else decay * expected + (1 - decay) * n * n
+    assert float(average.module.weight.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_budgets_epochs_minutes_and_nothing_to_do(bank: str) -> None:
+    """Epochs give steps; time stops early and goes on with more; a finished training does nothing."""
+    report = gmem_gen.train(bank, config(max_steps=0, epochs=2), out="epochs")
+    assert (report.step, report.stopped) == (6, "budget")
+    assert gmem_gen.train(bank, config(max_steps=0, epochs=2), out="epochs").stopped == "nothing to do"
+    more = gmem_gen.train(bank, config(max_steps=0, epochs=3), out="epochs")
+    assert (more.step, more.stopped) == (9, "budget")
+    report = gmem_gen.train(bank, config(max_minutes=1e-9), out="time")
+    assert report.stopped == "time"
+    assert report.step < 6
+    assert gmem_gen.train(bank, config(max_minutes=0.0), out="time").step == 6
+
+
+def test_other_settings_do_not_go_on_in_the_same_run(bank: str) -> None:
+    """What differs is named; where it stops and how it reports may differ."""
+    gmem_gen.train(bank, config(), out="run")
+    with pytest.raises(ConfigError, match=r"train\.learning_rate was 0\.001, is 0\.1.*--out"):
+        gmem_gen.train(bank, config(learning_rate=0.1), out="run")
+    with pytest.raises(ConfigError, match=r"model\.depth"):
+        gmem_gen.train(
+            bank, dataclasses.replace(config(), model=ModelConfig(width=16, depth=2, num_heads=2)), out="run"
+        )
+    assert gmem_gen.train(bank, config(max_steps=8, log_every=3, checkpoint_every=5), out="run").step == 8
+
+
+def test_an_edited_bank_stops_a_resume_unless_accepted_and_then_joins_the_new_rows(bank: str, new_photos: Path) -> None:
+    """The bank's fingerprint gates only the resume."""
+    gmem_gen.train(bank, config(), out="run")
+    gmem_bank.insert_concept(bank, [new_photos], gmem_bank.load_encoder("hog"))
+    with pytest.raises(CheckpointError, match=r"24 rows then, 32 now.*--accept-bank-change"):
+        gmem_gen.train(bank, config(max_steps=9), out="run")
+    report = gmem_gen.train(bank, config(max_steps=9), out="run", accept_bank_change=True)
+    assert (report.step, report.num_images) == (9, 32)
+
+
+def test_a_foreign_bank_cannot_go_on(bank: str, photos: Path) -> None:
+    """Another encoder is refused, and both are named."""
+    gmem_gen.train(bank, config(), out="run")
+    gmem_bank.build(photos, gmem_bank.load_encoder("pixels"), "other.safetensors")
+    with pytest.raises(EncoderMismatchError, match=r"snippets of hog.*snippets of pixels"):
+        gmem_gen.train("other.safetensors", config(max_steps=9), out="run")
+
+
+def test_checkpoints_are_kept_as_asked_and_leftovers_cleared(bank: str) -> None:
+    """The newest two, or all; a half-written one is never taken for a checkpoint."""
+    Path("run/checkpoints/.saving-dead").mkdir(parents=True)
+    gmem_gen.train(bank, config(), out="run")
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step-00000004", "step-00000006"] or sorted(
+        path.name for path in Path("run/checkpoints").iterdir()
+    ) == ["step-00000004", "step-00000006"]
+    gmem_gen.train(bank, config(keep_checkpoints=0), out="all")
+    assert len(checkpoints.list_checkpoints(Path("all"))) == 3
+
+
+def test_a_damaged_checkpoint_is_named_not_skipped(bank: str) -> None:
+    """The one before it is used only when the user removes the damaged one."""
+    gmem_gen.train(bank, config(), out="run")
+    newest = checkpoints.list_checkpoints(Path("run"))[-1]
+    path = newest / checkpoints.MODEL
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(CheckpointError, match="delete the folder"):
+        gmem_gen.train(bank, config(max_steps=8), out="run")
+    (newest / checkpoints.STATE).write_text("{")
+    with pytest.raises(CheckpointError, match="step-00000006"):
+        gmem_gen.load_checkpoint("run")
+
+
+def test_a_full_disk_keeps_earlier_checkpoints(bank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save that fails raises, and leaves nothing half-written."""
+    gmem_gen.train(bank, config(max_steps=2), out="run")
+
+    def full(*args: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(WriteError, match=r"No space left.*Earlier checkpoints stand"):
+        gmem_gen.train(bank, config(max_steps=4), out="run")
+    assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["step-00000002"]
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice(bank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN is never trained on, and never saved."""
+    from gmem_gen import flow
+
+    monkeypatch.setattr(flow, "velocity_loss", lambda predicted, x_0, x_1: predicted.sum() * float("nan"))
+    with pytest.raises(GMemError, match=r"nan.*learning_rate"):
+        gmem_gen.train(bank, config(), out="run")
+    assert checkpoints.list_checkpoints(Path("run")) == []
+
+
+def test_image_size_is_64_or_the_smallest_images_short_side(bank: str) -> None:
+    """The photos' short side is over 64; smaller images are taken as they are."""
+    from PIL import Image
+
+    free = dataclasses.replace(config(max_steps=1), data=DataConfig())
+    assert gmem_gen.train(bank, free, out="photos-run").image_size == 64
+    Path("small/a").mkdir(parents=True)
+    for index, size in enumerate([(30, 41), (29, 64)]):
+        Image.fromarray(np.random.default_rng(index).integers(0, 255, (*size, 3), dtype=np.uint8)).save(
+            f"small/a/{index}.png"
+        )
+    gmem_bank.build("small", gmem_bank.load_encoder("hog"), "small.safetensors")
+    assert gmem_gen.train("small.safetensors", free, out="small-run").image_size == 29
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_loses_nothing(bank: str) -> None:
+    """Killed over and over, the same command ends where an uninterrupted run ends, bit for bit."""
+    command = [
+        sys.executable, "-m", "gmem_gen", "train", "-q", "--bank", bank, "--set", "model.width=16", "--set", "model.num_heads=2",
+        "--set", "model.depth=1", "--set", "data.image_size=8", "--set", "train.max_steps=300", "--set", "train.batch_size=8",
+        "--set", "train.checkpoint_every=20", "--set", "train.log_every=1",
+    ]  # fmt: skip
+    subprocess.run([*command, "--out", "whole"], check=True, capture_output=True)
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        process = subprocess.Popen([*command, "--out", "parts"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(1.5, 4.0))
+        os.kill(process.pid, signal.SIGKILL)
+        if process.wait() == 0:
+            break
+    subprocess.run([*command, "--out", "parts"], check=True, capture_output=True)
+    first, second = tensors("whole"), tensors("parts")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert losses("whole") == losses("parts")
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(bank: str) -> None:
+    """SIGTERM in the middle: a checkpoint of the step in hand, and a report that says so."""
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    report = gmem_gen.train(bank, config(checkpoint_every=100), out="run", handle_signals=True, progress=interrupt)
+    assert report.stopped == "signal"
+    assert report.step in (3, 4)
+    assert gmem_gen.train(bank, config(), out="run").step == 6

@@ -151,6 +151,9 @@ def _ended(report: Any) -> str:
     "--steps", "num_steps", type=int, default=25, show_default=True, help="Solver steps; heun evaluates twice a step."
 )
 @click.option(
+    "--timestep-shift", type=float, default=1.0, show_default=True, help="Below 1: shorter steps near the noise."
+)
+@click.option(
     "--guidance", type=float, default=1.0, show_default=True, help="Guidance away from the null snippet; 1: none."
 )
 @click.option(
@@ -178,7 +181,7 @@ def _ended(report: Any) -> str:
 @_quiet
 def sample(
     bank: str, checkpoint: str | None, concept: str | None, keys: tuple[str, ...], keys_from: str | None, num: int | None,
-    per_snippet: int, solver: str, num_steps: int, guidance: float, guidance_start: float, guidance_end: float,
+    per_snippet: int, solver: str, num_steps: int, timestep_shift: float, guidance: float, guidance_start: float, guidance_end: float,
     weights: str, seed: int, batch_size: int, device: str, output: str | None, columns: int | None,
     save_images: str | None, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
@@ -195,7 +198,7 @@ def sample(
     from gmem_gen.runtime import pick_device
 
     config = gmem_gen.SampleConfig(
-        solver=solver, num_steps=num_steps, guidance=guidance, guidance_start=guidance_start, guidance_end=guidance_end,
+        solver=solver, num_steps=num_steps, timestep_shift=timestep_shift, guidance=guidance, guidance_start=guidance_start, guidance_end=guidance_end,
         seed=seed, batch_size=batch_size,
     )  # fmt: skip
     opened = open_bank(bank)

@@ -78,8 +78,8 @@ def test_the_published_ode_samples_on_the_linear_path(solver: str) -> None:
     names = [name for name in golden if name.startswith(solver)]
     assert names
     for name in names:
-        points = int(name.rsplit("n", 1)[1])
-        got = flow.SOLVERS[solver](field, golden["x_0"], flow.time_grid(points - 1)).x_1
+        shift, points = (float(part) for part in name.split("shift")[1].split(".n"))
+        got = flow.SOLVERS[solver](field, golden["x_0"], flow.time_grid(int(points) - 1, shift or 1.0)).x_1
         torch.testing.assert_close(got, golden[name], atol=1e-4, rtol=1e-4)
 
 
@@ -126,3 +126,5 @@ def test_no_steps_is_an_error() -> None:
     """A grid has at least one step."""
     with pytest.raises(ConfigError):
         flow.time_grid(0)
+    with pytest.raises(ConfigError, match="positive"):
+        flow.time_grid(4, 0.0)

@@ -92,10 +92,10 @@ def test_every_switch_gives_a_model_whose_gradients_are_right(use_shift, use_swi
     with torch.no_grad():
         for sign in (1, -1):
             for p, d in zip(model.parameters(), direction, strict=True):
-                p += sign * step * d
+                p.add_(d, alpha=sign * step)
             values.append(float(model(x, t, s).square().mean()))
             for p, d in zip(model.parameters(), direction, strict=True):
-                p -= sign * step * d
+                p.sub_(d, alpha=sign * step)
     assert (values[0] - values[1]) / (2 * step) == pytest.approx(slope, rel=2e-3, abs=1e-6)
 
 

@@ -181,9 +181,8 @@ def _ended(report: Any) -> str:
 @_quiet
 def sample(
     bank: str, checkpoint: str | None, concept: str | None, keys: tuple[str, ...], keys_from: str | None, num: int | None,
-    per_snippet: int, solver: str, num_steps: int, timestep_shift: float, guidance: float, guidance_start: float, guidance_end: float,
-    weights: str, seed: int, batch_size: int, device: str, output: str | None, columns: int | None,
-    save_images: str | None, as_json: bool, quiet: bool,
+    per_snippet: int, weights: str, device: str, output: str | None, columns: int | None, save_images: str | None,
+    as_json: bool, quiet: bool, **drawing: Any,
 ) -> None:  # fmt: skip
     """Draw samples for rows of a bank: a concept's, given keys', or (with neither) random ones.
 
@@ -197,16 +196,13 @@ def sample(
     from gmem_gen.run import default_run
     from gmem_gen.runtime import pick_device
 
-    config = gmem_gen.SampleConfig(
-        solver=solver, num_steps=num_steps, timestep_shift=timestep_shift, guidance=guidance, guidance_start=guidance_start, guidance_end=guidance_end,
-        seed=seed, batch_size=batch_size,
-    )  # fmt: skip
+    config = gmem_gen.SampleConfig(**drawing)  # solver, steps, shift, guidance, seed, batch size
     opened = open_bank(bank)
     if keys_from is not None:
         with click.open_file(keys_from, encoding="utf-8") as lines:
             keys = (*keys, *(line.rstrip("\n") for line in lines if line.strip()))
     conditions = gmem_gen.choose_conditions(
-        opened, concept=concept, keys=keys, num=num, per_snippet=per_snippet, seed=seed
+        opened, concept=concept, keys=keys, num=num, per_snippet=per_snippet, seed=config.seed
     )
     loaded = gmem_gen.load_checkpoint(checkpoint or default_run(bank), weights=weights, device=str(pick_device(device)))
     started = time.perf_counter()

@@ -1,0 +1,39 @@
+# Two commands do everything on a machine with Python 3.11 and nothing else: make quickstart, make test.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+
+.PHONY: quickstart test test-slow check first-commands clean
+
+quickstart: .venv/installed-cpu  ## build, train, insert a concept without training, look: quickstart/report.html
+	$(BIN)/python tools/quickstart.py $(ARGS)
+
+test: .venv/installed-test  ## the default suite
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: .venv/installed-test  ## kill -9, soak and other long tests
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: .venv/installed-test  ## lint, types, import contracts, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest $(ARGS)
+
+first-commands: .venv/installed-test  ## the first commands a user types, word for word, on real photos
+	$(BIN)/python tools/first_commands.py
+
+clean:
+	rm -rf .venv quickstart build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed-cpu: pyproject.toml constraints.txt | .venv/bin/python
+	$(INSTALL) '.[cpu]'
+	touch $@
+
+.venv/installed-test: pyproject.toml constraints.txt | .venv/bin/python
+	$(INSTALL) '.[all,test]'
+	touch $@ .venv/installed-cpu

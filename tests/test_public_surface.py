@@ -1,0 +1,144 @@
+"""The doors: what is public, and what imports what."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gmem_bank
+import gmem_gen
+
+ROOT = Path(__file__).parents[1]
+
+BANK_DOOR = [
+    "Bank",
+    "BankNotFoundError",
+    "BuildReport",
+    "CheckpointError",
+    "CommandGroup",
+    "ConceptExistsError",
+    "ConfigError",
+    "CorruptError",
+    "EditReport",
+    "Encoder",
+    "EncoderError",
+    "EncoderInfo",
+    "EncoderMismatchError",
+    "EncoderOptions",
+    "EncoderSpec",
+    "FormatError",
+    "FormatVersionError",
+    "GMemError",
+    "LockedError",
+    "MaskedRowError",
+    "MemoryBank",
+    "MissingDependencyError",
+    "OutputExistsError",
+    "ProgressBar",
+    "RUN_MARKER",
+    "SourceError",
+    "UnknownKeyError",
+    "WriteError",
+    "__version__",
+    "available_encoders",
+    "build",
+    "center_crop",
+    "insert_concept",
+    "interpolate",
+    "load_encoder",
+    "open",
+    "read_image",
+    "reload_encoder",
+    "remove_concept",
+    "verify",
+]
+GEN_DOOR = [
+    "Conditions",
+    "Config",
+    "DataConfig",
+    "FlowConfig",
+    "Generator",
+    "LatentShape",
+    "LoadedCheckpoint",
+    "MODEL_PRESETS",
+    "ModelConfig",
+    "SampleConfig",
+    "Samples",
+    "TrainConfig",
+    "TrainReport",
+    "__version__",
+    "apply_settings",
+    "choose_conditions",
+    "load_checkpoint",
+    "load_config",
+    "make_grid",
+    "preset",
+    "sample",
+    "train",
+]
+
+
+def test_the_doors_are_exactly_these() -> None:
+    """A name is public when it stands here; each can be had."""
+    assert gmem_bank.__all__ == sorted(BANK_DOOR)
+    assert gmem_gen.__all__ == sorted(GEN_DOOR)
+    for module in (gmem_bank, gmem_gen):
+        assert dir(module) == module.__all__
+        for name in module.__all__:
+            assert getattr(module, name) is not None
+
+
+def test_verbs_stay_functions_whatever_was_imported_first() -> None:
+    """No submodule takes the place of a verb of the same name."""
+    code = (
+        "import gmem_bank.ops, gmem_bank.builder, gmem_bank.verifier, gmem_gen.trainer, gmem_gen.sampling\n"
+        "import gmem_bank, gmem_gen, types\n"
+        "for module in (gmem_bank, gmem_gen):\n"
+        "    for name in module.__all__:\n"
+        "        assert not isinstance(getattr(module, name), types.ModuleType), name\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_errors_have_builtin_twins_and_one_root() -> None:
+    """except ValueError works, and so does except GMemError."""
+    twins = {
+        "BankNotFoundError": FileNotFoundError,
+        "FormatError": ValueError,
+        "UnknownKeyError": KeyError,
+        "MaskedRowError": IndexError,
+        "MissingDependencyError": ImportError,
+        "OutputExistsError": FileExistsError,
+        "WriteError": OSError,
+        "ConfigError": ValueError,
+    }
+    for name in BANK_DOOR:
+        if name.endswith("Error"):
+            error = getattr(gmem_bank, name)
+            assert issubclass(error, gmem_bank.GMemError)
+            assert issubclass(error, twins.get(name, Exception))
+            raised = error("what, where", path="p", key="k", row=3, tensor="t", extra="e")
+            assert (str(raised), raised.path, raised.key, raised.row, raised.tensor, raised.extra) == (
+                "what, where",
+                "p",
+                "k",
+                3,
+                "t",
+                "e",
+            )
+
+
+def test_import_contracts_hold() -> None:
+    """Data flows one way."""
+    result = subprocess.run(
+        [str(Path(sys.executable).with_name("lint-imports"))], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout
+
+
+def test_version_is_one() -> None:
+    """pyproject, package and changelog agree."""
+    assert f'version = "{gmem_bank.__version__}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"## [{gmem_bank.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert gmem_gen.__version__ == gmem_bank.__version__

@@ -52,6 +52,9 @@ class ModelConfig:
     """Attention heads; width / num_heads must be a multiple of 4."""
     patch_size: int = 0
     """Side of a patch in pixels; 0: a sixteenth of the image, at least 1, so that there are at most 256 tokens or so."""
+    snippet_scale: float = 0.0
+    """Factor on a snippet before its linear map; 0: √D in unit space, so that its elements have a mean square of 1, and 1
+    in raw space. The published model has 1, and then learns the condition many times more slowly."""
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over the width (times 2/3 with SwiGLU)."""
     use_rope: bool = True
@@ -73,6 +76,7 @@ class ModelConfig:
         _require(head == int(head) and int(head) % 4 == 0, "model", "num_heads", self.num_heads,
                  f"such that width {self.width} / num_heads is a multiple of 4")  # fmt: skip
         _require(self.patch_size >= 0, "model", "patch_size", self.patch_size, "0 or a number of pixels")
+        _require(self.snippet_scale >= 0, "model", "snippet_scale", self.snippet_scale, "0 or positive")
         _require(self.mlp_ratio > 0, "model", "mlp_ratio", self.mlp_ratio, "positive")
 
 
@@ -83,7 +87,7 @@ class FlowConfig:
     prediction: Literal["velocity", "data"] = "velocity"
     """What the network gives: the velocity, or the clean image, from which the velocity follows. Data prediction is for
     pixels in patches with about as many values as the model is wide, where noise would not fit through it."""
-    time_sampling: Literal["uniform", "logit-normal"] = "uniform"
+    time_sampling: Literal["uniform", "logit-normal"] = "logit-normal"
     """How t is drawn in training."""
     time_mean: float = 0.0
     """Mean of logit(t), for logit-normal."""
@@ -107,7 +111,7 @@ class TrainConfig:
     on a GPU."""
     batch_size: int = 64
     """Images a step."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Peak learning rate of AdamW."""
     beta1: float = 0.9
     """AdamW."""

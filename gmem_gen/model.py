@@ -5,6 +5,7 @@ Shapes: B batch, C·H·W latent, T tokens, E width, D snippet dimension, P patch
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -87,13 +88,14 @@ class FinalLayer(nn.Module):
 class ConditionProjection(nn.Module):
     """Linear map from a snippet to the width; its dropout belongs to the trainer, which draws it reproducibly."""
 
-    def __init__(self, snippet_dim: int, width: int) -> None:
+    def __init__(self, snippet_dim: int, width: int, scale: float) -> None:
         super().__init__()
+        self.scale = scale
         self.linear = nn.Linear(snippet_dim, width)
 
     def forward(self, snippets: Tensor) -> Tensor:
         """Return (B, E) for (B, D) snippets; the null snippet is zeros."""
-        projected: Tensor = self.linear(snippets)
+        projected: Tensor = self.linear(self.scale * snippets)
         return projected
 
 
@@ -101,7 +103,7 @@ class Generator(nn.Module):
     """A LightningDiT-style flow-matching transformer, conditioned on one snippet an image.
 
     Args:
-        config: the architecture; patch_size 0 is resolved here.
+        config: the architecture; patch_size 0 and snippet_scale 0 (here √D) are resolved.
         latent: what is drawn.
         snippet_dim: D.
 
@@ -123,7 +125,9 @@ class Generator(nn.Module):
         self.grid = latent.size // self.patch_size
         self.x_embedder = PatchEmbed(latent.channels, self.patch_size, config.width)
         self.t_embedder = TimestepEmbedder(config.width)
-        self.condition_projection = ConditionProjection(snippet_dim, config.width)
+        self.condition_projection = ConditionProjection(
+            snippet_dim, config.width, config.snippet_scale or math.sqrt(snippet_dim)
+        )
         self.register_buffer("pos_embed", position_table(self.grid, config.width))
         self.pos_embed: Tensor
         self.feat_rope = RotaryEmbedding(self.grid, config.width // config.num_heads) if config.use_rope else None
@@ -132,9 +136,12 @@ class Generator(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Xavier-uniform weights, zero biases; modulation and output start at zero, so a block starts as the identity."""
+        """Xavier-uniform weights, zero biases; modulation and output start at zero, so a block starts as the identity.
+
+        The map of the snippet keeps PyTorch's own initialisation (uniform within 1/√D), which its scale is meant for.
+        """
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module is not self.condition_projection.linear:
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         for name, parameter in self.named_parameters():

@@ -148,10 +148,11 @@ def resolve(config: Config, bank: Bank, join: conditioning.Join, images: str | o
     """Return the configuration with everything that was left to us filled in."""
     size = resolve_image_size(bank, join, images, config.data, config.model)
     patch = config.model.patch_size or auto_patch_size(size)
+    scale = config.model.snippet_scale or (math.sqrt(bank.dim) if bank.space == "unit" else 1.0)
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, image_size=size),
-        model=dataclasses.replace(config.model, patch_size=patch),
+        model=dataclasses.replace(config.model, patch_size=patch, snippet_scale=scale),
     )
 
 

@@ -19,7 +19,8 @@ from gmem_bank.provenance import EncoderSpec
 LUMA = (0.299, 0.587, 0.114)
 """ITU-R BT.601."""
 HYS_CLIP = 0.2
-EPSILON = 1e-6
+EPSILON = 1e-2
+"""Added to the squared norm of a block, whose gradients lie in 0 to 1: keeps noise in flat blocks small."""
 
 
 def grey(images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -81,7 +82,7 @@ class Hog:
         dx = padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]
         dy = padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]
         turn = 2 * np.pi if self._parameters["signed"] else np.pi
-        position = np.mod(np.arctan2(dy, dx), turn) / turn * bins
+        position = np.mod(np.arctan2(dy, dx), turn) / turn * bins  # bin k is centred on k/O of the turn
         low = np.floor(position)
         share = (position - low)[..., None]
         magnitude = np.hypot(dx, dy)[..., None]

@@ -44,8 +44,8 @@ def slow_hog(image: np.ndarray, parameters: dict) -> np.ndarray:
     for y in range(n - block + 1):
         for x in range(n - block + 1):
             values = cells[y : y + block, x : x + block].ravel()
-            values = np.minimum(values / np.sqrt((values**2).sum() + 1e-6), 0.2)
-            parts.append(values / np.sqrt((values**2).sum() + 1e-6))
+            values = np.minimum(values / np.sqrt((values**2).sum() + 1e-2), 0.2)
+            parts.append(values / np.sqrt((values**2).sum() + 1e-2))
     return np.concatenate(parts)
 
 

@@ -33,6 +33,7 @@ def published(folder, case: str) -> tuple[Generator, dict, dict]:
         use_rmsnorm=kwargs["use_rmsnorm"],
         use_qk_norm=kwargs["use_qknorm"],
         use_shift=not kwargs["wo_shift"],
+        snippet_scale=1.0,
     )
     model = Generator(config, LatentShape(channels=kwargs["in_channels"], size=kwargs["input_size"]), 768)
     state = {name.removeprefix("state."): value for name, value in vectors.items() if name.startswith("state.")}

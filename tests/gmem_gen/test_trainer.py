@@ -161,7 +161,7 @@ def test_budgets_epochs_minutes_and_nothing_to_do(bank: str) -> None:
 def test_other_settings_do_not_go_on_in_the_same_run(bank: str) -> None:
     """What differs is named; where it stops and how it reports may differ."""
     gmem_gen.train(bank, config(), out="run")
-    with pytest.raises(ConfigError, match=r"train\.learning_rate was 0\.001, is 0\.1.*--out"):
+    with pytest.raises(ConfigError, match=r"train\.learning_rate was 0\.002, is 0\.1.*--out"):
         gmem_gen.train(bank, config(learning_rate=0.1), out="run")
     with pytest.raises(ConfigError, match=r"model\.depth"):
         gmem_gen.train(

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmem_bank import keys as key_tables
-from gmem_bank.errors import CorruptError, MaskedRowError, SourceError, UnknownKeyError, first_three, suggest
+from gmem_bank.errors import CorruptError, MaskedRowError, UnknownKeyError, first_three, suggest
 from gmem_bank.interface import INTERFACE_VERSION
 from gmem_bank.provenance import EncoderSpec, Source
 from gmem_bank.space import Space, to_space
@@ -268,20 +268,11 @@ class MemoryBank:
         return ids
 
     def _image_paths(self, rows: NDArray[np.int64], images: str | os.PathLike[str] | None) -> list[Path]:
-        ids = self.source_ids()[self._checked(rows)]
-        paths = []
-        for key, source_id in zip(self.keys(rows), ids, strict=True):
-            source = self.sources[source_id]
-            folder = source.folder(self.folder)
-            if folder is None:
-                raise SourceError(f"row {key!r} of {self.path} was computed from other rows: it has no image", key=key)
-            recorded = folder / key.removeprefix(source.prefix)
-            override = None if images is None else Path(images) / key
-            # A row inserted from elsewhere keeps its own folder unless the given one has it.
-            inserted = bool(source.prefix)
-            use_recorded = override is None or (inserted and not override.is_file() and recorded.is_file())
-            paths.append(recorded if use_recorded or override is None else override)
-        return paths
+        from gmem_bank.sources import image_path
+
+        ids = self.source_ids()[self._checked(rows)].tolist()
+        keys = self.keys(rows)
+        return [image_path(key, self.sources[i], self.folder, images) for key, i in zip(keys, ids, strict=True)]
 
     def missing_images(
         self, rows: NDArray[np.int64], images: str | os.PathLike[str] | None = None

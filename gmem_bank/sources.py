@@ -148,6 +148,29 @@ def list_images(path: str | os.PathLike[str], *, prefix: str = "") -> Listing:
     return Listing(root=where.parent, prefix=prefix, items=(item,), ignored=())
 
 
+def image_path(key: str, source: Source, bank_folder: Path, images: str | os.PathLike[str] | None) -> Path:
+    """Return where the image of a row should lie.
+
+    Args:
+        key: the row's key.
+        source: the row's source.
+        bank_folder: what the source's path is relative to.
+        images: folder that holds images under their keys; a row inserted from elsewhere falls back on its own folder.
+
+    Raises:
+        SourceError: the row was computed from other rows.
+    """
+    folder = source.folder(bank_folder)
+    if folder is None:
+        raise SourceError(f"row {key!r} was computed from other rows: it has no image", key=key)
+    recorded = folder / key.removeprefix(source.prefix)
+    if images is None:
+        return recorded
+    given = Path(images) / key
+    inserted = bool(source.prefix)
+    return recorded if inserted and not given.is_file() and recorded.is_file() else given
+
+
 def _walk(folder: Path, ignored: list[Skipped]) -> list[Path]:
     found: list[Path] = []
 

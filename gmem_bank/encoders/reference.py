@@ -18,6 +18,8 @@ from gmem_bank.provenance import EncoderSpec
 
 LUMA = (0.299, 0.587, 0.114)
 """ITU-R BT.601."""
+ALGORITHM = 1
+"""Part of every fingerprint: raised when a change here changes numbers, so that old banks are not mixed with new ones."""
 HYS_CLIP = 0.2
 EPSILON = 1e-2
 """Added to the squared norm of a block, whose gradients lie in 0 to 1: keeps noise in flat blocks small."""
@@ -34,7 +36,7 @@ def _spec(name: str, options: EncoderOptions, parameters: Mapping[str, Any], dim
         raise EncoderError(f"encoder {name!r} has no weights: leave --weights out", key=name)
     return EncoderSpec(
         name=name,
-        family=name,
+        family=f"{name}/{ALGORITHM}",
         dim=dim,
         space=options.space,
         preprocessing=preprocess.square_preprocessing(int(parameters["size"])),

@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 .PHONY: quickstart test test-slow check first-commands clean
 
 quickstart: .venv/installed-cpu  ## build, train, insert a concept without training, look: quickstart/report.html
-	$(BIN)/python tools/quickstart.py $(ARGS)
+	$(BIN)/python -m tools.quickstart $(ARGS)
 
 test: .venv/installed-test  ## the default suite
 	$(BIN)/python -m pytest $(ARGS)
@@ -22,7 +22,7 @@ check: .venv/installed-test  ## lint, types, import contracts, tests
 	$(BIN)/python -m pytest $(ARGS)
 
 first-commands: .venv/installed-test  ## the first commands a user types, word for word, on real photos
-	$(BIN)/python tools/first_commands.py
+	$(BIN)/python -m tools.first_commands
 
 clean:
 	rm -rf .venv quickstart build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

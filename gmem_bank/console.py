@@ -25,6 +25,13 @@ class CommandGroup(click.Group):
                 raise
             click.echo(f"Error: {error}", err=True)
             ctx.exit(1)
+        except OSError as error:
+            # a path of the user's that cannot be read or written, somewhere our own errors do not reach
+            if ctx.params.get("traceback") or error.strerror is None:
+                raise
+            where = f" {error.filename}:" if error.filename else ""
+            click.echo(f"Error:{where} {error.strerror}", err=True)
+            ctx.exit(1)
         except KeyboardInterrupt:
             if ctx.params.get("traceback"):
                 raise

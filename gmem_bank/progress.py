@@ -49,6 +49,8 @@ class ProgressBar:
                 mininterval=interval,
             )
         self._bar.update(done - self._bar.n)
+        if done >= total:
+            self._bar.close()  # the last line stays; whatever comes next starts on its own
 
     def __enter__(self) -> Self:
         return self

@@ -51,7 +51,7 @@ class ModelConfig:
     num_heads: int = 4
     """Attention heads; width / num_heads must be a multiple of 4."""
     patch_size: int = 0
-    """Side of a patch in pixels; 0: a sixteenth of the image, at least 1, so that there are at most 256 tokens or so."""
+    """Side of a patch in pixels; 0: an eighth of the image (64 tokens), at least 1."""
     snippet_scale: float = 0.0
     """Factor on a snippet before its linear map; 0: √D in unit space, so that its elements have a mean square of 1, and 1
     in raw space. The published model has 1, and then learns the condition many times more slowly."""
@@ -84,9 +84,10 @@ class ModelConfig:
 class FlowConfig:
     """The path from noise to data: linear, with the loss on the velocity (arXiv 2209.03003, 2210.02747)."""
 
-    prediction: Literal["velocity", "data"] = "velocity"
-    """What the network gives: the velocity, or the clean image, from which the velocity follows. Data prediction is for
-    pixels in patches with about as many values as the model is wide, where noise would not fit through it."""
+    prediction: Literal["auto", "velocity", "data"] = "auto"
+    """What the network gives: the velocity, or the clean image, from which the velocity follows. auto: data where a patch
+    has more values than half the model's width, since the noise of such a patch does not fit through the model (arXiv
+    2511.13720); else velocity."""
     time_sampling: Literal["uniform", "logit-normal"] = "logit-normal"
     """How t is drawn in training."""
     time_mean: float = 0.0

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import gmem_bank
-from gmem_bank.errors import GMemError
+from gmem_bank.errors import GMemError, WriteError
 from gmem_bank.interface import Bank
 from gmem_gen.conditioning import Join, read_image
 from gmem_gen.config import DataConfig, ModelConfig
@@ -24,6 +24,7 @@ from gmem_gen.config import DataConfig, ModelConfig
 DEFAULT_SIZE = 64
 PROBE = 256
 FLUSH_EVERY = 1024
+Mapped = np.memmap[tuple[int, ...], np.dtype[np.uint8]]
 Progress = Callable[[int, int], None]
 
 
@@ -97,20 +98,27 @@ class PixelCache:
         progress: Progress,
     ) -> None:
         partial, counter = path.with_suffix(".partial"), path.with_suffix(".count")
-        done = int(counter.read_text()) if partial.exists() and counter.exists() else 0
-        array = np.lib.format.open_memmap(
-            partial, mode="r+" if done else "w+", dtype=np.uint8, shape=None if done else shape
-        )
-        for place in range(done, shape[0]):
-            array[place] = to_pixels(read_image(bank, int(join.rows[place]), images), shape[1], shape[3])
-            if (place + 1) % FLUSH_EVERY == 0:
-                array.flush()
-                counter.write_text(str(place + 1))
-            progress(place + 1, shape[0])
-        array.flush()
-        del array
-        partial.replace(path)
-        counter.unlink(missing_ok=True)
+        done = _count_in(counter) if partial.exists() else 0
+        try:
+            array = _room_for(partial, shape, keep=done > 0)
+            for place in range(done, shape[0]):
+                array[place] = to_pixels(read_image(bank, int(join.rows[place]), images), shape[1], shape[3])
+                if (place + 1) % FLUSH_EVERY == 0:
+                    array.flush()
+                    counter.write_text(str(place + 1))
+                progress(place + 1, shape[0])
+            array.flush()
+            del array
+            partial.replace(path)
+            counter.unlink(missing_ok=True)
+        except OSError as error:
+            if isinstance(error, GMemError):
+                raise
+            raise WriteError(
+                f"could not keep the training images in {path.parent}: {error.strerror}. Free some space, or choose another "
+                "--out, and run the same command again",
+                path=path,
+            ) from error
 
     def __len__(self) -> int:
         return len(self._images)
@@ -118,6 +126,31 @@ class PixelCache:
     def read(self, places: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return (B, H, W, C) uint8 images by position in the join."""
         return np.ascontiguousarray(self._images[places])
+
+
+def _count_in(counter: Path) -> int:
+    try:
+        return int(counter.read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def _room_for(path: Path, shape: tuple[int, ...], *, keep: bool) -> Mapped:
+    """Map a file of that shape whose blocks are allocated: on a full disk this fails, where a sparse map would crash later."""
+    if keep:
+        kept: Mapped = np.lib.format.open_memmap(path, mode="r+")
+        if kept.shape == shape and kept.dtype == np.uint8:
+            return kept
+    fresh: Mapped = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.posix_fallocate(descriptor, 0, path.stat().st_size)
+    except OSError:
+        path.unlink()
+        raise
+    finally:
+        os.close(descriptor)
+    return fresh
 
 
 class Order:

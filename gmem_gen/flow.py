@@ -59,6 +59,7 @@ def to_velocity(output: Tensor, x_t: Tensor, t: Tensor, prediction: str) -> Tens
         t: (B,).
         prediction: "velocity": the output itself; "data": (output − x_t) / max(1 − t, 0.05).
     """
+    assert prediction in ("velocity", "data"), prediction  # "auto" is resolved before training
     if prediction == "velocity":
         return output
     return (output - x_t) / (1 - expand(t, x_t)).clamp(min=LAST_STRETCH)

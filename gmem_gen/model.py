@@ -36,8 +36,8 @@ class LatentShape:
 
 
 def auto_patch_size(size: int) -> int:
-    """Return the patch side for an image side: a sixteenth, at least 1, dividing it; so 64 → 4, 32 → 2, 28 → 1, 8 → 1."""
-    patch = max(1, size // 16)
+    """Return the patch side for an image side: an eighth, at least 1, dividing it; so 64 → 8, 32 → 4, 28 → 2, 8 → 1."""
+    patch = max(1, size // 8)
     while size % patch:
         patch -= 1
     return patch

@@ -5,14 +5,17 @@ RUN/.gmem-run  run.json  config.toml  log.jsonl  checkpoints/  cache/  samples/
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gmem_bank
-from gmem_bank.errors import CheckpointError, ConfigError, WriteError
+from gmem_bank.errors import CheckpointError, ConfigError, GMemError, LockedError, WriteError
 from gmem_bank.interface import Bank
 from gmem_gen import checkpoint as checkpoints
 from gmem_gen import conditioning
@@ -50,15 +53,40 @@ class Resumption:
     """Seconds of training so far."""
 
 
-def prepare(run: Path) -> None:
-    """Make the folder and mark it, so that `gmem-bank build` does not take samples for images; raises WriteError."""
+@contextlib.contextmanager
+def writing(run: Path) -> Iterator[None]:
+    """Turn an operating-system error in the block into a WriteError that names the run's folder."""
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / gmem_bank.RUN_MARKER).touch()
+        yield
     except OSError as error:
+        if isinstance(error, GMemError):
+            raise
         raise WriteError(
-            f"could not make the run's folder {run}: {error.strerror}: choose another with --out", path=run
+            f"could not write to the run's folder {run}: {error.strerror}. Checkpoints stand; free some space, or choose another "
+            "--out, and run the same command again",
+            path=run,
         ) from error
+
+
+@contextlib.contextmanager
+def occupied(run: Path) -> Iterator[None]:
+    """Make the folder, mark it (so that `gmem-bank build` does not take samples for images) and keep others out of it.
+
+    Raises:
+        LockedError: another training is going on there.
+        WriteError: the folder cannot be written.
+    """
+    with writing(run):
+        run.mkdir(parents=True, exist_ok=True)
+        marker = (run / gmem_bank.RUN_MARKER).open("a")
+    with marker:
+        try:
+            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise LockedError(
+                f"another training is going on in {run}: wait for it, or choose another --out", path=run
+            ) from error
+        yield
 
 
 def find_resumption(run: Path, config: Config, bank: Bank, *, keys_digest: str, accept_bank_change: bool) -> Resumption:

@@ -30,7 +30,7 @@ from gmem_gen import conditioning, optim
 from gmem_gen.config import Config
 from gmem_gen.data import PixelCache, resolve_image_size
 from gmem_gen.model import auto_patch_size, num_parameters
-from gmem_gen.run import Log, default_run, find_resumption, prepare
+from gmem_gen.run import Log, default_run, find_resumption, occupied, writing
 from gmem_gen.runtime import StopRequest, cpu_threads, pick_device
 from gmem_gen.stepping import Trainer
 from gmem_gen.tokenizers import PixelTokenizer
@@ -120,16 +120,16 @@ def train(
     join = conditioning.join_images(opened, images, allow_missing=wanted.data.allow_missing)
     resolved = resolve(wanted, opened, join, images)
     digest = hashlib.sha256(json.dumps(join.keys).encode()).hexdigest()
-    resumption = find_resumption(run, resolved, opened, keys_digest=digest, accept_bank_change=accept_bank_change)
-    prepare(run)
-    size, channels = resolved.data.image_size, resolved.data.channels
-    cache = PixelCache(run / "cache", opened, join, images, size=size, channels=channels, progress=read_progress)
-    with cpu_threads(resolved.train.num_threads, resolved.model.width):
-        trainer = Trainer(opened, resolved, cache, join, device)
-        trainer.restore(resumption)
-        _introduce(trainer, run, say)
-        (run / "config.toml").write_text(resolved.to_toml(), encoding="utf-8")
-        return _loop(trainer, run, digest, StopRequest(), handle_signals, progress)
+    with occupied(run):
+        resumption = find_resumption(run, resolved, opened, keys_digest=digest, accept_bank_change=accept_bank_change)
+        size, channels = resolved.data.image_size, resolved.data.channels
+        cache = PixelCache(run / "cache", opened, join, images, size=size, channels=channels, progress=read_progress)
+        with cpu_threads(resolved.train.num_threads, resolved.model.width), writing(run):
+            trainer = Trainer(opened, resolved, cache, join, device)
+            trainer.restore(resumption)
+            _introduce(trainer, run, say)
+            (run / "config.toml").write_text(resolved.to_toml(), encoding="utf-8")
+            return _loop(trainer, run, digest, StopRequest(), handle_signals, progress)
 
 
 def plan(bank: str | os.PathLike[str], config: Config, *, images: str | os.PathLike[str] | None = None) -> Config:
@@ -149,10 +149,14 @@ def resolve(config: Config, bank: Bank, join: conditioning.Join, images: str | o
     size = resolve_image_size(bank, join, images, config.data, config.model)
     patch = config.model.patch_size or auto_patch_size(size)
     scale = config.model.snippet_scale or (math.sqrt(bank.dim) if bank.space == "unit" else 1.0)
+    prediction = config.flow.prediction
+    if prediction == "auto":
+        prediction = "data" if 2 * patch**2 * config.data.channels > config.model.width else "velocity"
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, image_size=size),
         model=dataclasses.replace(config.model, patch_size=patch, snippet_scale=scale),
+        flow=dataclasses.replace(config.flow, prediction=prediction),
     )
 
 

@@ -3,7 +3,7 @@
 The encoder is a small random DINOv2 that is put into a hub cache of its own, so nothing is downloaded. Prints one line a
 command and, last, how many passed.
 
-    python tools/first_commands.py [--keep FOLDER]
+    python -m tools.first_commands [--keep FOLDER]
 """
 
 from __future__ import annotations
@@ -63,7 +63,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keep", type=Path, help="work here and leave everything to look at")
     keep = parser.parse_args().keep
-    sys.path.insert(0, str(ROOT))
     if keep is not None:
         return run(keep)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
 """Write docs/CLI.md from the commands' own help; --check fails when the file is stale.
 
-python tools/make_cli_docs.py [--check]
+python -m tools.make_cli_docs [--check]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def render() -> str:
     from gmem_bank.cli import main as bank
     from gmem_gen.cli import main as gen
 
-    parts = ["# Commands\n\nWritten by `python tools/make_cli_docs.py` from the commands' own help.\n"]
+    parts = ["# Commands\n\nWritten by `python -m tools.make_cli_docs` from the commands' own help.\n"]
     for name, group in (("gmem-bank", bank), ("gmem-gen", gen)):
         parts.append(_section(name, group))
         parts += [_section(f"{name} {sub}", command) for sub, command in group.commands.items()]
@@ -37,7 +37,7 @@ def main() -> int:
     if "--check" in sys.argv[1:]:
         if TARGET.read_text(encoding="utf-8") == text:
             return 0
-        print("docs/CLI.md is stale: run python tools/make_cli_docs.py", file=sys.stderr)
+        print("docs/CLI.md is stale: run python -m tools.make_cli_docs", file=sys.stderr)
         return 1
     TARGET.write_text(text, encoding="utf-8")
     print(TARGET)

@@ -1,6 +1,6 @@
 """Write the golden bank of the current format version to tests/data/banks (an existing one is never replaced).
 
-python tools/make_golden.py
+python -m tools.make_golden
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Real images: the 1,797 handwritten digits that scikit-learn ships, written out as PNG. Every step is a public command, and
 is printed as it is run.
 
-    python tools/quickstart.py [--held-out 9] [--full | --digits 0,1,…] [--out quickstart]
+    python -m tools.quickstart [--held-out 9] [--full | --digits 0,1,…] [--out quickstart]
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from quickstart_figures import Judge, linear_accuracy, load_images, pixel_spread, snippet_cosine
-from quickstart_report import write_report
+
+from tools.quickstart_figures import Judge, linear_accuracy, load_images, pixel_spread, snippet_cosine
+from tools.quickstart_report import write_report
 
 SEEN_SAMPLES = 270
 SPREAD_SNIPPETS, SPREAD_SAMPLES = 12, 8

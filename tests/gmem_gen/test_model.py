@@ -159,6 +159,6 @@ def test_presets_have_the_published_sizes() -> None:
 
 def test_patch_sizes_divide() -> None:
     """The automatic patch divides the image; a wrong one is refused."""
-    assert [auto_patch_size(size) for size in (8, 28, 32, 64, 60, 256)] == [1, 1, 2, 4, 3, 16]
+    assert [auto_patch_size(size) for size in (8, 28, 32, 64, 60, 256)] == [1, 2, 4, 8, 6, 32]
     with pytest.raises(ConfigError, match="does not divide"):
         Generator(ModelConfig(patch_size=3), LatentShape(channels=3, size=8), 5)

@@ -225,6 +225,51 @@ def test_a_full_disk_keeps_earlier_checkpoints(bank: str, monkeypatch: pytest.Mo
     assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["step-00000002"]
 
 
+def test_no_room_for_the_training_images_is_an_error_not_a_crash(bank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are allocated before they are mapped: a sparse map on a full disk would die of SIGBUS."""
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(WriteError, match="No space left"):
+        gmem_gen.train(bank, config(), out="run")
+    assert not list(Path("run/cache").iterdir())
+
+
+def test_an_interrupted_reading_of_images_goes_on_where_it_stopped(bank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images read before the kill are not read again, and the cache is the same."""
+    from gmem_gen import data
+
+    monkeypatch.setattr(data, "FLUSH_EVERY", 5)
+    gmem_gen.train(bank, config(max_steps=1), out="whole")
+    real, calls = data.read_image, []
+
+    def counted(*args: object) -> np.ndarray:
+        calls.append(1)
+        if len(calls) == 13:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(data, "read_image", counted)
+    with pytest.raises(KeyboardInterrupt):
+        gmem_gen.train(bank, config(max_steps=1), out="parts")
+    gmem_gen.train(bank, config(max_steps=1), out="parts")
+    assert len(calls) == 13 + 24 - 10
+    [whole], [parts] = (list(Path(run, "cache").iterdir()) for run in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+
+
+def test_two_trainings_in_one_folder_exclude_one_another(bank: str) -> None:
+    """The second one is told."""
+
+    def second(done: int, total: int) -> None:
+        with pytest.raises(gmem_bank.LockedError, match="another training"):
+            gmem_gen.train(bank, config(), out="run")
+
+    gmem_gen.train(bank, config(max_steps=1), out="run", progress=second)
+
+
 def test_a_loss_that_is_not_finite_stops_with_advice(bank: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN is never trained on, and never saved."""
     from gmem_gen import flow
@@ -233,6 +278,21 @@ def test_a_loss_that_is_not_finite_stops_with_advice(bank: str, monkeypatch: pyt
     with pytest.raises(GMemError, match=r"nan.*learning_rate"):
         gmem_gen.train(bank, config(), out="run")
     assert checkpoints.list_checkpoints(Path("run")) == []
+
+
+def test_what_is_left_to_us_is_filled_in_and_recorded(bank: str) -> None:
+    """Image size, patch, snippet scale and prediction stand resolved in the checkpoint."""
+    from gmem_gen.trainer import plan
+
+    resolved = plan(bank, gmem_gen.preset("nano"))
+    assert (resolved.data.image_size, resolved.model.patch_size, resolved.flow.prediction) == (64, 8, "data")
+    assert resolved.model.snippet_scale == pytest.approx(324**0.5)
+    small = plan(bank, gmem_gen.apply_settings(gmem_gen.preset("nano"), ["data.image_size=32"]))
+    assert (small.model.patch_size, small.flow.prediction) == (4, "velocity")
+    gmem_gen.train(bank, config(max_steps=1), out="run")
+    stored = checkpoints.read_state(checkpoints.list_checkpoints(Path("run"))[-1])["config"]
+    assert stored["flow"]["prediction"] == "velocity"
+    assert stored["model"]["patch_size"] == 1
 
 
 def test_image_size_is_64_or_the_smallest_images_short_side(bank: str) -> None:

@@ -29,7 +29,7 @@ SEEN_SAMPLES = 270
 SPREAD_SNIPPETS, SPREAD_SAMPLES = 12, 8
 FULL_DIGITS = (9, 4, 1)
 """Fixed in advance; --digits takes any."""
-ENCODER = ("--encoder", "hog", "--set", "size=40", "--set", "orientations=8", "--set", "signed=true")
+ENCODER = ("--encoder", "hog", "--set", "size=40", "--set", "orientations=12")
 TRAINING = (
     "model.patch_size=2",
     "model.depth=2",
@@ -40,7 +40,7 @@ TRAINING = (
     "train.max_minutes=0",
 )
 SAMPLING = ("--solver", "euler", "--steps", "12", "--guidance", "2", "-q")
-STEPS = {"default": 1500, "full": 3000}
+STEPS = {"default": 1200, "full": 2500}
 
 
 class Stages:

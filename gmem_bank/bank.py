@@ -255,12 +255,13 @@ class MemoryBank:
         """Return the active rows that came from an image, ascending."""
         from_image = np.array([source.path is not None for source in self.sources])
         rows: NDArray[np.int64] = self.rows()
-        return np.asarray(rows[from_image[self.source_ids()[rows]]], dtype=np.int64)
+        return np.asarray(rows[from_image[self.source_ids(rows)]], dtype=np.int64)
 
-    def source_ids(self) -> NDArray[np.int64]:
-        """Return the (N,) position in `sources` of every row's source."""
-        parts = [self._stored.array(segment.entry("source")) for segment in self.header.segments]
-        ids = np.concatenate(parts).astype(np.int64)
+    def source_ids(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the (B,) positions in `sources` of rows' sources; masked rows have one too."""
+        ids = np.empty(len(rows), np.int64)
+        for name, places, local in self._by_segment(self._checked(rows)):
+            ids[places] = self._stored.array(f"{name}/source")[local]
         if ids.size and ids.max() >= len(self.sources):
             raise CorruptError(
                 f"{self.path}: a row points at source {ids.max()} of {len(self.sources)}", path=self.path
@@ -270,8 +271,7 @@ class MemoryBank:
     def _image_paths(self, rows: NDArray[np.int64], images: str | os.PathLike[str] | None) -> list[Path]:
         from gmem_bank.sources import image_path
 
-        ids = self.source_ids()[self._checked(rows)].tolist()
-        keys = self.keys(rows)
+        ids, keys = self.source_ids(rows).tolist(), self.keys(rows)
         return [image_path(key, self.sources[i], self.folder, images) for key, i in zip(keys, ids, strict=True)]
 
     def missing_images(

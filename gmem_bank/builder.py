@@ -147,7 +147,7 @@ def _write_new(target: Path, encoded: Encoded, listing: Listing, spec: EncoderSp
         target,
         header,
         {
-            **segments.segment_payloads("0", keys, np.zeros(len(keys), np.int64), snippets),
+            **segments.segment_payloads("0", key_tables.encode(keys), np.zeros(len(keys), np.int64), snippets),
             **segments.key_table_payloads(*key_tables.sorted_table(key_tables.hashes_of(keys))),
             **segments.concept_payloads(concepts),
         },

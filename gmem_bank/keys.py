@@ -38,6 +38,25 @@ def encode(keys: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return np.frombuffer(b"".join(encoded), np.uint8), offsets
 
 
+def filtered(
+    text: NDArray[np.uint8], offsets: NDArray[np.int64], mask: NDArray[np.bool_]
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Return the text and offsets of only those keys that the (N,) mask keeps."""
+    lengths = np.diff(offsets)
+    kept = np.zeros(int(mask.sum()) + 1, np.int64)
+    np.cumsum(lengths[mask], out=kept[1:])
+    return text[np.repeat(mask, lengths)], kept
+
+
+def filtered_table(
+    hashes: NDArray[np.uint64], rows: NDArray[np.int64], mask: NDArray[np.bool_]
+) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Return the table of only those rows that the (N,) mask keeps, renumbered; nothing is hashed or sorted again."""
+    stays = mask[rows]
+    renumbered = np.cumsum(mask) - 1
+    return hashes[stays], renumbered[rows[stays]].astype(np.int64)
+
+
 def hashes_of(keys: Iterable[str]) -> NDArray[np.uint64]:
     """Return the (N,) uint64 hashes of keys: the first 8 bytes of blake2b(key, digest_size=8), little-endian."""
     digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)

@@ -99,7 +99,7 @@ def search(
         items, snippets, _ = encode_in_memory(list_images(query), encoder, batch_size=batch_size, progress=progress)
         labels = [item.key for item in items]
     scores, rows = bank.nearest(snippets, min(k, len(bank.rows())))
-    members = _concepts_of(bank)
+    members = _concepts_of(bank, rows)
     keys = [bank.keys(row) for row in rows]
     return [
         QueryHits(
@@ -113,9 +113,10 @@ def search(
     ]
 
 
-def _concepts_of(bank: MemoryBank) -> dict[int, tuple[str, ...]]:
+def _concepts_of(bank: MemoryBank, rows: NDArray[np.int64]) -> dict[int, tuple[str, ...]]:
     members: dict[int, tuple[str, ...]] = {}
+    found = np.unique(rows)
     for name in bank.concepts:
-        for row in bank.all_rows_of(name).tolist():
+        for row in found[np.isin(found, bank.all_rows_of(name))].tolist():
             members[row] = (*members.get(row, ()), name)
     return members

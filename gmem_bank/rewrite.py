@@ -19,6 +19,10 @@ from gmem_bank.provenance import EncoderSpec, Json, Source, relative_to_bank
 from gmem_bank.storage import Payload, write
 from gmem_bank.storage.schema import Header, Segment
 
+BANK_WIDE = ("keys.hash", "keys.row", "concepts.rows", "concepts.offsets", "active")
+"""Entries that belong to no segment and are written anew by every edit."""
+BLOCK_BYTES = 16 << 20
+
 
 def _relocated(bank: MemoryBank, target: Path) -> tuple[EncoderSpec, tuple[Source, ...]]:
     """Return encoder and sources with their paths relative to where the new bank will lie."""
@@ -64,8 +68,10 @@ def append_segment(
     table = key_tables.extended_table(
         bank.stored.array("keys.hash"), bank.stored.array("keys.row"), key_tables.hashes_of(keys), len(bank)
     )
-    payloads = _copied(bank, "keys.hash", "keys.row", "concepts.rows", "concepts.offsets", "active")
-    payloads |= segments.segment_payloads(segment.name, keys, source_ids + len(old_sources), snippets)
+    payloads = _copied(bank, *BANK_WIDE)
+    payloads |= segments.segment_payloads(
+        segment.name, key_tables.encode(keys), source_ids + len(old_sources), snippets
+    )
     payloads |= segments.key_table_payloads(*table) | segments.concept_payloads(concepts)
     if "active" in bank.stored:
         payloads["active"] = Payload.of(np.concatenate([bank.stored.array("active"), np.ones(len(keys), np.bool_)]))
@@ -92,64 +98,47 @@ def keep_rows(
     entry: Mapping[str, Json],
 ) -> Header:
     """Write the bank with only some of its rows; a segment that loses none is copied, one that loses all is dropped."""
-    payloads = _copied(bank, *_bank_wide(bank))
+    payloads = _copied(bank, *BANK_WIDE)
+    encoder, sources = _relocated(bank, target)
+    used = np.unique(bank.source_ids(np.flatnonzero(keep)))
     kept_segments, start = [], 0
     for segment in bank.header.segments:
         mask = keep[start : start + segment.num_rows]
         start += segment.num_rows
-        if mask.any():
-            kept_segments.append(Segment(name=segment.name, num_rows=int(mask.sum())))
         if not mask.all():
             payloads = {name: payload for name, payload in payloads.items() if not name.startswith(f"{segment.name}/")}
-            if mask.any():
-                payloads |= _filtered(bank, segment, mask)
-    encoder, sources = _relocated(bank, target)
-    sources, renumbered = _used_sources(bank, sources, keep)
-    keys = bank.keys(np.flatnonzero(keep))
-    payloads |= segments.key_table_payloads(*key_tables.sorted_table(key_tables.hashes_of(keys)))
+        if mask.any():
+            kept_segments.append(Segment(name=segment.name, num_rows=int(mask.sum())))
+        if mask.any() and not (mask.all() and len(used) == len(sources)):
+            payloads |= _filtered(bank, segment, mask, used)
     payloads |= segments.concept_payloads(concepts)
-    start = 0
-    for kept in kept_segments:
-        ids = renumbered[start : start + kept.num_rows]
-        start += kept.num_rows
-        payloads[kept.entry("source")] = Payload.of(ids.astype(np.uint32))
+    table = key_tables.filtered_table(bank.stored.array("keys.hash"), bank.stored.array("keys.row"), keep)
+    payloads |= segments.key_table_payloads(*table)
     if "active" in bank.stored:
         payloads["active"] = Payload.of(np.asarray(bank.stored.array("active"))[keep])
     header = replace(
-        bank.header, segments=tuple(kept_segments), encoder=encoder, sources=sources, concepts=tuple(concepts),
-        history=_history(bank, entry),
+        bank.header, segments=tuple(kept_segments), encoder=encoder, sources=tuple(sources[index] for index in used),
+        concepts=tuple(concepts), history=_history(bank, entry),
     )  # fmt: skip
     return write(target, header, payloads)
 
 
-def _bank_wide(bank: MemoryBank) -> tuple[str, ...]:
-    return tuple(
-        n for n in ("keys.hash", "keys.row", "concepts.rows", "concepts.offsets", "active") if n in bank.stored
-    )
-
-
-def _used_sources(
-    bank: MemoryBank, sources: tuple[Source, ...], keep: NDArray[np.bool_]
-) -> tuple[tuple[Source, ...], NDArray[np.int64]]:
-    """Return the sources that some kept row still points at, and the kept rows' new positions in them."""
-    ids = bank.source_ids()[keep]
-    used = np.unique(ids)
-    return tuple(sources[index] for index in used), np.searchsorted(used, ids)
-
-
-def _filtered(bank: MemoryBank, segment: Segment, mask: NDArray[np.bool_]) -> dict[str, Payload]:
-    """Return a segment's entries with only the rows of `mask`; entries of the segment this version does not know go."""
-    name, local = segment.name, np.flatnonzero(mask)
-    stored = bank.stored.array(f"{name}/snippets")
-    step = max(1, (1 << 24) // max(1, stored.shape[1] * stored.dtype.itemsize))
+def _filtered(
+    bank: MemoryBank, segment: Segment, mask: NDArray[np.bool_], used: NDArray[np.int64]
+) -> dict[str, Payload]:
+    """Return a segment's entries with only the rows of `mask`, its sources renumbered by their place in `used`."""
+    name, stored, local = segment.name, bank.stored, np.flatnonzero(mask)
+    vectors = stored.array(f"{name}/snippets")
+    step = max(1, BLOCK_BYTES // (vectors.shape[1] * vectors.dtype.itemsize))
     snippets = Payload(
-        dtype=bank.stored.dtype(f"{name}/snippets"),
+        dtype=stored.dtype(f"{name}/snippets"),
         shape=(len(local), bank.dim),
         blocks=lambda: (
-            np.ascontiguousarray(stored[local[i : i + step]]).view(np.uint8).data.cast("B")
+            np.ascontiguousarray(vectors[local[i : i + step]]).view(np.uint8).data.cast("B")
             for i in range(0, len(local), step)
         ),
     )
-    start = sum(s.num_rows for s in bank.header.segments[: bank.header.segments.index(segment)])
-    keys = bank.keys(start + local)
-    return segments.segment_payloads(name, keys, np.zeros(len(keys), np.int64), snippets)
+    key_text = key_tables.filtered(stored.array(f"{name}/keys.bytes"), stored.array(f"{name}/keys.offsets"), mask)
+    source_ids = np.searchsorted(used, stored.array(f"{name}/source")[mask])
+    whole = stored.payload(f"{name}/snippets")
+    return segments.segment_payloads(name, key_text, source_ids, whole if mask.all() else snippets)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from gmem_bank import keys as key_tables
 from gmem_bank.errors import GMemError
 from gmem_bank.storage import Payload
 from gmem_bank.storage.schema import SNIPPET_DTYPES
@@ -58,17 +57,20 @@ def snippet_payload(
 
 
 def segment_payloads(
-    name: str, keys: Sequence[str], source_ids: NDArray[np.int64], snippets: Payload
+    name: str,
+    key_text: tuple[NDArray[np.uint8], NDArray[np.int64]],
+    source_ids: NDArray[np.int64],
+    snippets: Payload,
 ) -> dict[str, Payload]:
     """Return the entries of one segment.
 
     Args:
         name: the segment's name.
-        keys: n keys.
+        key_text: text and offsets of n keys, from `keys.encode`.
         source_ids: (n,) positions in the bank's list of sources.
         snippets: from `snippet_payload`.
     """
-    text, offsets = key_tables.encode(keys)
+    text, offsets = key_text
     return {
         f"{name}/snippets": snippets,
         f"{name}/keys.bytes": Payload.of(text),

@@ -96,7 +96,7 @@ def _check_snippets(bank: MemoryBank) -> list[str]:
                 row = start + int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
                 problems.append(f"segment {segment.name}: the snippet of its row {row} is not finite")
                 continue
-            norms = np.linalg.norm(values, axis=1)
+            norms = np.linalg.norm(values.astype(np.float64), axis=1)
             off = np.abs(norms - 1) > UNIT_TOLERANCE[dtype]
             if bank.space == "unit" and off.any():
                 row = int(np.flatnonzero(off)[0])
@@ -106,7 +106,7 @@ def _check_snippets(bank: MemoryBank) -> list[str]:
 
 def _check_keys(bank: MemoryBank) -> list[str]:
     keys = bank.keys(np.arange(len(bank)))
-    bank.source_ids()
+    bank.source_ids(np.arange(len(bank)))
     problems = [f"the key {key!r} occurs twice" for key in key_tables.duplicates(keys)]
     hashes, rows = key_tables.sorted_table(key_tables.hashes_of(keys))
     if not np.array_equal(hashes, bank.stored.array("keys.hash")):

@@ -84,6 +84,8 @@ class PixelCache:
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             self._fill(path, shape, bank, join, images, progress)
+            for stale in set(folder.glob("pixels-*")) - {path}:
+                stale.unlink()  # of a bank that was edited since
         self._images: NDArray[np.uint8] = np.load(path, mmap_mode="r", allow_pickle=False)
         if self._images.shape != shape or self._images.dtype != np.uint8:
             raise GMemError(f"{path} is damaged: delete it and run the same command again", path=path)

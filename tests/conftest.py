@@ -90,7 +90,7 @@ def make_bank(tmp_path: Path) -> BankMaker:
             block = values[start : start + count]
             stored = segments.snippet_payload(lambda block=block: [block], count, values.shape[1], dtype)
             payloads |= segments.segment_payloads(
-                str(index), keys[start : start + count], np.zeros(count, np.int64), stored
+                str(index), key_tables.encode(keys[start : start + count]), np.zeros(count, np.int64), stored
             )
             start += count
         concepts = segments.concepts_of_folders(keys)

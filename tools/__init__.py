@@ -1,0 +1,1 @@
+"""Development tools; none of them is installed."""

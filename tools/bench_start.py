@@ -1,6 +1,6 @@
 """How long the light commands take to start: medians over runs, beside a bare interpreter, as JSON.
 
-    python -m tools.bench_start [--runs 11]
+python -m tools.bench_start [--runs 11]
 """
 
 from __future__ import annotations

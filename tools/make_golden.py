@@ -34,7 +34,9 @@ def main() -> int:
     for name, start, stop in (("0", 0, 4), ("1", 4, 6)):
         block = snippets[start:stop]
         stored = segments.snippet_payload(lambda block=block: [block], stop - start, 4, "f32")
-        payloads |= segments.segment_payloads(name, KEYS[start:stop], np.full(stop - start, int(name)), stored)
+        payloads |= segments.segment_payloads(
+            name, key_tables.encode(KEYS[start:stop]), np.full(stop - start, int(name)), stored
+        )
     payloads |= segments.key_table_payloads(*key_tables.sorted_table(key_tables.hashes_of(KEYS)))
     payloads |= segments.concept_payloads(concepts)
     payloads["active"] = Payload.of(np.ones(6, np.bool_))

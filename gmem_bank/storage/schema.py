@@ -7,6 +7,7 @@ checks one against the other; where the bytes lie is the business of a store.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -179,6 +180,8 @@ def _strings(record: Mapping[str, Json], name: str) -> list[str]:
 def _segment(item: Json) -> Segment:
     if not isinstance(item, dict) or set(item) != {"name", "num_rows"} or not isinstance(item["name"], str):
         raise CorruptError(f"segment {item!r} must have exactly a name and num_rows")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", item["name"]):
+        raise CorruptError(f"segment name {item['name']!r} must be 1 to 64 letters, digits, '_' or '-'")
     return Segment(name=item["name"], num_rows=_count(item, "num_rows", minimum=1))
 
 

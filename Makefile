@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: quickstart test test-slow check first-commands clean
+.PHONY: quickstart test test-slow lint check first-commands clean
 
 quickstart: .venv/installed-cpu  ## build, train, insert a concept without training, look: quickstart/report.html
 	$(BIN)/python -m tools.quickstart $(ARGS)
@@ -14,12 +14,13 @@ test: .venv/installed-test  ## the default suite
 test-slow: .venv/installed-test  ## kill -9, soak and other long tests
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-check: .venv/installed-test  ## lint, types, import contracts, tests
+lint: .venv/installed-test  ## lint, format, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest $(ARGS)
+
+check: lint test  ## all of that, and the default suite
 
 first-commands: .venv/installed-test  ## the first commands a user types, word for word, on real photos
 	$(BIN)/python -m tools.first_commands

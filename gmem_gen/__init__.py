@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from gmem_gen.checkpoint import load_checkpoint as load_checkpoint
     from gmem_gen.conditioning import Conditions as Conditions
     from gmem_gen.conditioning import choose_conditions as choose_conditions
-    from gmem_gen.config import MODEL_PRESETS as MODEL_PRESETS
     from gmem_gen.config import Config as Config
     from gmem_gen.config import DataConfig as DataConfig
     from gmem_gen.config import FlowConfig as FlowConfig
@@ -24,10 +23,11 @@ if TYPE_CHECKING:
     from gmem_gen.config import TrainConfig as TrainConfig
     from gmem_gen.config import apply_settings as apply_settings
     from gmem_gen.config import load_config as load_config
-    from gmem_gen.config import preset as preset
     from gmem_gen.images import make_grid as make_grid
     from gmem_gen.model import Generator as Generator
     from gmem_gen.model import LatentShape as LatentShape
+    from gmem_gen.presets import MODEL_PRESETS as MODEL_PRESETS
+    from gmem_gen.presets import preset as preset
     from gmem_gen.sampling import SampleConfig as SampleConfig
     from gmem_gen.sampling import Samples as Samples
     from gmem_gen.sampling import sample as sample
@@ -38,7 +38,6 @@ _DOOR = {
     "checkpoint": ("LoadedCheckpoint", "load_checkpoint"),
     "conditioning": ("Conditions", "choose_conditions"),
     "config": (
-        "MODEL_PRESETS",
         "Config",
         "DataConfig",
         "FlowConfig",
@@ -46,10 +45,10 @@ _DOOR = {
         "TrainConfig",
         "apply_settings",
         "load_config",
-        "preset",
     ),
     "images": ("make_grid",),
     "model": ("Generator", "LatentShape"),
+    "presets": ("MODEL_PRESETS", "preset"),
     "sampling": ("SampleConfig", "Samples", "sample"),
     "trainer": ("TrainReport", "train"),
 }

@@ -111,42 +111,45 @@ def sample(
         raise ConfigError(
             "this model was trained without the null snippet (train.null_probability=0): sample with --guidance 1"
         )
-    model = checkpoint.model
-    latent, device = model.latent, next(model.parameters()).device
-    tokenizer = PixelTokenizer(latent.size, latent.channels)
-    solver, times = flow.SOLVERS[wanted.solver], flow.time_grid(wanted.num_steps, wanted.timestep_shift).to(device)
-    images, nfe, total = [], 0, len(conditions.rows)
-
-    def velocity(x_t: Tensor, t: Tensor, snippets: Tensor) -> Tensor:
-        return flow.to_velocity(model(x_t, t, snippets), x_t, t, checkpoint.config.flow.prediction)
-
-    with torch.inference_mode(), cpu_threads(0, checkpoint.config.model.width):
-        for start in range(0, total, wanted.batch_size):
-            rows = conditions.rows[start : start + wanted.batch_size]
-            shape = (latent.channels, latent.size, latent.size)
-            noise = [initial_noise(shape, wanted.seed, start + place) for place in range(len(rows))]
-            field = flow.guided(
-                velocity,
-                conditioning.gather(bank, rows, device),
-                wanted.guidance,
-                wanted.guidance_start,
-                wanted.guidance_end,
-            )
-            solution = solver(field, torch.stack(noise).to(device), times)
-            images.append(tokenizer.decode(solution.x_1))
-            nfe = solution.nfe
-            progress(start + len(rows), total)
+    images, nfe = _draw(bank, checkpoint, conditions.rows, wanted, progress)
     record = {
         **dataclasses.asdict(wanted),
         "nfe": nfe,
         "weights_step": checkpoint.step,
         "checkpoint": str(checkpoint.path),
         "precision": "fp32",
-        "device": str(device),
+        "device": str(next(checkpoint.model.parameters()).device),
         "label": conditions.label,
         "keys": conditions.keys,
         "bank": conditioning.record_of(bank),
         "trained_on": checkpoint.bank,
         "versions": versions(),
     }
-    return Samples(images=np.concatenate(images), conditions=conditions, nfe=nfe, record=record)
+    return Samples(images=images, conditions=conditions, nfe=nfe, record=record)
+
+
+def _draw(
+    bank: Bank, checkpoint: LoadedCheckpoint, rows: NDArray[np.int64], config: SampleConfig, progress: Progress
+) -> tuple[NDArray[np.uint8], int]:
+    """Return the (B, H, W, C) images of rows, batch by batch, and the evaluations each took."""
+    model, prediction = checkpoint.model, checkpoint.config.flow.prediction
+    latent, device = model.latent, next(model.parameters()).device
+    tokenizer = PixelTokenizer(latent.size, latent.channels)
+    times = flow.time_grid(config.num_steps, config.timestep_shift).to(device)
+    images, nfe = [], 0
+
+    def velocity(x_t: Tensor, t: Tensor, snippets: Tensor) -> Tensor:
+        return flow.to_velocity(model(x_t, t, snippets), x_t, t, prediction)
+
+    with torch.inference_mode(), cpu_threads(0, checkpoint.config.model.width):
+        for start in range(0, len(rows), config.batch_size):
+            batch = rows[start : start + config.batch_size]
+            shape = (latent.channels, latent.size, latent.size)
+            noise = torch.stack([initial_noise(shape, config.seed, start + place) for place in range(len(batch))])
+            snippets = conditioning.gather(bank, batch, device)
+            field = flow.guided(velocity, snippets, config.guidance, config.guidance_start, config.guidance_end)
+            solution = flow.SOLVERS[config.solver](field, noise.to(device), times)
+            images.append(tokenizer.decode(solution.x_1))
+            nfe = solution.nfe
+            progress(start + len(batch), len(rows))
+    return np.concatenate(images), nfe

@@ -50,7 +50,7 @@ class Stages:
         self.seconds: dict[str, float] = {}
         self.commands: list[str] = []
 
-    def run(self, stage: str, *command: str | Path) -> Any:
+    def run(self, stage: str, *command: str | Path | int) -> Any:
         """Run a gmem command with --json and return what it printed."""
         words = [str(word) for word in command]
         self.commands.append(shlex.join(words))
@@ -81,89 +81,119 @@ def write_digits(folder: Path, held_out: int) -> tuple[NDArray[np.uint8], NDArra
     return images, data.target
 
 
-def play(held_out: int, folder: Path, steps: int, seed: int, encoder: tuple[str, ...]) -> dict[str, Any]:
-    """Do the whole job for one held-out digit and return figures and pictures."""
-    started = time.perf_counter()
-    shutil.rmtree(folder, ignore_errors=True)
-    stages, digit = Stages(), str(held_out)
-    images, labels = write_digits(folder, held_out)
-    judge = Judge(images, labels)
-    bank, run, new = folder / "bank.safetensors", folder / "run", folder / "new" / digit
+class Game:
+    """One held-out digit: its folder, its bank, its generator.
 
-    def sample(stage: str, name: str, *what: str | Path) -> NDArray[np.uint8]:
-        grid, single = folder / "samples" / f"{name}.png", folder / "samples" / name
-        stages.run(stage, "gmem-gen", "sample", "--bank", bank, "--checkpoint", run, *what, "--seed", str(seed),
-                   "--output", grid, "--save-images", single, *SAMPLING)  # fmt: skip
+    Args:
+        held_out: the digit that is not trained on.
+        folder: emptied, and filled with everything.
+        seed: of training and sampling.
+    """
+
+    def __init__(self, held_out: int, folder: Path, seed: int) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        self.stages, self.folder, self.seed = Stages(), folder, seed
+        self.held_out, self.digit = held_out, str(held_out)
+        self.bank, self.run, self.new = folder / "bank.safetensors", folder / "run", folder / "new" / self.digit
+        self.images, self.labels = write_digits(folder, held_out)
+        self.judge = Judge(self.images, self.labels)
+
+    def build(self, encoder: tuple[str, ...]) -> dict[str, Any]:
+        """Build the bank of nine digits."""
+        return self.stages.run("build", "gmem-bank", "build", self.folder / "digits", *encoder, "-o", self.bank, "-q")
+
+    def train(self, steps: int) -> dict[str, Any]:
+        """Train on it."""
+        settings = (*TRAINING, f"train.max_steps={steps}", f"train.seed={self.seed}")
+        words = [word for setting in settings for word in ("--set", setting)]
+        return self.stages.run("train", "gmem-gen", "train", "--bank", self.bank, "--out", self.run, *words)
+
+    def sample(self, name: str, *what: str | Path, stage: str = "sample") -> NDArray[np.uint8]:
+        """Draw samples and return them as (N, 8, 8)."""
+        grid, single = self.folder / "samples" / f"{name}.png", self.folder / "samples" / name
+        self.stages.run(stage, "gmem-gen", "sample", "--bank", self.bank, "--checkpoint", self.run, *what, "--seed", self.seed,
+                        "--output", grid, "--save-images", single, *SAMPLING)  # fmt: skip
         return load_images(single)
 
-    built = stages.run("build", "gmem-bank", "build", folder / "digits", *encoder, "--output", bank, "-q")
-    settings = [
-        word for setting in (*TRAINING, f"train.max_steps={steps}", f"train.seed={seed}") for word in ("--set", setting)
-    ]
-    trained = stages.run("train", "gmem-gen", "train", "--bank", bank, "--out", run, *settings)
+    def sample_keys(self, name: str, keys: list[str], *options: str, stage: str = "sample") -> NDArray[np.uint8]:
+        """Draw samples for rows, in order."""
+        path = self.folder / f"{name}.txt"
+        path.write_text("".join(key + "\n" for key in keys), encoding="utf-8")
+        return self.sample(name, "--keys-from", path, *options, stage=stage)
 
-    # before: the concept is not in the bank, so the nearest rows to the new images stand in for it
-    nearest = stages.run("before", "gmem-bank", "search", bank, new, "-k", "1", "-q")
-    keys_file = folder / "nearest.txt"
-    keys_file.write_text("".join(result["hits"][0]["key"] + "\n" for result in nearest), encoding="utf-8")
-    before = sample("before", "before", "--keys-from", keys_file)
+    def sample_before(self) -> NDArray[np.uint8]:
+        """Ask for the digit while it is not in the bank: the nearest rows to its images stand in for it."""
+        nearest = self.stages.run("before", "gmem-bank", "search", self.bank, self.new, "-k", "1", "-q")
+        return self.sample_keys("before", [result["hits"][0]["key"] for result in nearest], stage="before")
 
-    inserted_report = stages.run("insert", "gmem-bank", "insert-concept", new, "--bank", bank, "-q")
-    count = inserted_report["num_added"]
-    inserted = sample("sample", "inserted", "--concept", digit, "--num", str(count))
-    inserted_keys = json.loads((folder / "samples" / "inserted.json").read_text(encoding="utf-8"))["keys"]
+    def insert(self) -> int:
+        """Insert the digit; return the number of its rows."""
+        return self.stages.run("insert", "gmem-bank", "insert-concept", self.new, "--bank", self.bank, "-q")[
+            "num_added"
+        ]
 
-    listed = stages.run("sample", "gmem-bank", "list", bank)["rows"]
-    rng = np.random.default_rng(seed)
-    seen_rows = [row["key"] for row in listed if not row["key"].startswith(f"{digit}/")]
-    seen_keys = [seen_rows[i] for i in np.sort(rng.choice(len(seen_rows), SEEN_SAMPLES, replace=False))]
-    keys_file = folder / "seen.txt"
-    keys_file.write_text("".join(key + "\n" for key in seen_keys), encoding="utf-8")
-    seen = sample("sample", "seen", "--keys-from", keys_file)
-    seen_labels = np.array([int(key.split("/")[0]) for key in seen_keys])
+    def keys(self) -> list[str]:
+        """All keys of the bank."""
+        return [row["key"] for row in self.stages.run("sample", "gmem-bank", "list", self.bank)["rows"]]
 
-    spreads = {}
-    for name, keys in (("inserted", inserted_keys), ("seen", seen_keys)):
+    def spread(self, name: str, keys: list[str]) -> float:
+        """Draw several samples of each of some snippets and return how much they differ."""
         chosen = keys[:: max(1, len(keys) // SPREAD_SNIPPETS)][:SPREAD_SNIPPETS]
-        picked = [word for key in chosen for word in ("--key", key)]
-        drawn = sample("sample", f"spread-{name}", *picked, "--per-snippet", str(SPREAD_SAMPLES))
-        spreads[name] = pixel_spread(drawn, SPREAD_SAMPLES)
+        drawn = self.sample_keys(f"spread-{name}", chosen, "--per-snippet", str(SPREAD_SAMPLES))
+        return pixel_spread(drawn, SPREAD_SAMPLES)
 
-    others = [d for d in (3, 0, 7, 2) if d != held_out][:2]
-    ways = {}
-    for first, second in ((others[0], others[1]), (others[0], held_out)):
-        ends = [next(row["key"] for row in listed if row["key"].startswith(f"{d}/")) for d in (first, second)]
+    def way(self, first: int, second: int, keys: list[str]) -> NDArray[np.uint8]:
+        """Draw the way from a row of one digit to a row of another."""
+        ends = [next(key for key in keys if key.startswith(f"{digit}/")) for digit in (first, second)]
         name = f"{first}-to-{second}"
-        stages.run("interpolate", "gmem-bank", "interpolate", *ends, "--bank", bank, "--steps", "7", "--name", name)
-        keys = [word for step in range(7) for word in ("--key", f"{name}/{step}")]
-        ways[name] = sample("interpolate", name, *keys)
+        made = self.stages.run(
+            "interpolate", "gmem-bank", "interpolate", *ends, "-b", self.bank, "--steps", "7", "-n", name
+        )
+        return self.sample_keys(name, made["keys"], stage="interpolate")
 
+
+def play(held_out: int, folder: Path, steps: int, seed: int, encoder: tuple[str, ...]) -> dict[str, Any]:
+    """Do the whole job for one held-out digit and return figures, pictures and commands."""
+    started = time.perf_counter()
+    game = Game(held_out, folder, seed)
+    built, trained = game.build(encoder), game.train(steps)
+    before = game.sample_before()
+    count = game.insert()
+    inserted = game.sample("inserted", "--concept", game.digit, "--num", str(count))
+    inserted_keys = json.loads((folder / "samples" / "inserted.json").read_text(encoding="utf-8"))["keys"]
+    keys = game.keys()
+    old_keys = [key for key in keys if not key.startswith(f"{game.digit}/")]
+    chosen = np.random.default_rng(seed).choice(len(old_keys), SEEN_SAMPLES, replace=False)
+    seen_keys = [old_keys[place] for place in np.sort(chosen)]
+    seen = game.sample_keys("seen", seen_keys)
+    spreads = {name: game.spread(name, some) for name, some in (("inserted", inserted_keys), ("seen", seen_keys))}
+    others = [digit for digit in (3, 0, 7, 2) if digit != held_out][:2]
+    ways = {f"{a}-to-{b}": game.way(a, b, keys) for a, b in ((others[0], others[1]), (others[0], held_out))}
+    judge = game.judge
     figures = {
         "held_out": held_out,
-        "seen_accuracy": judge.share(seen, seen_labels),
+        "seen_accuracy": judge.share(seen, np.array([int(key.split("/")[0]) for key in seen_keys])),
         "inserted_accuracy": judge.share(inserted, held_out),
         "before_accuracy": judge.share(before, held_out),
-        "linear_accuracy": linear_accuracy(bank, judge, digit),
+        "linear_accuracy": linear_accuracy(game.bank, judge, game.digit),
         "classifier_accuracy": judge.accuracy,
-        "snippet_cosine": snippet_cosine(bank, inserted, inserted_keys),
+        "snippet_cosine": snippet_cosine(game.bank, inserted, inserted_keys),
         "spread_inserted": spreads["inserted"],
         "spread_seen": spreads["seen"],
         "inserted_taken_for": judge.counts(inserted),
         "before_taken_for": judge.counts(before),
         "num_inserted_samples": count,
         "num_seen_samples": SEEN_SAMPLES,
-        "steps": trained["step"],
-        "loss": trained["loss"],
-        "steps_per_second": trained["steps_per_second"],
-        "num_parameters": trained["num_parameters"],
+        **{name: trained[name] for name in ("step", "loss", "steps_per_second", "num_parameters")},
         "snippet_dim": built["dim"],
         "seed": seed,
-        "seconds": stages.seconds,
+        "seconds": game.stages.seconds,
         "seconds_total": round(time.perf_counter() - started, 1),
     }
-    pictures = {"real": images[labels == held_out], "real seen": np.stack([images[int(Path(k).stem)] for k in seen_keys]),
-                "seen": seen, "inserted": inserted, "before": before, **ways}  # fmt: skip
-    return {"figures": figures, "pictures": pictures, "commands": stages.commands}
+    real_seen = np.stack([game.images[int(Path(key).stem)] for key in seen_keys])
+    pictures = {"real": game.images[game.labels == held_out], "real seen": real_seen, "seen": seen, "inserted": inserted,
+                "before": before, **ways}  # fmt: skip
+    return {"figures": figures, "pictures": pictures, "commands": game.stages.commands}
 
 
 def parse() -> argparse.Namespace:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from gmem_bank.errors import ConfigError
-from gmem_gen.config import MODEL_PRESETS, Config, ModelConfig, TrainConfig, apply_settings, load_config, preset
+from gmem_gen.config import Config, ModelConfig, TrainConfig, apply_settings, load_config
+from gmem_gen.presets import MODEL_PRESETS, preset
 
 
 @pytest.mark.parametrize("name", MODEL_PRESETS)

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from gmem_bank.errors import ConfigError
-from gmem_gen.config import MODEL_PRESETS, ModelConfig
+from gmem_gen.config import ModelConfig
 from gmem_gen.flow import guided
 from gmem_gen.layers import RMSNorm, position_table, rope_tables, rotate
 from gmem_gen.model import Generator, LatentShape, auto_patch_size, num_parameters
+from gmem_gen.presets import MODEL_PRESETS
 from tests.conftest import DATA, SHARED
 
 

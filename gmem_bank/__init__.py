@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from gmem_bank.errors import SourceError as SourceError
     from gmem_bank.errors import UnknownKeyError as UnknownKeyError
     from gmem_bank.errors import WriteError as WriteError
+    from gmem_bank.insertion import insert_concept as insert_concept
     from gmem_bank.interface import Bank as Bank
     from gmem_bank.ops import EditReport as EditReport
-    from gmem_bank.ops import insert_concept as insert_concept
     from gmem_bank.ops import interpolate as interpolate
     from gmem_bank.ops import remove_concept as remove_concept
     from gmem_bank.progress import ProgressBar as ProgressBar
@@ -77,8 +77,9 @@ _DOOR = {
         "UnknownKeyError",
         "WriteError",
     ),
+    "insertion": ("insert_concept",),
     "interface": ("Bank",),
-    "ops": ("EditReport", "insert_concept", "interpolate", "remove_concept"),
+    "ops": ("EditReport", "interpolate", "remove_concept"),
     "progress": ("ProgressBar",),
     "provenance": ("EncoderSpec",),
     "sources": ("RUN_MARKER", "read_image"),

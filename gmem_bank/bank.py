@@ -19,7 +19,7 @@ from gmem_bank.errors import CorruptError, MaskedRowError, UnknownKeyError, firs
 from gmem_bank.interface import INTERFACE_VERSION
 from gmem_bank.provenance import EncoderSpec, Source
 from gmem_bank.space import Space, to_space
-from gmem_bank.storage import StoredBank, open_stored
+from gmem_bank.storage import Store, open_stored
 from gmem_bank.storage.schema import Header
 
 
@@ -35,13 +35,14 @@ def open(path: str | os.PathLike[str]) -> MemoryBank:  # noqa: A001 - the verb o
     Raises:
         BankNotFoundError, FormatError, FormatVersionError, CorruptError: each with the path and what to do.
     """
-    return DenseBank(open_stored(path))
+    stored = open_stored(path)
+    return _KINDS[stored.header.kind](stored)
 
 
 class MemoryBank:
     """Rows, keys, mask, concepts and provenance of any kind of bank; a subclass reads the snippets."""
 
-    def __init__(self, stored: StoredBank) -> None:
+    def __init__(self, stored: Store) -> None:
         self._stored = stored
         counts = [segment.num_rows for segment in self.header.segments]
         self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
@@ -54,7 +55,7 @@ class MemoryBank:
         return self._stored.header
 
     @property
-    def stored(self) -> StoredBank:
+    def stored(self) -> Store:
         """The open file."""
         return self._stored
 
@@ -220,21 +221,27 @@ class MemoryBank:
     # -- concepts
 
     @property
-    def concepts(self) -> tuple[str, ...]:
-        """Names, in file order."""
+    def names(self) -> tuple[str, ...]:
+        """Concepts, in file order."""
         return self.header.concepts
+
+    @cached_property
+    def _concept_index(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.names)}
+
+    def concept_sizes(self) -> dict[str, int]:
+        """Return name → number of rows, masked ones included, in file order."""
+        if not self.names:
+            return {}
+        return dict(zip(self.names, np.diff(self._stored.array("concepts.offsets")).tolist(), strict=True))
 
     def all_rows_of(self, concept: str) -> NDArray[np.int64]:
         """Return a concept's rows, masked ones included, ascending; raises UnknownKeyError with the nearest names."""
-        if concept not in self.concepts:
-            known = (
-                ", ".join(self.concepts[:8]) + (", …" if len(self.concepts) > 8 else "") if self.concepts else "none"
-            )
-            raise UnknownKeyError(
-                f"{self.path} has no concept {concept!r} (it has: {known}).{suggest(concept, self.concepts)}",
-                path=self.path, key=concept,
-            )  # fmt: skip
-        index = self.concepts.index(concept)
+        if concept not in self._concept_index:
+            known = ", ".join(self.names[:8]) + (", …" if len(self.names) > 8 else "") if self.names else "none"
+            message = f"{self.path} has no concept {concept!r} (it has: {known}).{suggest(concept, self.names)}"
+            raise UnknownKeyError(message, path=self.path, key=concept)
+        index = self._concept_index[concept]
         offsets, rows = self._stored.array("concepts.offsets"), self._stored.array("concepts.rows")
         begin, end = int(offsets[index]), int(offsets[index + 1])
         members: NDArray[np.int64] = np.array(rows[begin:end], np.int64)
@@ -313,6 +320,10 @@ class DenseBank(MemoryBank):
         if self._stored.dtype(name) == "F32":
             return stored.astype(np.float32)  # as stored: already in the bank's space, bit for bit
         return to_space(widen(stored), self.space)
+
+
+_KINDS: dict[str, type[MemoryBank]] = {"dense": DenseBank}
+"""Kind in the header → class."""
 
 
 def widen(stored: NDArray[Any]) -> NDArray[np.float32]:

@@ -6,9 +6,11 @@ Shapes: N rows, D dimensions.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import EncoderSpec, Json, canonical_json, relative_to_bank
 from gmem_bank.sources import Listing, Skipped, list_folder
 from gmem_bank.staging import Encoded, encode_listings
-from gmem_bank.storage import atomic, require_known_suffix, write
+from gmem_bank.storage import atomic, real_target, write
 from gmem_bank.storage.schema import SNIPPET_DTYPES, Header, Segment
 
 DEFAULT_BANK = "bank.safetensors"
@@ -99,19 +101,25 @@ def build(
         raise ConfigError(f"dtype must be one of {', '.join(SNIPPET_DTYPES)}, not {dtype!r}", key="dtype")
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}", key="batch_size")
-    target = require_known_suffix(output)
+    target = real_target(output)
     started = time.perf_counter()
     with atomic.locked(target):
         listing = list_folder(source, exclude=(target, report_path(target)))
         spec = localised(encoder.spec, target)
         arguments = {"dtype": dtype, "batch_size": batch_size}
-        if target.exists() and not overwrite:
-            return _already_built(target, listing, spec, arguments, started)
-        encoded = encode_listings(
-            [listing], encoder, staging_folder=staging_folder(target, "build"), batch_size=batch_size, progress=progress
+        staging = staging_folder(target, "build")
+        built = target.exists() and not overwrite
+        if built:
+            _require_already_built(target, listing, spec, arguments)
+        if built and not staging.exists():
+            return _unchanged(target, listing, started)
+        # A kill may have come between the bank and its report: then the batches are still there, and give the report.
+        encoded = encode_listings([listing], encoder, staging_folder=staging, batch_size=batch_size, progress=progress)
+        if not built:
+            _write_new(target, encoded, listing, spec, arguments)
+        report = _report(
+            target, [*encoded.skipped, *listing.ignored], len(encoded.skipped), encoded.num_resumed, started
         )
-        _write_new(target, encoded, listing, spec, arguments)
-        report = _report(target, list(listing.ignored), encoded, started)
         atomic.write_bytes(report_path(target), (canonical_json(report.to_json()) + "\n").encode())
         encoded.staging.discard()
     return report
@@ -138,7 +146,7 @@ def _write_new(target: Path, encoded: Encoded, listing: Listing, spec: EncoderSp
         dim=spec.dim,
         segments=(Segment(name="0", num_rows=len(keys)),),
         encoder=spec,
-        sources=(listing.to_source(target.parent),),
+        sources=(listing.to_source(target.parent, encoded.digests[0]),),
         concepts=tuple(concepts),
         history=({"operation": "build", "arguments": arguments, "num_rows": len(keys)},),
     )
@@ -154,33 +162,30 @@ def _write_new(target: Path, encoded: Encoded, listing: Listing, spec: EncoderSp
     )
 
 
-def _report(target: Path, ignored: list[Skipped], encoded: Encoded | None, started: float) -> BuildReport:
+def _report(
+    target: Path, skipped: Sequence[Skipped], num_unreadable: int, num_resumed: int, started: float
+) -> BuildReport:
     bank = bank_module.open(target)
     seconds = time.perf_counter() - started
-    skipped = encoded.skipped if encoded else []
-    num_encoded = len(bank) + len(skipped) - encoded.num_resumed if encoded else 0
     return BuildReport(
         bank=str(target),
         num_rows=len(bank),
         dim=bank.dim,
         space=bank.space,
         encoder=bank.encoder.name,
-        concepts={name: len(bank.all_rows_of(name)) for name in bank.concepts},
-        skipped=[entry.to_json() for entry in (*skipped, *ignored)],
-        num_unreadable=len(skipped),
-        num_resumed=encoded.num_resumed if encoded else 0,
+        concepts=bank.concept_sizes(),
+        skipped=[entry.to_json() for entry in skipped],
+        num_unreadable=num_unreadable,
+        num_resumed=num_resumed,
         seconds=round(seconds, 3),
-        images_per_second=round(max(0, num_encoded) / seconds, 2),
+        images_per_second=round(max(0, len(bank) + num_unreadable - num_resumed) / seconds, 2),
         bytes=target.stat().st_size,
         fingerprint=bank.fingerprint,
-        unchanged=encoded is None,
     )
 
 
-def _already_built(
-    target: Path, listing: Listing, spec: EncoderSpec, arguments: dict[str, Any], started: float
-) -> BuildReport:
-    """Report an existing bank that this build would give again (a kill may come after the last write), or refuse."""
+def _require_already_built(target: Path, listing: Listing, spec: EncoderSpec, arguments: dict[str, Any]) -> None:
+    """Raise OutputExistsError unless the bank there is the one that this build gives (a kill may come after its rename)."""
     try:
         bank = bank_module.open(target)
     except GMemError as error:
@@ -189,17 +194,34 @@ def _already_built(
         ) from error
     history = [{**entry} for entry in bank.history]
     same = (
-        len(history) == 1
-        and history[0].get("arguments") == arguments
-        and bank.sources == (listing.to_source(target.parent),)
-        and bank.encoder.fingerprint == spec.fingerprint
+        len(history) == 1 and history[0].get("arguments") == arguments and bank.encoder.fingerprint == spec.fingerprint
     )
-    if not same:
+    # contents are compared last: that reads every image
+    if not same or bank.sources != (listing.to_source(target.parent, listing.content_digest()),):
         operations = Counter(str(entry["operation"]) for entry in history)
         made = ", ".join(f"{count}× {name}" if count > 1 else name for name, count in operations.items())
         raise OutputExistsError(
-            f"{target} exists ({len(bank)} rows of {bank.encoder.name}; history: {made}) and was not built from these images "
-            "in this way: choose another name with -o, or replace it with --overwrite",
+            f"{target} exists ({len(bank)} rows of {bank.encoder.name}; history: {made}) and was not built from these "
+            "images in this way: choose another name with -o, or replace it with --overwrite",
             path=target,
         )
-    return _report(target, list(listing.ignored), None, started)
+
+
+def _unchanged(target: Path, listing: Listing, started: float) -> BuildReport:
+    """Report a bank that is there already; images without a row are named again, with the stored reasons."""
+    bank = bank_module.open(target)
+    keys = [item.key for item in listing.items]
+    absent = [key for key, row in zip(keys, bank.find_rows(keys).tolist(), strict=True) if row < 0]
+    reasons = _stored_reasons(target)
+    unknown = "it gave no row; the report that said why is gone"
+    skipped = [Skipped(path=key, reason=reasons.get(key, unknown)) for key in absent]
+    report = _report(target, [*skipped, *listing.ignored], len(absent), 0, started)
+    return dataclasses.replace(report, images_per_second=0.0, unchanged=True)
+
+
+def _stored_reasons(target: Path) -> dict[str, str]:
+    try:
+        record = json.loads(report_path(target).read_text(encoding="utf-8"))
+        return {str(entry["path"]): str(entry["reason"]) for entry in record["skipped"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}

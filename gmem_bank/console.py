@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -27,7 +28,7 @@ class CommandGroup(click.Group):
             ctx.exit(1)
         except OSError as error:
             # a path of the user's that cannot be read or written, somewhere our own errors do not reach
-            if ctx.params.get("traceback") or error.strerror is None:
+            if ctx.params.get("traceback") or error.strerror is None or error.errno == errno.EPIPE:
                 raise
             where = f" {error.filename}:" if error.filename else ""
             click.echo(f"Error:{where} {error.strerror}", err=True)

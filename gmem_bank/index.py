@@ -64,7 +64,9 @@ def search_flat(
     block = max(k, BLOCK_BYTES // (4 * bank.dim))
     for start in range(0, len(rows), block):
         chunk = rows[start : start + block]
-        vectors = to_space(bank.snippets(chunk), "unit")
+        vectors = bank.snippets(chunk)
+        if bank.space != "unit":
+            vectors = to_space(vectors, "unit")
         scores, places = faiss.knn(unit_queries, vectors, min(k, len(chunk)), metric=faiss.METRIC_INNER_PRODUCT)
         best, found = _merge(best, found, scores, chunk[places], k)
     return best, found

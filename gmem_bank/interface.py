@@ -64,8 +64,8 @@ class SupportsConcepts(Protocol):
     """A bank with named sets of rows."""
 
     @property
-    def concepts(self) -> tuple[str, ...]:
-        """Names, in file order."""
+    def names(self) -> tuple[str, ...]:
+        """Concepts, in file order."""
 
     def rows_of(self, concept: str) -> NDArray[np.int64]:
         """Return the active rows of a concept, ascending; raises UnknownKeyError with the nearest names."""

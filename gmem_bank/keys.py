@@ -12,21 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmem_bank.errors import GMemError
-
-MAX_KEY_BYTES = 65_535
-DERIVED_MARK = "#"
+from gmem_bank.naming import key_problem
 
 
 def check_key(key: str) -> str:
-    """Return the key; raises GMemError where it cannot be one (empty, too long, not UTF-8, NUL)."""
-    try:
-        encoded = key.encode()
-    except UnicodeEncodeError as error:
-        raise GMemError(f"the key {key!r} is not valid Unicode: rename the file", key=key) from error
-    if not encoded or len(encoded) > MAX_KEY_BYTES or b"\0" in encoded:
-        raise GMemError(
-            f"the key {key[:60]!r} must have 1 to {MAX_KEY_BYTES} bytes and no NUL: rename the file", key=key
-        )
+    """Return the key; raises GMemError where it cannot be one."""
+    problem = key_problem(key)
+    if problem:
+        raise GMemError(f"the key {key[:60]!r} {problem}: rename the file", key=key)
     return key
 
 

@@ -33,29 +33,41 @@ def sha256_of_file(path: str | os.PathLike[str]) -> str:
 
 
 def _build(cls: type[Any], record: Json, what: str) -> Any:
-    """Build a dataclass from a JSON object, refusing unknown, missing and mistyped fields."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    """Build a dataclass from a JSON object; fields of a later minor version go into its `extras`."""
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.name != "extras"}
     if not isinstance(record, dict):
         raise FormatError(f"{what} must be a JSON object, got {type(record).__name__}")
-    unknown = sorted(set(record) - set(fields))
     required = {
         name
         for name, f in fields.items()
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     }
     missing = sorted(required - set(record))
-    if unknown or missing:
-        raise FormatError(f"{what}: unknown fields {unknown}, missing fields {missing}")
+    if missing:
+        raise FormatError(f"{what} lacks {missing}")
+    known = {name: value for name, value in record.items() if name in fields}
+    extras = {name: value for name, value in record.items() if name not in fields}
     try:
-        return cls(**record)
+        return cls(**known, extras=extras)
     except (TypeError, ValueError) as error:
         raise FormatError(f"{what}: {error}") from error
+
+
+def _to_json(instance: Any) -> dict[str, Json]:
+    """Return what `_build` reads back: the fields, and the extras beside them."""
+    record = {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance) if f.name != "extras"}
+    plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in record.items()}
+    return {**instance.extras, **plain}
 
 
 def _check(wanted: type | tuple[type, ...], /, **values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is int):
             raise TypeError(f"{name} has the wrong type {type(value).__name__}")
+
+
+DECIDING_FIELDS = ("dim", "family", "parameters", "preprocessing", "space", "weights_sha256")
+"""What of an encoder decides its numbers, and so makes its fingerprint; the rest are labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +95,16 @@ class EncoderSpec:
     """Folder given with --weights, relative to the bank; None for the hub or for no weights."""
     software: str = ""
     """The package and version that ran."""
+    labels: Mapping[str, Json] = field(default_factory=dict)
+    """Further facts that do not change the numbers, such as a hub revision."""
+    extras: Mapping[str, Json] = field(default_factory=dict)
+    """Fields of a later minor version: kept as they are."""
 
     def __post_init__(self) -> None:
         _check(str, name=self.name, family=self.family, space=self.space, software=self.software)
         _check(int, dim=self.dim)
         _check((str, type(None)), weights_sha256=self.weights_sha256, weights_path=self.weights_path)
-        _check(Mapping, preprocessing=self.preprocessing, parameters=self.parameters)
+        _check(Mapping, preprocessing=self.preprocessing, parameters=self.parameters, labels=self.labels)
         if self.dim < 1:
             raise ValueError(f"dim must be at least 1, got {self.dim}")
         if self.space not in ("raw", "unit"):
@@ -98,14 +114,11 @@ class EncoderSpec:
     def fingerprint(self) -> str:
         """sha256 (64 hex digits) of all that decides the numbers."""
         record = self.to_json()
-        for label in ("name", "weights_path", "software"):
-            del record[label]
-        return sha256_of(record)
+        return sha256_of({name: record[name] for name in DECIDING_FIELDS})
 
     def to_json(self) -> dict[str, Json]:
         """Return a JSON object that `from_json` reads back."""
-        record = dataclasses.asdict(self)
-        return {**record, "preprocessing": dict(self.preprocessing), "parameters": dict(self.parameters)}
+        return _to_json(self)
 
     @classmethod
     def from_json(cls, record: Json) -> Self:
@@ -129,9 +142,11 @@ class Source:
     prefix: str = ""
     """What keys of this source carry before the path inside it: "" or "<concept>/"."""
     digest: str = ""
-    """sha256 of the listing (paths and sizes)."""
+    """sha256 over keys and contents of the images listed."""
     num_images: int = 0
     """Images listed, readable or not."""
+    extras: Mapping[str, Json] = field(default_factory=dict)
+    """Fields of a later minor version: kept as they are."""
 
     def __post_init__(self) -> None:
         _check(str, kind=self.kind, prefix=self.prefix, digest=self.digest)
@@ -140,7 +155,7 @@ class Source:
 
     def to_json(self) -> dict[str, Json]:
         """Return a JSON object that `from_json` reads back."""
-        return dataclasses.asdict(self)
+        return _to_json(self)
 
     @classmethod
     def from_json(cls, record: Json) -> Self:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from gmem_bank.bank import MemoryBank
 from gmem_bank.encoders import Encoder, require_same_encoder
 from gmem_bank.errors import UnknownKeyError, suggest
+from gmem_bank.index import require_faiss
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import Json
 from gmem_bank.sources import list_images
@@ -51,7 +52,7 @@ def snippet_of(bank: MemoryBank, item: str) -> NDArray[np.float32]:
     Raises:
         UnknownKeyError: neither a concept nor a key; the nearest names are offered.
     """
-    if item in bank.concepts:
+    if item in bank.names:
         rows = bank.rows_of(item)
         if not len(rows):
             raise UnknownKeyError(f"every row of concept {item!r} in {bank.path} is masked", path=bank.path, key=item)
@@ -60,7 +61,7 @@ def snippet_of(bank: MemoryBank, item: str) -> NDArray[np.float32]:
     row = bank.find_rows([item])
     if row[0] < 0:
         raise UnknownKeyError(
-            f"{bank.path} has neither a concept nor a key {item!r}.{suggest(item, bank.concepts)} "
+            f"{bank.path} has neither a concept nor a key {item!r}.{suggest(item, bank.names)} "
             f"'gmem-bank list {bank.path}' shows both",
             path=bank.path, key=item,
         )  # fmt: skip
@@ -90,7 +91,8 @@ def search(
         UnknownKeyError: not a path, nor a concept or key.
         EncoderMismatchError: the loaded encoder did not make the bank.
     """
-    inside = query in bank.concepts or bank.find_rows([query])[0] >= 0
+    require_faiss()  # before minutes go into encoding images
+    inside = query in bank.names or bank.find_rows([query])[0] >= 0
     if inside or not Path(query).exists():
         labels, snippets = [query], snippet_of(bank, query)[None]
     else:
@@ -116,7 +118,7 @@ def search(
 def _concepts_of(bank: MemoryBank, rows: NDArray[np.int64]) -> dict[int, tuple[str, ...]]:
     members: dict[int, tuple[str, ...]] = {}
     found = np.unique(rows)
-    for name in bank.concepts:
+    for name in bank.names:
         for row in found[np.isin(found, bank.all_rows_of(name))].tolist():
             members[row] = (*members.get(row, ()), name)
     return members

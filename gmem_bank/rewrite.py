@@ -43,7 +43,7 @@ def _history(bank: MemoryBank, entry: Mapping[str, Json]) -> tuple[Mapping[str, 
 
 def _copied(bank: MemoryBank, *without: str) -> dict[str, Payload]:
     stored = bank.stored
-    return {name: stored.payload(name) for name in stored.container.entries if name not in without}
+    return {name: stored.payload(name) for name in stored.names() if name not in without}
 
 
 def append_segment(
@@ -59,7 +59,7 @@ def append_segment(
     """Write the bank with one more segment and one more concept; old segments are copied, not loaded."""
     segment = Segment(name=str(1 + max(_number(s.name) for s in bank.header.segments)), num_rows=len(keys))
     encoder, old_sources = _relocated(bank, target)
-    concepts = {name: bank.all_rows_of(name) for name in bank.concepts}
+    concepts = {name: bank.all_rows_of(name) for name in bank.names}
     concepts[concept] = np.arange(len(bank), len(bank) + len(keys), dtype=np.int64)
     header = replace(
         bank.header, segments=(*bank.header.segments, segment), encoder=encoder, sources=(*old_sources, *sources),
@@ -85,7 +85,7 @@ def _number(name: str) -> int:
 def concepts_after(bank: MemoryBank, keep: NDArray[np.bool_], *, without: str) -> dict[str, NDArray[np.int64]]:
     """Return the concepts but one with their rows renumbered after only `keep` (N,) stays; those left empty are gone."""
     new_row = np.cumsum(keep) - 1
-    rows = {name: bank.all_rows_of(name) for name in bank.concepts if name != without}
+    rows = {name: bank.all_rows_of(name) for name in bank.names if name != without}
     kept = {name: new_row[members[keep[members]]] for name, members in rows.items()}
     return {name: members for name, members in kept.items() if len(members)}
 

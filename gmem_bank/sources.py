@@ -5,8 +5,10 @@ Shapes: H×W pixels.
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
+import stat
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
@@ -16,8 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gmem_bank import keys as key_tables
-from gmem_bank.errors import GMemError, SourceError
+from gmem_bank.errors import SourceError
+from gmem_bank.naming import concept_name_problem, key_problem
 from gmem_bank.provenance import Source, relative_to_bank, sha256_of
 
 if TYPE_CHECKING:
@@ -41,7 +43,9 @@ FORMATS = {
 }
 """Pillow formats that may be decoded, and the file extensions that are taken for images."""
 EXTENSIONS = frozenset(extension for extensions in FORMATS.values() for extension in extensions)
-MAX_PIXELS = 200_000_000
+MAX_PIXELS = 178_956_970
+"""Twice what Pillow warns of, which is where Pillow itself refuses."""
+MAX_FILE_BYTES = 2 << 30
 RUN_MARKER = ".gmem-run"
 """A folder with this file in it is a training run of ours and no source of images."""
 
@@ -66,6 +70,12 @@ class Item:
     path: Path
     size: int
     """Bytes."""
+    modified: int
+    """Nanoseconds; tells a resumed build that a file was replaced, and never enters a bank."""
+
+    def read(self) -> bytes:
+        """Return the file's bytes; raises SourceError."""
+        return _read_bytes(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,17 +87,33 @@ class Listing:
     items: tuple[Item, ...]
     ignored: tuple[Skipped, ...]
 
-    @property
-    def digest(self) -> str:
-        """sha256 over keys and sizes: equal listings, equal digests; times do not matter."""
-        return sha256_of([[item.key, item.size] for item in self.items])
-
-    def to_source(self, bank_folder: Path) -> Source:
-        """Return the provenance record of the source for a bank in that folder."""
+    def to_source(self, bank_folder: Path, digest: str) -> Source:
+        """Return the provenance record of the source, with its content digest, for a bank in that folder."""
         return Source(
-            kind="folder", path=relative_to_bank(self.root, bank_folder), prefix=self.prefix, digest=self.digest,
+            kind="folder",
+            path=relative_to_bank(self.root, bank_folder),
+            prefix=self.prefix,
+            digest=digest,
             num_images=len(self.items),
-        )  # fmt: skip
+        )
+
+    def content_digest(self) -> str:
+        """Return the digest that encoding these files as they are now would record; reads every file."""
+        return digest_of((item.key, content_hash(item)) for item in self.items)
+
+
+def content_hash(item: Item) -> str:
+    """Return the sha256 of an image file's bytes, "" where it is empty or cannot be read."""
+    try:
+        data = item.read()
+    except SourceError:
+        return ""
+    return hashlib.sha256(data).hexdigest() if data else ""
+
+
+def digest_of(contents: Iterable[tuple[str, str]]) -> str:
+    """Return the digest of a source from (key, sha256 of the file) in order."""
+    return sha256_of([list(pair) for pair in contents])
 
 
 def require_path(path: str | os.PathLike[str]) -> Path:
@@ -119,17 +145,17 @@ def list_folder(root: str | os.PathLike[str], *, prefix: str = "", exclude: Sequ
     """
     folder = require_folder(root)
     ours = {path.resolve() for path in exclude}
+    names = {path.name for path in exclude}
     items: list[Item] = []
     ignored: list[Skipped] = []
     for path in _walk(folder, ignored):
-        relative = path.relative_to(folder).as_posix()
-        if path.resolve() in ours:
+        if path.name in names and path.parent.resolve() / path.name in ours:
             continue
-        reason = _why_not(path, prefix + relative)
-        if reason:
-            ignored.append(Skipped(path=_printable(relative), reason=reason))
+        found = _item(path, prefix + path.relative_to(folder).as_posix())
+        if isinstance(found, Item):
+            items.append(found)
         else:
-            items.append(Item(key=prefix + relative, path=path, size=path.stat().st_size))
+            ignored.append(Skipped(path=_printable(path.relative_to(folder).as_posix()), reason=found))
     if not items:
         raise SourceError(_no_images(folder, ignored), path=folder)
     items.sort(key=lambda item: item.key.encode())
@@ -141,10 +167,9 @@ def list_images(path: str | os.PathLike[str], *, prefix: str = "") -> Listing:
     where = require_path(path)
     if not where.is_file():
         return list_folder(where, prefix=prefix)
-    reason = _why_not(where, prefix + where.name)
-    if reason:
-        raise SourceError(f"{where}: {reason}", path=where)
-    item = Item(key=prefix + where.name, path=where, size=where.stat().st_size)
+    item = _item(where, prefix + where.name)
+    if not isinstance(item, Item):
+        raise SourceError(f"{where}: {item}", path=where)
     return Listing(root=where.parent, prefix=prefix, items=(item,), ignored=())
 
 
@@ -163,6 +188,12 @@ def image_path(key: str, source: Source, bank_folder: Path, images: str | os.Pat
     folder = source.folder(bank_folder)
     if folder is None:
         raise SourceError(f"row {key!r} was computed from other rows: it has no image", key=key)
+    if source.kind != "folder":
+        raise SourceError(
+            f"row {key!r} came from a source of kind {source.kind!r}, which this gmem cannot read", key=key
+        )
+    if key_problem(key):
+        raise SourceError(f"the key {key!r} {key_problem(key)}: no image is read for it", key=key)
     recorded = folder / key.removeprefix(source.prefix)
     if images is None:
         return recorded
@@ -172,33 +203,53 @@ def image_path(key: str, source: Source, bank_folder: Path, images: str | os.Pat
 
 
 def _walk(folder: Path, ignored: list[Skipped]) -> list[Path]:
+    """Return the files below a folder, links to folders followed, hidden and run folders left out."""
     found: list[Path] = []
 
     def complain(error: OSError) -> None:
         ignored.append(Skipped(path=_printable(str(error.filename)), reason=f"unreadable folder: {error.strerror}"))
 
-    for where, folders, files in os.walk(folder, onerror=complain):
-        if RUN_MARKER in files and Path(where) != folder:
+    for where, folders, files in os.walk(folder, onerror=complain, followlinks=True):
+        here = Path(where)
+        if RUN_MARKER in files and here != folder:
             ignored.append(
-                Skipped(path=Path(where).relative_to(folder).as_posix(), reason="a training run of gmem-gen")
+                Skipped(path=_printable(here.relative_to(folder).as_posix()), reason="a training run of gmem-gen")
             )
             folders.clear()
             continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found.extend(Path(where, name) for name in files if not name.startswith("."))
+        for name in [name for name in folders if _is_cycle(here / name)]:
+            folders.remove(name)
+            path = _printable((here / name).relative_to(folder).as_posix())
+            ignored.append(Skipped(path=path, reason="a link to a folder that it lies in"))
+        found.extend(here / name for name in files if not name.startswith("."))
     return sorted(found)
 
 
-def _why_not(path: Path, key: str) -> str:
+def _is_cycle(path: Path) -> bool:
+    if not path.is_symlink():
+        return False
+    target = os.path.realpath(path)
+    return Path(os.path.realpath(path.parent)).is_relative_to(target)
+
+
+def _item(path: Path, key: str) -> Item | str:
+    """Return the item of a file, or why it is none."""
     if path.suffix.lower() not in EXTENSIONS:
         return "not an image by its extension"
-    if not path.is_file():
-        return "not a regular file, or a link to nothing"
+    problem = key_problem(key)
+    if problem:
+        return f"its path {problem}"
+    first, slash, _ = key.partition("/")
+    if slash and concept_name_problem(first):
+        return f"its class folder cannot name a concept: the name {concept_name_problem(first)}"
     try:
-        key_tables.check_key(key)
-    except GMemError as error:
-        return str(error)
-    return ""
+        facts = path.stat()
+    except OSError as error:
+        return f"a link to nothing, or gone: {error.strerror}"
+    if not stat.S_ISREG(facts.st_mode):
+        return "not a regular file"
+    return Item(key=key, path=path, size=facts.st_size, modified=facts.st_mtime_ns)
 
 
 def _printable(text: str) -> str:
@@ -227,14 +278,20 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
         SourceError: absent, empty, not an image, truncated or too large; the reason is in the message.
     """
     where = Path(path)
-    try:
-        data = where.read_bytes()
-    except OSError as error:
-        raise SourceError(f"{where}: {error.strerror or error}", path=where) from error
+    data = _read_bytes(where)
     try:
         return decode_image(data, max_pixels=max_pixels)
     except SourceError as error:
         raise SourceError(f"{where}: {error}", path=where) from error.__cause__
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise SourceError(f"{path}: more than {MAX_FILE_BYTES >> 20} MiB for one image", path=path)
+        return path.read_bytes()
+    except OSError as error:
+        raise SourceError(f"{path}: {error.strerror or error}", path=path) from error
 
 
 @cache

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Space = Literal["raw", "unit"]
-SPACES: tuple[Space, ...] = ("raw", "unit")
 
 TINY_NORM = 1e-12
 """A snippet shorter than this has no direction and cannot be brought to unit length."""
@@ -29,9 +28,8 @@ def to_space(snippets: NDArray[np.float32], space: Space) -> NDArray[np.float32]
     """
     if space == "raw":
         return snippets
-    norms = np.sqrt(np.einsum("nd,nd->n", snippets, snippets, dtype=np.float64))
-    scaled: NDArray[np.float32] = (snippets / np.maximum(norms, TINY_NORM)[:, None]).astype(np.float32)
-    return scaled
+    inverse = np.reciprocal(np.maximum(np.sqrt(np.einsum("nd,nd->n", snippets, snippets)), np.float32(TINY_NORM)))
+    return np.asarray(snippets * inverse[:, None], np.float32)
 
 
 def unusable_rows(snippets: NDArray[np.float32], space: Space) -> dict[int, str]:

@@ -8,10 +8,12 @@ Shapes: B images of a batch, D dimensions.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from gmem_bank.encoders import Encoder, preprocess
 from gmem_bank.errors import EncoderError, SourceError
 from gmem_bank.progress import Progress
 from gmem_bank.provenance import Json, canonical_json
-from gmem_bank.sources import Item, Listing, Skipped, read_image
+from gmem_bank.sources import Item, Listing, Skipped, decode_image, digest_of
 from gmem_bank.space import Space, to_space, unusable_rows
 from gmem_bank.storage import atomic
 
@@ -34,6 +36,8 @@ class Batch:
 
     places: list[int]
     """Positions in the listing of the images that gave a snippet."""
+    hashes: list[str]
+    """sha256 of every file of the batch, "" where it could not be read."""
     snippets: NDArray[np.float32]
     """(B, D)."""
     skipped: list[Skipped]
@@ -65,7 +69,11 @@ class Staging:
         """Keep a finished batch, atomically."""
         from safetensors.numpy import save
 
-        record = {"places": batch.places, "skipped": [skipped.to_json() for skipped in batch.skipped]}
+        record = {
+            "places": batch.places,
+            "hashes": batch.hashes,
+            "skipped": [skipped.to_json() for skipped in batch.skipped],
+        }
         data = save({"snippets": np.ascontiguousarray(batch.snippets)}, metadata={"batch": canonical_json(record)})
         atomic.write_bytes(self._path(index), data)
 
@@ -79,7 +87,10 @@ class Staging:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
         return Batch(
-            places=record["places"], snippets=snippets, skipped=[Skipped(**skipped) for skipped in record["skipped"]]
+            places=record["places"],
+            hashes=record["hashes"],
+            snippets=snippets,
+            skipped=[Skipped(**skipped) for skipped in record["skipped"]],
         )
 
     def discard(self) -> None:
@@ -102,6 +113,8 @@ class Encoded:
     listing_ids: NDArray[np.int64]
     """Which of the job's listings each item came from."""
     skipped: list[Skipped]
+    digests: list[str]
+    """Content digest of each listing."""
     num_resumed: int
     """Images whose snippets an earlier, interrupted run had left."""
     staging: Staging
@@ -142,10 +155,14 @@ def encode_listings(
     plan = {
         "encoder": encoder.spec.fingerprint,
         "batch_size": batch_size,
-        "listings": [[listing.root.resolve().as_posix(), listing.prefix, listing.digest] for listing in listings],
+        "listings": [
+            [listing.root.resolve().as_posix(), listing.prefix, [[i.key, i.size, i.modified] for i in listing.items]]
+            for listing in listings
+        ],
     }
     staging = Staging(staging_folder, plan)
     places: list[int] = []
+    hashes: list[str] = []
     skipped: list[Skipped] = []
     num_resumed = 0
     starts = range(0, len(items), batch_size)
@@ -159,6 +176,7 @@ def encode_listings(
         else:
             num_resumed += stop - start
         places.extend(batch.places)
+        hashes.extend(batch.hashes)
         skipped.extend(batch.skipped)
         progress(stop, len(items))
     if not places:
@@ -166,10 +184,17 @@ def encode_listings(
         raise SourceError(
             f"none of the {len(items)} images could be used; the first: {skipped[0].path}: {skipped[0].reason}"
         )
+    contents = [(item.key, digest) for item, digest in zip(items, hashes, strict=True)]
+    bounds = np.cumsum([0, *(len(listing.items) for listing in listings)]).tolist()
     return Encoded(
-        items=[items[place] for place in places], listing_ids=listing_ids[places], skipped=skipped,
-        num_resumed=num_resumed, staging=staging, num_batches=len(starts),
-    )  # fmt: skip
+        items=[items[place] for place in places],
+        listing_ids=listing_ids[places],
+        skipped=skipped,
+        digests=[digest_of(contents[begin:end]) for begin, end in pairwise(bounds)],
+        num_resumed=num_resumed,
+        staging=staging,
+        num_batches=len(starts),
+    )
 
 
 def encode_in_memory(
@@ -198,22 +223,27 @@ def encode_in_memory(
 
 def _encode_batch(items: Sequence[Item], start: int, encoder: Encoder) -> Batch:
     spec = encoder.spec
-    crops, places, skipped = [], [], []
+    crops, places, skipped, hashes = [], [], [], []
     for place, item in enumerate(items, start):
+        data = b""
         try:
-            crops.append(preprocess.crop(read_image(item.path), spec.preprocessing))
+            data = item.read()
+            crops.append(preprocess.crop(decode_image(data), spec.preprocessing))
         except SourceError as error:
             skipped.append(Skipped(path=item.key, reason=error.message.removeprefix(f"{item.path}: ")))
         else:
             places.append(place)
+        hashes.append(hashlib.sha256(data).hexdigest() if data else "")
     if not crops:
-        return Batch(places=[], snippets=np.zeros((0, spec.dim), np.float32), skipped=skipped)
+        return Batch(places=[], hashes=hashes, snippets=np.zeros((0, spec.dim), np.float32), skipped=skipped)
     snippets = _checked(encoder.encode(np.stack(crops)), len(crops), encoder)
     space: Space = "unit" if spec.space == "unit" else "raw"
     reasons = unusable_rows(snippets, space)
     skipped += [Skipped(path=items[places[row] - start].key, reason=reason) for row, reason in reasons.items()]
     kept = [row for row in range(len(places)) if row not in reasons]
-    return Batch(places=[places[row] for row in kept], snippets=to_space(snippets[kept], space), skipped=skipped)
+    return Batch(
+        places=[places[row] for row in kept], hashes=hashes, snippets=to_space(snippets[kept], space), skipped=skipped
+    )
 
 
 def _checked(snippets: NDArray[np.float32], num_images: int, encoder: Encoder) -> NDArray[np.float32]:

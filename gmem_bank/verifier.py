@@ -15,10 +15,12 @@ from gmem_bank import bank as bank_module
 from gmem_bank import keys as key_tables
 from gmem_bank.bank import MemoryBank
 from gmem_bank.errors import CorruptError, GMemError
+from gmem_bank.naming import key_problem
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import Json
 
-BLOCK_ROWS = 65_536
+BLOCK_BYTES = 16 << 20
+BLOCK_KEYS = 65_536
 UNIT_TOLERANCE = {"F32": 1e-4, "F16": 2e-3, "BF16": 2e-2}
 """How far from 1 the norm of a stored unit snippet may be, by type."""
 
@@ -65,16 +67,15 @@ def verify(path: str | os.PathLike[str], *, progress: Progress = no_progress) ->
         except GMemError as error:
             problems.append(str(error))
     return VerifyReport(
-        bank=str(path), num_rows=len(bank), num_entries=len(bank.stored.container.entries),
+        bank=str(path), num_rows=len(bank), num_entries=len(bank.stored.names()),
         bytes=bank.stored.num_bytes, problems=problems,
     )  # fmt: skip
 
 
 def _check_hashes(bank: MemoryBank, progress: Progress) -> list[str]:
-    entries = bank.stored.container.entries
-    total = sum(entry.end - entry.begin for entry in entries.values())
+    total = bank.stored.num_bytes
     problems, done = [], 0
-    for name in sorted(entries, key=lambda n: entries[n].begin):
+    for name in bank.stored.names():
         digest = hashlib.sha256()
         for block in bank.stored.blocks(name):
             digest.update(block)
@@ -82,6 +83,7 @@ def _check_hashes(bank: MemoryBank, progress: Progress) -> list[str]:
             progress(done, total)
         if digest.hexdigest() != bank.header.hashes[name]:
             problems.append(f"entry {name!r} does not match its hash: its bytes were changed or damaged")
+    progress(total, total)
     return problems
 
 
@@ -90,8 +92,9 @@ def _check_snippets(bank: MemoryBank) -> list[str]:
     for segment in bank.header.segments:
         name = segment.entry("snippets")
         stored, dtype = bank.stored.array(name), bank.stored.dtype(name)
-        for start in range(0, segment.num_rows, BLOCK_ROWS):
-            values = bank_module.widen(stored[start : start + BLOCK_ROWS])
+        step = max(1, BLOCK_BYTES // (8 * bank.dim))
+        for start in range(0, segment.num_rows, step):
+            values = bank_module.widen(stored[start : start + step])
             if not np.isfinite(values).all():
                 row = start + int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
                 problems.append(f"segment {segment.name}: the snippet of its row {row} is not finite")
@@ -105,25 +108,33 @@ def _check_snippets(bank: MemoryBank) -> list[str]:
 
 
 def _check_keys(bank: MemoryBank) -> list[str]:
-    keys = bank.keys(np.arange(len(bank)))
-    bank.source_ids(np.arange(len(bank)))
-    problems = [f"the key {key!r} occurs twice" for key in key_tables.duplicates(keys)]
-    hashes, rows = key_tables.sorted_table(key_tables.hashes_of(keys))
+    problems, hashes = [], np.empty(len(bank), np.uint64)
+    for start in range(0, len(bank), BLOCK_KEYS):
+        rows = np.arange(start, min(start + BLOCK_KEYS, len(bank)))
+        keys = bank.keys(rows)
+        bank.source_ids(rows)
+        problems += [f"the key {key!r} {key_problem(key)}" for key in keys if key_problem(key)]
+        hashes[rows] = key_tables.hashes_of(keys)
+    hashes, rows = key_tables.sorted_table(hashes)
+    alike = np.flatnonzero(hashes[1:] == hashes[:-1])
+    for place in alike.tolist():  # equal hashes are rare and allowed, equal keys are not
+        first, second = bank.keys(rows[place : place + 2])
+        if first == second:
+            problems.append(f"the key {first!r} occurs twice")
     if not np.array_equal(hashes, bank.stored.array("keys.hash")):
         problems.append("the table of key hashes does not belong to the keys")
-    stored_rows = bank.stored.array("keys.row")
-    if not np.array_equal(np.sort(stored_rows), np.arange(len(bank))) or not np.array_equal(rows, stored_rows):
+    if not np.array_equal(rows, bank.stored.array("keys.row")):
         problems.append("the rows in the table of key hashes do not belong to the keys")
     return problems
 
 
 def _check_concepts(bank: MemoryBank) -> list[str]:
     problems = []
-    for name in bank.concepts:
+    for name in bank.names:
         rows = bank.all_rows_of(name)
         if not len(rows) or (np.diff(rows) <= 0).any():
             problems.append(f"the rows of concept {name!r} are not ascending, or there are none")
-    if bank.concepts:
+    if bank.names:
         offsets = bank.stored.array("concepts.offsets")
         if offsets[0] != 0 or (np.diff(offsets) < 0).any() or offsets[-1] != len(bank.stored.array("concepts.rows")):
             raise CorruptError(f"{bank.path}: the offsets of the concepts are damaged", path=bank.path)

@@ -15,12 +15,12 @@ import gmem_bank
 @click.version_option(gmem_bank.__version__, prog_name="gmem-gen")
 @click.option("--traceback", is_flag=True, help="Show the Python traceback of an error.")
 def main(traceback: bool) -> None:
-    r"""Train a thin generator on a memory bank, and sample from it.
+    """Train a thin generator on a memory bank, and sample from it.
 
     \b
       gmem-gen train --bank bank.safetensors
       gmem-gen sample --bank bank.safetensors --concept NAME
-    """
+    """  # noqa: D301 - click knows a block of lines by its backspace
 
 
 def _print(value: Any) -> None:

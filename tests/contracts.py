@@ -79,7 +79,7 @@ class BankContract:
         """A concept's rows are active, ascending rows of the bank; an unknown name is answered with the nearest."""
         assert isinstance(bank, SupportsConcepts)
         active = set(bank.rows().tolist())
-        for name in bank.concepts:
+        for name in bank.names:
             rows = bank.rows_of(name)
             assert set(rows.tolist()) <= active
             assert (np.diff(rows) > 0).all()

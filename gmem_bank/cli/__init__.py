@@ -13,14 +13,14 @@ from gmem_bank.console import CommandGroup
 @click.version_option(gmem_bank.__version__, prog_name="gmem-bank")
 @click.option("--traceback", is_flag=True, help="Show the Python traceback of an error.")
 def main(traceback: bool) -> None:
-    r"""Build, edit, search and ship banks of semantic snippets.
+    """Build, edit, search and ship banks of semantic snippets.
 
     \b
     Start in a folder that holds images:
       gmem-bank build --encoder dinov2
       gmem-bank insert-concept images/
       gmem-gen train --bank bank.safetensors
-    """
+    """  # noqa: D301 - click knows a block of lines by its backspace
 
 
 for command in (

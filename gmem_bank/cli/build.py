@@ -56,8 +56,10 @@ def build(
     import gmem_bank
     from gmem_bank.progress import ProgressBar
     from gmem_bank.sources import require_folder
+    from gmem_bank.storage import require_known_suffix
 
     require_folder(source)  # before minutes go into loading an encoder
+    require_known_suffix(output)
     loaded = gmem_bank.load_encoder(
         encoder, weights=weights, device=device, space=space, parameters=parse_parameters(pairs)
     )

@@ -15,7 +15,7 @@ bank_argument = click.argument("bank", default="bank.safetensors", type=click.Pa
 @bank_argument
 @json_option
 def info(bank: str, as_json: bool) -> None:
-    """Say what BANK is; reads the header only."""
+    """Say what BANK is; reads its header and the sizes of its concepts."""
     import gmem_bank
 
     opened = gmem_bank.open(bank)
@@ -30,7 +30,7 @@ def info(bank: str, as_json: bool) -> None:
         "space": opened.space,
         "dtype": opened.stored.dtype(opened.header.segments[0].entry("snippets")).lower(),
         "encoder": {**opened.encoder.to_json(), "fingerprint": opened.encoder.fingerprint},
-        "concepts": {name: len(opened.all_rows_of(name)) for name in opened.concepts},
+        "concepts": opened.concept_sizes(),
         "sources": [source.to_json() for source in opened.sources],
         "num_segments": len(opened.header.segments),
         "num_edits": len(opened.history) - 1,
@@ -99,14 +99,14 @@ def list_rows(bank: str, concept: str | None, limit: int | None, as_json: bool) 
     masked = [active is not None and int(row) not in active for row in shown]
     if as_json:
         print_json({
-            "concepts": {name: len(opened.all_rows_of(name)) for name in opened.concepts},
+            "concepts": {name: len(opened.all_rows_of(name)) for name in opened.names},
             "rows": [
                 {"row": int(r), "key": k, "masked": m} for r, k, m in zip(shown, keys, masked, strict=True)
             ],
         })  # fmt: skip
         return
     if concept is None:
-        for name in opened.concepts:
+        for name in opened.names:
             click.echo(f"concept\t{name}\t{len(opened.all_rows_of(name))} rows")
     for row, key, hidden in zip(shown, keys, masked, strict=True):
         click.echo(f"{row}\t{key}{chr(9) + 'masked' if hidden else ''}")

@@ -18,8 +18,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from gmem_bank.encoders.preprocess import preprocessing_problem
 from gmem_bank.errors import EncoderError, EncoderMismatchError, GMemError, suggest
-from gmem_bank.provenance import EncoderSpec
+from gmem_bank.provenance import DECIDING_FIELDS, EncoderSpec
 
 ENTRY_POINT_GROUP = "gmem_bank.encoders"
 
@@ -146,6 +147,9 @@ def load_encoder(
     encoder = _factory(known[name])(name, options)
     if not isinstance(encoder, Encoder):
         raise EncoderError(f"encoder {name!r} of {known[name].origin} lacks 'spec' or 'encode'", key=name)
+    problem = preprocessing_problem(encoder.spec.preprocessing)
+    if problem:
+        raise EncoderError(f"encoder {name!r} of {known[name].origin}: {problem}", key=name)
     return encoder
 
 
@@ -195,7 +199,7 @@ def require_same_encoder(offered: EncoderSpec, wanted: EncoderSpec) -> None:
 
 def _difference(offered: EncoderSpec, wanted: EncoderSpec) -> str:
     ours, theirs = wanted.to_json(), offered.to_json()
-    names = [n for n in ours if n not in ("name", "weights_path", "software") and ours[n] != theirs[n]]
+    names = [n for n in DECIDING_FIELDS if ours[n] != theirs[n]]
     return "they differ in " + ", ".join(names).replace("_", " ")
 
 

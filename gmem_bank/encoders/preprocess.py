@@ -73,8 +73,17 @@ def center_crop(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 
 def crop(image: NDArray[np.uint8], preprocessing: Mapping[str, Any]) -> NDArray[np.uint8]:
     """Return the (S, S, 3) uint8 crop that an encoder's preprocessing record asks for."""
-    assert preprocessing["crop"] == "adm", preprocessing
     return center_crop(image, int(preprocessing["crop_size"]))
+
+
+def preprocessing_problem(preprocessing: Mapping[str, Any]) -> str:
+    """Return why a record cannot be followed, or "": it needs `crop_size`, and `crop`, where given, must be "adm"."""
+    size = preprocessing.get("crop_size")
+    if type(size) is not int or size < 1:
+        return f"spec.preprocessing['crop_size'] must be a positive integer, got {size!r}"
+    if preprocessing.get("crop", "adm") != "adm":
+        return f"spec.preprocessing['crop'] must be 'adm', got {preprocessing['crop']!r}"
+    return ""
 
 
 def to_input(images: torch.Tensor, preprocessing: Mapping[str, Any]) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gmem_bank.errors import LockedError, WriteError
+
+logger = logging.getLogger(__name__)
 
 
 def temporary_path(path: Path) -> Path:
@@ -24,12 +27,15 @@ def _lock_path(path: Path) -> Path:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in the folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Make a rename in the folder survive a power cut, where the file system can; the rename itself has happened."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:  # some network and user-space file systems refuse to sync a folder
+        logger.warning("could not sync the folder %s: %s", folder, error)
 
 
 def explain(error: OSError, path: Path, needed: int | None = None) -> WriteError:
@@ -73,7 +79,6 @@ def replacing(path: Path, *, needed: int | None = None) -> Iterator[BinaryIO]:
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
-        sync_folder(path.parent)
     except OSError as error:
         _discard(temporary)
         if isinstance(error, WriteError):
@@ -82,6 +87,7 @@ def replacing(path: Path, *, needed: int | None = None) -> Iterator[BinaryIO]:
     except BaseException:
         _discard(temporary)
         raise
+    sync_folder(path.parent)
 
 
 def _discard(temporary: Path) -> None:

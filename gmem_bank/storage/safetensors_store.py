@@ -73,6 +73,11 @@ class StoredBank:
         )
         return flat.reshape(entry.shape)
 
+    def names(self) -> list[str]:
+        """Return the names of all entries, in the order they lie in the file."""
+        entries = self.container.entries
+        return sorted(entries, key=lambda name: entries[name].begin)
+
     def dtype(self, name: str) -> str:
         """Return an entry's type as the container spells it."""
         return self.container.entries[name].dtype

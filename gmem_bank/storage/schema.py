@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from gmem_bank.errors import CorruptError, FormatError, FormatVersionError
+from gmem_bank.naming import concept_name_problem
 from gmem_bank.provenance import EncoderSpec, Json, Source, canonical_json, sha256_of
 
 FORMAT = "gmem-bank"
@@ -30,6 +31,8 @@ class Segment:
 
     name: str
     num_rows: int
+    extras: Mapping[str, Json] = field(default_factory=dict)
+    """Fields of a later minor version: kept as they are."""
 
     def entry(self, what: str) -> str:
         """Return the name of one of the segment's entries, such as "0/snippets"."""
@@ -75,7 +78,7 @@ class Header:
             "space": self.space,
             "dim": self.dim,
             "num_rows": self.num_rows,
-            "segments": [dataclasses.asdict(segment) for segment in self.segments],
+            "segments": [{**s.extras, "name": s.name, "num_rows": s.num_rows} for s in self.segments],
             "encoder": self.encoder.to_json(),
             "sources": [source.to_json() for source in self.sources],
             "concepts": list(self.concepts),
@@ -133,6 +136,10 @@ def _check_header(header: Header, record: Mapping[str, Json]) -> None:
     names = [segment.name for segment in header.segments]
     if not names or len(set(names)) != len(names):
         raise CorruptError(f"the bank's segments {names} must be one or more with different names")
+    for name in header.concepts:
+        problem = concept_name_problem(name)
+        if problem:
+            raise CorruptError(f"the bank has a concept {name!r}, which {problem}", key=name)
     if len(set(header.concepts)) != len(header.concepts):
         raise CorruptError("the bank lists a concept twice")
     if record["num_rows"] != header.num_rows:
@@ -178,11 +185,12 @@ def _strings(record: Mapping[str, Json], name: str) -> list[str]:
 
 
 def _segment(item: Json) -> Segment:
-    if not isinstance(item, dict) or set(item) != {"name", "num_rows"} or not isinstance(item["name"], str):
-        raise CorruptError(f"segment {item!r} must have exactly a name and num_rows")
+    if not isinstance(item, dict) or not {"name", "num_rows"} <= set(item) or not isinstance(item["name"], str):
+        raise CorruptError(f"segment {item!r} must have a name and num_rows")
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", item["name"]):
         raise CorruptError(f"segment name {item['name']!r} must be 1 to 64 letters, digits, '_' or '-'")
-    return Segment(name=item["name"], num_rows=_count(item, "num_rows", minimum=1))
+    extras = {name: value for name, value in item.items() if name not in ("name", "num_rows")}
+    return Segment(name=item["name"], num_rows=_count(item, "num_rows", minimum=1), extras=extras)
 
 
 def _history(item: Json) -> Mapping[str, Json]:
@@ -256,8 +264,3 @@ def check_entries(header: Header, entries: Mapping[str, HasShape]) -> None:
     if set(header.hashes) != set(entries):
         odd = sorted(set(header.hashes) ^ set(entries))
         raise CorruptError(f"entries and hashes differ in {odd[:3]}", tensor=odd[0])
-
-
-def row_entries(header: Header) -> set[str]:
-    """Return the names of all entries this version understands; others are extra and survive a rewrite."""
-    return {rule[0] for rule in (*required_entries(header), *optional_entries(header))}

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gmem_bank import builder, ops
+from gmem_bank import builder
 from gmem_bank.bank import open as open_bank
 from gmem_bank.encoders import load_encoder
-from gmem_bank.errors import ConfigError, EncoderError, OutputExistsError, SourceError
+from gmem_bank.errors import ConfigError, EncoderError, LockedError, OutputExistsError, SourceError, WriteError
+from gmem_bank.insertion import insert_concept
 from gmem_bank.verifier import verify
 
 
@@ -122,7 +123,7 @@ def test_a_finished_build_again_is_a_no_op_and_another_one_needs_overwrite(
     assert again.fingerprint == first.fingerprint
     with pytest.raises(OutputExistsError, match="--overwrite"):
         builder.build(photos, load_encoder("pixels"), target)
-    ops.insert_concept(target, [new_photos], load_encoder("hog"))
+    insert_concept(target, [new_photos], load_encoder("hog"))
     with pytest.raises(OutputExistsError, match="insert-concept"):
         builder.build(photos, load_encoder("hog"), target)
     assert builder.build(photos, load_encoder("pixels"), target, overwrite=True).encoder == "pixels"
@@ -175,3 +176,106 @@ def test_a_build_in_its_own_folder_leaves_out_what_is_ours(photos: Path) -> None
     report = builder.build(photos, load_encoder("hog"), target, overwrite=True)
     assert report.num_rows == 24
     assert report.skipped == [{"path": "runs/bank", "reason": "a training run of gmem-gen"}]
+
+
+@pytest.mark.parametrize("moment", ["bank", "report", "staging"])
+def test_a_kill_after_the_bank_was_written_loses_neither_report_nor_reasons(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Killed after the rename, after the report, or before the batches are cleared: the same command completes all three."""
+    (photos / "hat" / "bad.jpg").write_text("broken")
+    target = tmp_path / "bank.safetensors"
+    builder.build(photos, load_encoder("hog"), tmp_path / "reference.safetensors")
+
+    def die(*args: object, **options: object) -> None:
+        raise Dying.Killed
+
+    with monkeypatch.context() as patch:
+        if moment == "bank":
+            patch.setattr(builder, "_report", die)
+        elif moment == "report":
+            patch.setattr(builder.atomic, "write_bytes", lambda path, data, real=builder.atomic.write_bytes: (
+                die() if path.name.endswith("report.json") else real(path, data)))  # fmt: skip
+        else:
+            from gmem_bank.staging import Staging
+
+            patch.setattr(Staging, "discard", die)
+        with pytest.raises(Dying.Killed):
+            builder.build(photos, load_encoder("hog"), target)
+    report = builder.build(photos, load_encoder("hog"), target)
+    assert [entry["path"] for entry in report.skipped] == ["hat/bad.jpg"]
+    assert json.loads((tmp_path / "bank.safetensors.report.json").read_text())["num_unreadable"] == 1
+    assert target.read_bytes() == (tmp_path / "reference.safetensors").read_bytes()
+    assert not list(tmp_path.glob(".bank*"))
+
+
+def test_a_no_op_still_names_what_gave_no_row(photos: Path, tmp_path: Path) -> None:
+    """Built again, the skipped images are named again, with their reasons as long as the report is there."""
+    (photos / "hat" / "bad.jpg").write_text("broken")
+    target = tmp_path / "bank.safetensors"
+    first = builder.build(photos, load_encoder("hog"), target)
+    again = builder.build(photos, load_encoder("hog"), target)
+    assert again.unchanged
+    assert again.skipped == first.skipped
+    builder.report_path(target).unlink()
+    assert [entry["path"] for entry in builder.build(photos, load_encoder("hog"), target).skipped] == ["hat/bad.jpg"]
+
+
+def test_an_image_replaced_by_another_of_the_same_size_is_noticed(photos: Path, tmp_path: Path) -> None:
+    """By a finished bank through its contents, by a resumed build through its time of change."""
+    import os
+
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 20, 3), dtype=np.uint8)
+    bitmap, target = photos / "hat" / "a.bmp", tmp_path / "bank.safetensors"
+    Image.fromarray(pixels).save(bitmap)
+    builder.build(photos, load_encoder("hog"), target)
+    os.utime(bitmap, (1, 1))
+    assert builder.build(photos, load_encoder("hog"), target).unchanged
+    Image.fromarray(pixels[::-1].copy()).save(bitmap)
+    with pytest.raises(OutputExistsError):
+        builder.build(photos, load_encoder("hog"), target)
+    other = tmp_path / "other.safetensors"
+    with pytest.raises(Dying.Killed):
+        builder.build(photos, Dying(4), other, batch_size=4)
+    Image.fromarray(pixels).save(bitmap)
+    builder.build(photos, load_encoder("hog"), other, batch_size=4)
+    builder.build(photos, load_encoder("hog"), tmp_path / "fresh.safetensors", batch_size=4)
+    assert other.read_bytes() == (tmp_path / "fresh.safetensors").read_bytes()
+
+
+def test_a_full_disk_during_a_build_keeps_finished_batches(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No room for a batch or for the bank: a clear error, and the same command finishes later."""
+    target = tmp_path / "bank.safetensors"
+    calls = []
+    real = builder.atomic.write_bytes
+
+    def full(path: Path, data: bytes) -> None:
+        calls.append(path)
+        if len(calls) == 4:
+            raise builder.atomic.explain(OSError(28, "No space left on device"), path)
+        real(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builder.atomic, "write_bytes", full)
+        with pytest.raises(WriteError, match="No space left"):
+            builder.build(photos, load_encoder("hog"), target, batch_size=4)
+    assert not target.exists()
+    assert builder.build(photos, load_encoder("hog"), target, batch_size=4).num_resumed == 8
+
+
+def test_a_link_to_a_bank_is_followed(photos: Path, tmp_path: Path, new_photos: Path) -> None:
+    """The bank behind the link is built, edited and locked; the link stays a link."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "far").mkdir()
+    builder.build(photos, load_encoder("hog"), tmp_path / "data" / "bank.safetensors")
+    link = tmp_path / "far" / "link.safetensors"
+    link.symlink_to(tmp_path / "data" / "bank.safetensors")
+    insert_concept(link, [new_photos], load_encoder("hog"))
+    assert link.is_symlink()
+    bank = open_bank(tmp_path / "data" / "bank.safetensors")
+    assert len(bank) == 32
+    assert not len(bank.missing_images(bank.image_rows()))
+    with builder.atomic.locked(tmp_path / "data" / "bank.safetensors"), pytest.raises(LockedError):
+        insert_concept(link, [new_photos], load_encoder("hog"), name="again")

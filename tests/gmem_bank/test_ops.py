@@ -21,6 +21,7 @@ from gmem_bank.errors import (
     OutputExistsError,
     UnknownKeyError,
 )
+from gmem_bank.insertion import insert_concept
 from gmem_bank.verifier import verify
 from tests.conftest import BankMaker
 
@@ -35,7 +36,7 @@ def hog_bank(photos: Path, tmp_path: Path) -> Path:
 
 def content(bank: MemoryBank) -> tuple[list[str], dict[str, list[int]], list[int], np.ndarray]:
     """Keys, concepts, active rows and snippets."""
-    concepts = {name: bank.rows_of(name).tolist() for name in bank.concepts}
+    concepts = {name: bank.rows_of(name).tolist() for name in bank.names}
     return bank.keys(np.arange(len(bank))), concepts, bank.rows().tolist(), bank.snippets(bank.rows())
 
 
@@ -48,7 +49,7 @@ def same(a: MemoryBank, b: MemoryBank) -> bool:
 def test_insert_appends_a_segment_and_leaves_old_ones_byte_identical(hog_bank: Path, new_photos: Path) -> None:
     """Old entries keep their hashes; the new rows are the encoder's, under <concept>/<path>."""
     before = open_bank(hog_bank)
-    report = ops.insert_concept(hog_bank, [new_photos], load_encoder("hog"))
+    report = insert_concept(hog_bank, [new_photos], load_encoder("hog"))
     after = open_bank(hog_bank)
     for name, digest in before.header.hashes.items():
         if name.startswith("0/"):
@@ -66,7 +67,7 @@ def test_insert_appends_a_segment_and_leaves_old_ones_byte_identical(hog_bank: P
 def test_remove_of_insert_is_the_identity(hog_bank: Path, new_photos: Path) -> None:
     """remove(insert(b)) = b in keys, concepts, mask and snippets."""
     before = open_bank(hog_bank)
-    ops.insert_concept(hog_bank, [new_photos], load_encoder("hog"))
+    insert_concept(hog_bank, [new_photos], load_encoder("hog"))
     ops.remove_concept(hog_bank, "images")
     after = open_bank(hog_bank)
     assert same(before, after)
@@ -89,15 +90,15 @@ def test_removal_keeps_exactly_the_other_rows(make_bank: BankMaker, doomed: str,
     kept_active = [row for row in kept if active[row]]
     np.testing.assert_array_equal(after.snippets(after.rows()), bank.snippets(np.array(kept_active, np.int64)))
     assert after.rows().tolist() == [kept.index(row) for row in kept_active]
-    assert set(after.concepts) == {"class0", "class1", "class2"} - {doomed}
+    assert set(after.names) == {"class0", "class1", "class2"} - {doomed}
     assert verify(after.path).ok
 
 
 def test_the_same_insert_again_does_nothing(hog_bank: Path, new_photos: Path) -> None:
     """A kill after the last write must not make the same command fail."""
-    ops.insert_concept(hog_bank, [new_photos], load_encoder("hog"))
+    insert_concept(hog_bank, [new_photos], load_encoder("hog"))
     before = hog_bank.read_bytes()
-    report = ops.insert_concept(hog_bank, [new_photos], load_encoder("hog"))
+    report = insert_concept(hog_bank, [new_photos], load_encoder("hog"))
     assert report.unchanged
     assert report.num_added == 0
     assert hog_bank.read_bytes() == before
@@ -106,17 +107,17 @@ def test_the_same_insert_again_does_nothing(hog_bank: Path, new_photos: Path) ->
 def test_a_taken_name_with_other_images_is_refused(hog_bank: Path, new_photos: Path) -> None:
     """A concept of that name with other images is an error that says how to go on."""
     with pytest.raises(ConceptExistsError, match=r"already has a concept 'hat' \(8 rows\).*--name.*remove-concept"):
-        ops.insert_concept(hog_bank, [new_photos], load_encoder("hog"), name="hat")
-    ops.insert_concept(hog_bank, [new_photos], load_encoder("hog"))
+        insert_concept(hog_bank, [new_photos], load_encoder("hog"), name="hat")
+    insert_concept(hog_bank, [new_photos], load_encoder("hog"))
     next(new_photos.iterdir()).unlink()
     with pytest.raises(ConceptExistsError):
-        ops.insert_concept(hog_bank, [new_photos], load_encoder("hog"))
+        insert_concept(hog_bank, [new_photos], load_encoder("hog"))
 
 
 def test_an_interrupted_insert_is_taken_up_where_it_stopped(hog_bank: Path, new_photos: Path) -> None:
     """Finished batches are not encoded again, and the bank is the one of an uninterrupted insert."""
     reference = hog_bank.with_name("reference.safetensors")
-    ops.insert_concept(hog_bank, [new_photos], load_encoder("hog"), output=reference, batch_size=2)
+    insert_concept(hog_bank, [new_photos], load_encoder("hog"), output=reference, batch_size=2)
 
     class Killed(BaseException):
         pass
@@ -134,9 +135,9 @@ def test_an_interrupted_insert_is_taken_up_where_it_stopped(hog_bank: Path, new_
 
     before = hog_bank.read_bytes()
     with pytest.raises(Killed):
-        ops.insert_concept(hog_bank, [new_photos], Dying(3), batch_size=2)
+        insert_concept(hog_bank, [new_photos], Dying(3), batch_size=2)
     assert hog_bank.read_bytes() == before
-    ops.insert_concept(hog_bank, [new_photos], Dying(1), batch_size=2)
+    insert_concept(hog_bank, [new_photos], Dying(1), batch_size=2)
     assert hog_bank.read_bytes() == reference.read_bytes()
     assert not list(hog_bank.parent.glob(".bank*"))
 
@@ -149,7 +150,7 @@ def test_a_foreign_encoder_is_refused_and_both_are_named(hog_bank: Path, new_pho
         load_encoder("hog", space="raw"),
     ):
         with pytest.raises(EncoderMismatchError) as caught:
-            ops.insert_concept(hog_bank, [new_photos], encoder)
+            insert_concept(hog_bank, [new_photos], encoder)
         assert open_bank(hog_bank).encoder.describe() in str(caught.value)
         assert encoder.spec.describe() in str(caught.value)
 
@@ -158,7 +159,7 @@ def test_output_writes_a_new_bank_whose_sources_still_lead_to_the_images(hog_ban
     """With -o the old bank is untouched, and paths are relative to the new place."""
     before = hog_bank.read_bytes()
     target = hog_bank.parent / "sub" / "folder" / "new.safetensors"
-    ops.insert_concept(hog_bank, [new_photos], load_encoder("hog"), output=target)
+    insert_concept(hog_bank, [new_photos], load_encoder("hog"), output=target)
     assert hog_bank.read_bytes() == before
     bank = open_bank(target)
     assert not len(bank.missing_images(bank.image_rows()))
@@ -171,18 +172,16 @@ def test_output_writes_a_new_bank_whose_sources_still_lead_to_the_images(hog_ban
 def test_names_that_are_paths_are_refused(hog_bank: Path, new_photos: Path, name: str) -> None:
     """A concept's name becomes part of keys, so it cannot be a path."""
     with pytest.raises(ConfigError, match="cannot name a concept"):
-        ops.insert_concept(hog_bank, [new_photos], load_encoder("hog"), name=name)
+        insert_concept(hog_bank, [new_photos], load_encoder("hog"), name=name)
 
 
 def test_several_folders_need_a_name_and_different_keys(hog_bank: Path, new_photos: Path, photos: Path) -> None:
     """Keys inside one concept must differ."""
     with pytest.raises(ConfigError, match="--name"):
-        ops.insert_concept(hog_bank, [new_photos, photos], load_encoder("hog"))
+        insert_concept(hog_bank, [new_photos, photos], load_encoder("hog"))
     with pytest.raises(GMemError, match="twice"):
-        ops.insert_concept(hog_bank, [new_photos, new_photos], load_encoder("hog"), name="x")
-    report = ops.insert_concept(
-        hog_bank, [photos / "hat", sorted(new_photos.iterdir())[0]], load_encoder("hog"), name="x"
-    )
+        insert_concept(hog_bank, [new_photos, new_photos], load_encoder("hog"), name="x")
+    report = insert_concept(hog_bank, [photos / "hat", sorted(new_photos.iterdir())[0]], load_encoder("hog"), name="x")
     assert report.num_added == 9
     bank = open_bank(hog_bank)
     assert not len(bank.missing_images(bank.image_rows()))
@@ -227,3 +226,33 @@ def test_history_and_fingerprint_tell_what_happened(make_bank: BankMaker) -> Non
     back = open_bank(bank.path)
     assert back.fingerprint == bank.fingerprint
     assert len(back.history) == 3
+
+
+def test_a_kill_after_the_rename_makes_the_same_edit_a_no_op(
+    make_bank: BankMaker, hog_bank: Path, new_photos: Path
+) -> None:
+    """Every edit, in place or with -o, met by its own result, changes nothing; another result in the way is refused."""
+    for index, outputs in enumerate([(None, None), ("out.safetensors", "removed.safetensors")]):
+        path = make_bank(f"made-{index}.safetensors").path
+        for edit, arguments, output in (
+            (ops.interpolate, ("class0", "class1"), outputs[0]),
+            (ops.remove_concept, ("class2",), outputs[1]),
+        ):
+            first = edit(path, *arguments, output=output)
+            again = edit(path, *arguments, output=output)
+            assert again.unchanged
+            assert again.fingerprint == first.fingerprint
+            assert again.num_rows == first.num_rows
+    for _ in range(2):
+        report = insert_concept(hog_bank, [new_photos], load_encoder("hog"), output="inserted.safetensors")
+    assert report.unchanged
+    assert len(open_bank("inserted.safetensors")) == 32
+    with pytest.raises(OutputExistsError):
+        ops.interpolate(hog_bank, "hat", "dress", output="inserted.safetensors")
+
+
+def test_a_class_folder_inserted_under_its_own_name_is_already_there(photos: Path, hog_bank: Path) -> None:
+    """A folder that the build took as a class can be 'inserted': its rows are the same."""
+    report = insert_concept(hog_bank, [photos / "hat"], load_encoder("hog"))
+    assert report.unchanged
+    assert report.num_rows == 24

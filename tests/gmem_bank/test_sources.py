@@ -123,16 +123,47 @@ def test_listing_is_sorted_recursive_and_accounts_for_every_file(tmp_path: Path)
     assert {skipped.path for skipped in listing.ignored} == {"a/readme.md", "dangling.png"}
 
 
-def test_listing_digest_follows_names_and_sizes_not_times(tmp_path: Path) -> None:
-    """A touched file changes nothing; a changed size or name does."""
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    """A linked class folder is a class folder; a loop of links is listed, not walked, and stops nothing."""
+    real = tmp_path / "elsewhere" / "cats"
+    real.mkdir(parents=True)
+    (real / "1.png").write_bytes(b"x")
+    source = tmp_path / "source"
+    (source / "dogs").mkdir(parents=True)
+    (source / "dogs" / "2.png").write_bytes(b"x")
+    (source / "cats").symlink_to(real)
+    (source / "dogs" / "up").symlink_to(source)
+    (source / "loop.png").symlink_to(source / "loop.png")
+    listing = list_folder(source)
+    assert [item.key for item in listing.items] == ["cats/1.png", "dogs/2.png"]
+    assert {skipped.path for skipped in listing.ignored} == {"dogs/up", "loop.png"}
+
+
+def test_folders_whose_names_cannot_name_a_concept_are_listed(tmp_path: Path) -> None:
+    """A newline or a backslash in a class folder's name is said, not turned into a name that no command takes."""
+    for name in ("good", "new\nline", "back\\slash"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(b"x")
+    listing = list_folder(tmp_path)
+    assert [item.key for item in listing.items] == ["good/1.png"]
+    assert len(listing.ignored) == 2
+    assert all("class folder" in skipped.reason for skipped in listing.ignored)
+
+
+def test_content_digest_follows_keys_and_contents_not_times(tmp_path: Path) -> None:
+    """A touched file changes nothing; another content of the same size, or another name, does."""
     import os
 
-    (tmp_path / "a.png").write_bytes(b"123")
-    digest = list_folder(tmp_path).digest
-    os.utime(tmp_path / "a.png", (1, 1))
-    assert list_folder(tmp_path).digest == digest
-    (tmp_path / "a.png").write_bytes(b"1234")
-    assert list_folder(tmp_path).digest != digest
+    path = tmp_path / "a.png"
+    path.write_bytes(b"123")
+    digest = list_folder(tmp_path).content_digest()
+    os.utime(path, (1, 1))
+    assert list_folder(tmp_path).content_digest() == digest
+    path.write_bytes(b"124")
+    assert list_folder(tmp_path).content_digest() != digest
+    path.write_bytes(b"123")
+    path.rename(tmp_path / "b.png")
+    assert list_folder(tmp_path).content_digest() != digest
 
 
 def test_a_file_name_that_is_not_unicode_is_listed_not_fatal(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_golden_file_of_version_1_0_reads_by_value_and_rewrites_by_byte(tmp_path
     bank = open_bank(golden)
     expected = json.loads(golden.with_suffix(".json").read_text())
     assert bank.keys(np.arange(len(bank))) == expected["keys"]
-    assert {name: bank.rows_of(name).tolist() for name in bank.concepts} == expected["concepts"]
+    assert {name: bank.rows_of(name).tolist() for name in bank.names} == expected["concepts"]
     assert bank.fingerprint == expected["fingerprint"]
     np.testing.assert_array_equal(bank.snippets(bank.rows()), np.array(expected["snippets"], np.float32))
     rewritten(golden, tmp_path / "again.safetensors")

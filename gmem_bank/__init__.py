@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from gmem_bank.ops import remove_concept as remove_concept
     from gmem_bank.progress import ProgressBar as ProgressBar
     from gmem_bank.provenance import EncoderSpec as EncoderSpec
+    from gmem_bank.rewrite import save as save
     from gmem_bank.sources import RUN_MARKER as RUN_MARKER
     from gmem_bank.sources import read_image as read_image
     from gmem_bank.verifier import verify as verify
@@ -82,6 +83,7 @@ _DOOR = {
     "ops": ("EditReport", "interpolate", "remove_concept"),
     "progress": ("ProgressBar",),
     "provenance": ("EncoderSpec",),
+    "rewrite": ("save",),
     "sources": ("RUN_MARKER", "read_image"),
     "verifier": ("verify",),
 }

@@ -5,6 +5,7 @@ Shapes: N rows of the old bank, n rows of a segment.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from gmem_bank import keys as key_tables
 from gmem_bank import segments
 from gmem_bank.bank import MemoryBank
 from gmem_bank.provenance import EncoderSpec, Json, Source, relative_to_bank
-from gmem_bank.storage import Payload, write
+from gmem_bank.storage import Payload, atomic, real_target, write
 from gmem_bank.storage.schema import Header, Segment
 
 BANK_WIDE = ("keys.hash", "keys.row", "concepts.rows", "concepts.offsets", "active")
@@ -44,6 +45,26 @@ def _history(bank: MemoryBank, entry: Mapping[str, Json]) -> tuple[Mapping[str, 
 def _copied(bank: MemoryBank, *without: str) -> dict[str, Payload]:
     stored = bank.stored
     return {name: stored.payload(name) for name in stored.names() if name not in without}
+
+
+def save(bank: MemoryBank, output: str | os.PathLike[str]) -> Header:
+    """Write a bank to another file; source paths are made relative to the new place, history and rows stay.
+
+    Args:
+        bank: an open bank.
+        output: where to; an existing file is replaced atomically.
+
+    Returns:
+        The header as written; its fingerprint is the bank's unless a source path changed.
+
+    Raises:
+        FormatError: the suffix names no kind of bank file.
+        LockedError, WriteError: another writer, or no room; what was there stands.
+    """
+    target = real_target(output)
+    with atomic.locked(target):
+        encoder, sources = _relocated(bank, target)
+        return write(target, replace(bank.header, encoder=encoder, sources=sources), _copied(bank))
 
 
 def append_segment(

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gmem_bank.errors import CheckpointError, GMemError, WriteError
+from gmem_bank.errors import CheckpointError, ConfigError, GMemError, WriteError
 from gmem_gen.config import Config
 from gmem_gen.model import Generator, LatentShape
 
@@ -85,7 +84,9 @@ def save(
     temporary: Path | None = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+        temporary = folder / f".saving-{os.getpid()}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         names = [name for name, _ in model.named_parameters()]
         save_file(_plain(model.state_dict()), temporary / MODEL)
         save_file(_plain(ema.state_dict()), temporary / EMA)
@@ -93,6 +94,7 @@ def save(
         (temporary / STATE).write_text(json.dumps({**state, "step": step}, indent=1), encoding="utf-8")
         for path in temporary.iterdir():
             _sync(path)
+        _sync(temporary)
         if final.exists():  # the same step of the same training: nothing new to keep
             shutil.rmtree(temporary)
         else:
@@ -135,7 +137,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return a checkpoint's state.json; raises CheckpointError."""
     try:
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        if not isinstance(state, dict) or not {"step", "config", "bank", "latent"} <= set(state):
+        if not isinstance(state, dict) or not {"step", "config", "bank", "latent", "tokenizer"} <= set(state):
             raise ValueError("it is incomplete")
     except (OSError, ValueError) as error:
         raise CheckpointError(
@@ -167,6 +169,8 @@ class LoadedCheckpoint:
     """What it was trained on, from `conditioning.record_of`."""
     step: int
     run: Path
+    tokenizer: str
+    """Name of what turns its latents into pixels."""
 
 
 def make_model(config: Config, latent: LatentShape, snippet_dim: int) -> Generator:
@@ -184,7 +188,10 @@ def load_checkpoint(path: str | os.PathLike[str], *, weights: str = "ema", devic
 
     Raises:
         CheckpointError: none there, damaged, or the weights do not fit the stored configuration.
+        ConfigError: other weights than these two.
     """
+    if weights not in ("ema", "model"):
+        raise ConfigError(f"weights must be 'ema' or 'model', not {weights!r}", key="weights")
     where = Path(path)
     found = list_checkpoints(where)
     checkpoint = where if (where / STATE).is_file() else found[-1] if found else None
@@ -217,4 +224,5 @@ def load_checkpoint(path: str | os.PathLike[str], *, weights: str = "ema", devic
         bank=state["bank"],
         step=int(state["step"]),
         run=run,
+        tokenizer=str(state["tokenizer"]),
     )

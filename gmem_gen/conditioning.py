@@ -21,6 +21,22 @@ import gmem_bank
 from gmem_bank.errors import ConfigError, EncoderMismatchError, GMemError, SourceError, UnknownKeyError, first_three
 from gmem_bank.interface import INTERFACE_VERSION, Bank, SupportsConcepts, SupportsImages
 
+# The rest of the generator has the type of a bank from here, and nothing else of its interface.
+__all__ = [
+    "Bank",
+    "Conditions",
+    "Join",
+    "choose_conditions",
+    "gather",
+    "join_images",
+    "open_bank",
+    "read_image",
+    "record_of",
+    "regularise",
+    "require_interface",
+    "require_same_memory",
+]
+
 
 def open_bank(path: str | os.PathLike[str]) -> Bank:
     """Open a bank and check that it speaks this version of the interface; raises GMemError."""

@@ -17,8 +17,7 @@ from PIL import Image
 
 import gmem_bank
 from gmem_bank.errors import GMemError, WriteError
-from gmem_bank.interface import Bank
-from gmem_gen.conditioning import Join, read_image
+from gmem_gen.conditioning import Bank, Join, read_image, record_of
 from gmem_gen.config import DataConfig, ModelConfig
 
 DEFAULT_SIZE = 64
@@ -78,17 +77,17 @@ class PixelCache:
         progress: Progress,
     ) -> None:
         where = "" if images is None else str(Path(images).resolve())
-        digest = hashlib.sha256(json.dumps([bank.fingerprint, join.keys, where]).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps([record_of(bank)["fingerprint"], join.keys, where]).encode()).hexdigest()[
+            :16
+        ]
         path = folder / f"pixels-{size}x{channels}-{digest}.npy"
         shape = (len(join.rows), size, size, channels)
-        if not path.exists():
+        if not _is_whole(path, shape):
             folder.mkdir(parents=True, exist_ok=True)
             self._fill(path, shape, bank, join, images, progress)
             for stale in set(folder.glob("pixels-*")) - {path}:
                 stale.unlink()  # of a bank that was edited since
         self._images: NDArray[np.uint8] = np.load(path, mmap_mode="r", allow_pickle=False)
-        if self._images.shape != shape or self._images.dtype != np.uint8:
-            raise GMemError(f"{path} is damaged: delete it and run the same command again", path=path)
 
     def _fill(
         self,
@@ -137,12 +136,19 @@ def _count_in(counter: Path) -> int:
         return 0
 
 
+def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether the file is a uint8 array of that shape; one that was cut is made again, it is derived data."""
+    try:
+        stored = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return False
+    return bool(stored.shape == shape and stored.dtype == np.uint8)
+
+
 def _room_for(path: Path, shape: tuple[int, ...], *, keep: bool) -> Mapped:
     """Map a file of that shape whose blocks are allocated: on a full disk this fails, where a sparse map would crash later."""
-    if keep:
-        kept: Mapped = np.lib.format.open_memmap(path, mode="r+")
-        if kept.shape == shape and kept.dtype == np.uint8:
-            return kept
+    if keep and _is_whole(path, shape):
+        return np.lib.format.open_memmap(path, mode="r+")
     fresh: Mapped = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     descriptor = os.open(path, os.O_RDWR)
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from gmem_bank.errors import WriteError
+from gmem_bank.errors import OutputExistsError, WriteError
 
 GAP = 2
+SAMPLES_MARKER = ".gmem-samples"
+_SAMPLE_NAME = re.compile(r"\d{6,}\.png")
 
 
 def make_grid(images: NDArray[np.uint8], columns: int | None = None, *, min_cell: int = 64) -> Image.Image:
@@ -67,13 +70,34 @@ def write_samples(
         text = json.dumps(record, indent=1, ensure_ascii=False)
         _replace(written[1], lambda path: path.write_text(text, encoding="utf-8"))
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            _empty(folder)
             for index, pixels in enumerate(images):
                 written.append(folder / f"{index:06d}.png")
                 to_image(pixels).save(written[-1])
     except OSError as error:
+        if isinstance(error, OutputExistsError):
+            raise
         raise WriteError(f"could not write samples to {grid.parent}: {error.strerror or error}", path=grid) from error
     return written
+
+
+def _empty(folder: Path) -> None:
+    """Make a folder for samples, or clear one of ours: samples of two calls must not lie mixed in one folder.
+
+    Raises:
+        OutputExistsError: the folder holds something else than samples.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    present = sorted(path.name for path in folder.iterdir())
+    foreign = [name for name in present if name != SAMPLES_MARKER and not _SAMPLE_NAME.fullmatch(name)]
+    if foreign or (present and SAMPLES_MARKER not in present):
+        raise OutputExistsError(
+            f"{folder} holds other files, such as {(foreign or present)[0]!r}: give an empty folder to --save-images",
+            path=folder,
+        )
+    for name in present:
+        (folder / name).unlink()
+    (folder / SAMPLES_MARKER).touch()
 
 
 def _replace(path: Path, write: Any) -> None:

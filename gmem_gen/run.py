@@ -1,6 +1,6 @@
 """A training run's folder: what is in it, whether a training may go on in it, and its log.
 
-RUN/.gmem-run  run.json  config.toml  log.jsonl  checkpoints/  cache/  samples/
+RUN/.gmem-run  config.toml  log.jsonl  checkpoints/  cache/  samples/
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 import gmem_bank
 from gmem_bank.errors import CheckpointError, ConfigError, GMemError, LockedError, WriteError
-from gmem_bank.interface import Bank
 from gmem_gen import checkpoint as checkpoints
 from gmem_gen import conditioning
+from gmem_gen.conditioning import Bank
 from gmem_gen.config import Config
 
 # What may differ between the parts of one training: where it stops, where it runs, how often it reports.
@@ -51,6 +51,8 @@ class Resumption:
     step: int
     elapsed: float
     """Seconds of training so far."""
+    losses: tuple[float, ...] = ()
+    """The last ones, for the running mean."""
 
 
 @contextlib.contextmanager
@@ -102,27 +104,44 @@ def find_resumption(run: Path, config: Config, bank: Bank, *, keys_digest: str, 
         return Resumption(checkpoint=None, step=0, elapsed=0.0)
     state = checkpoints.read_state(found[-1])
     conditioning.require_same_memory(bank, state["bank"], f"the training in {run}")
-    _require_same_settings(run, state["config"], config)
-    if not accept_bank_change and (
-        state["bank"]["fingerprint"] != bank.fingerprint or state["keys_digest"] != keys_digest
-    ):
+    _require_same_settings(run, Config.from_mapping(state["config"]), config)
+    before, now = state["bank"], conditioning.record_of(bank)
+    same_bank = before["fingerprint"] == now["fingerprint"] and state["keys_digest"] == keys_digest
+    if not (same_bank or accept_bank_change):
         raise CheckpointError(
             f"the bank has changed since the training in {run} stopped at step {state['step']} "
-            f"({state['bank']['num_rows']} rows then, {len(bank)} now). A trained generator works with the edited bank: "
+            f"({before['num_rows']} rows then, {now['num_rows']} now). A trained generator works with the edited bank: "
             "just sample. To go on training on the edited bank give --accept-bank-change; to start anew choose another --out",
             path=run,
         )
-    return Resumption(checkpoint=found[-1], step=int(state["step"]), elapsed=float(state["elapsed"]))
+    return Resumption(
+        checkpoint=found[-1],
+        step=int(state["step"]),
+        elapsed=float(state["elapsed"]),
+        losses=tuple(state.get("losses", ())),
+    )
 
 
-def _require_same_settings(run: Path, stored: dict[str, Any], config: Config) -> None:
-    now = config.to_json()
+def stored_config(run: Path) -> Config | None:
+    """Return the configuration of the training that began in a folder, None where none did; raises CheckpointError."""
+    found = checkpoints.list_checkpoints(run)
+    if not found:
+        return None
+    try:
+        return Config.from_mapping(checkpoints.read_state(found[-1])["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"the configuration in {found[-1]} cannot be used: {error}", path=found[-1]) from error
+
+
+def _require_same_settings(run: Path, stored: Config, config: Config) -> None:
+    """Compare two configurations; a setting that is newer than the stored one has its default there."""
+    before, now = stored.to_json(), config.to_json()
     free = FREE_SETTINGS if now["train"]["schedule"] == "constant" else FREE_SETTINGS - BUDGET_SETTINGS
     changed = [
-        f"{section}.{name} was {stored.get(section, {}).get(name)!r}, is {value!r}"
+        f"{section}.{name} was {before[section][name]!r}, is {value!r}"
         for section, values in now.items()
         for name, value in values.items()
-        if f"{section}.{name}" not in free and stored.get(section, {}).get(name) != value
+        if f"{section}.{name}" not in free and before[section][name] != value
     ]
     if changed:
         raise ConfigError(

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gmem_bank.errors import ConfigError, suggest
-from gmem_bank.interface import Bank
 from gmem_gen import conditioning, flow
 from gmem_gen.checkpoint import LoadedCheckpoint
+from gmem_gen.conditioning import Bank
 from gmem_gen.runtime import cpu_threads, versions
-from gmem_gen.tokenizers import PixelTokenizer
+from gmem_gen.tokenizers import make_tokenizer
 
 Progress = Callable[[int, int], None]
 
@@ -134,7 +134,7 @@ def _draw(
     """Return the (B, H, W, C) images of rows, batch by batch, and the evaluations each took."""
     model, prediction = checkpoint.model, checkpoint.config.flow.prediction
     latent, device = model.latent, next(model.parameters()).device
-    tokenizer = PixelTokenizer(latent.size, latent.channels)
+    tokenizer = make_tokenizer(checkpoint.tokenizer, latent.size, latent.channels)
     times = flow.time_grid(config.num_steps, config.timestep_shift).to(device)
     images, nfe = [], 0
 

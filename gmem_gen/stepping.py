@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import deque
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from gmem_bank.errors import CheckpointError, GMemError
-from gmem_bank.interface import Bank
 from gmem_gen import checkpoint as checkpoints
 from gmem_gen import conditioning, flow, optim
+from gmem_gen.conditioning import Bank
 from gmem_gen.config import Config
 from gmem_gen.data import Order, PixelCache
 from gmem_gen.model import Generator
 from gmem_gen.run import Resumption
 from gmem_gen.runtime import versions
-from gmem_gen.tokenizers import PixelTokenizer
+from gmem_gen.tokenizers import make_tokenizer
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -47,15 +48,18 @@ class Trainer:
         self, bank: Bank, config: Config, cache: PixelCache, join: conditioning.Join, device: torch.device
     ) -> None:
         self.bank, self.config, self.cache, self.join, self.device = bank, config, cache, join, device
-        self.tokenizer = PixelTokenizer(config.data.image_size, config.data.channels)
-        torch.manual_seed(config.train.seed)  # initial weights
-        self.model: Generator = checkpoints.make_model(config, self.tokenizer.latent, bank.dim).to(device)
+        self.tokenizer = make_tokenizer("pixels", config.data.image_size, config.data.channels)
+        dim = int(conditioning.record_of(bank)["dim"])
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not ours to change
+            torch.manual_seed(config.train.seed)
+            self.model: Generator = checkpoints.make_model(config, self.tokenizer.latent, dim).to(device)
         self.average = optim.make_average(self.model, config.train.ema_decay)
         self.optimizer = optim.make_optimizer(self.model, config.train)
         self.order = Order(len(join.rows), config.train.batch_size, config.train.seed)
         self.total_steps = config.train.max_steps or config.train.epochs * self.order.steps_per_epoch
         self.step = 0
         self.elapsed = 0.0
+        self.losses: deque[float] = deque(maxlen=config.train.log_every)
 
     def restore(self, resumption: Resumption) -> None:
         """Take up a checkpoint; raises CheckpointError."""
@@ -70,9 +74,10 @@ class Trainer:
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{where} does not fit this training: {error}", path=where) from error
         self.step, self.elapsed = resumption.step, resumption.elapsed
+        self.losses.extend(resumption.losses)
 
-    def make_step(self) -> tuple[float, float]:
-        """Make one optimizer step; return loss and gradient norm."""
+    def make_step(self) -> float:
+        """Make one optimizer step, keep its loss, return its gradient norm; raises GMemError where they are not finite."""
         config, generator = self.config.train, step_generator(self.config.train.seed, self.step)
         places = self.order.batch(self.step)
         x_1 = self.tokenizer.encode(self.cache.read(places)).to(self.device)
@@ -101,12 +106,14 @@ class Trainer:
         self.optimizer.step()
         self.average.update_parameters(self.model)
         self.step += 1
-        return value, norm_value
+        self.losses.append(value)
+        return norm_value
 
     def save(self, run: Path, keys_digest: str) -> Path:
         """Write a checkpoint and remove superseded ones."""
         state = {
             "elapsed": self.elapsed,
+            "losses": list(self.losses),
             "config": self.config.to_json(),
             "latent": dataclasses.asdict(self.tokenizer.latent),
             "tokenizer": self.tokenizer.name,

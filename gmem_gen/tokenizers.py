@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gmem_bank.errors import ConfigError, suggest
 from gmem_gen.model import LatentShape
 
 
@@ -29,3 +30,24 @@ class PixelTokenizer:
         """Return (B, H, W, C) uint8 for (B, C, H, W), clipped and rounded to nearest."""
         values = (latents.float().cpu() + 1.0) * 127.5
         return values.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+TOKENIZERS = {PixelTokenizer.name: PixelTokenizer}
+
+
+def make_tokenizer(name: str, size: int, channels: int) -> PixelTokenizer:
+    """Return a tokenizer by the name that a checkpoint records.
+
+    Args:
+        name: one of TOKENIZERS.
+        size: side of the images in pixels.
+        channels: of the images, 1 or 3.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if name not in TOKENIZERS:
+        raise ConfigError(
+            f"unknown tokenizer {name!r} (there are: {', '.join(TOKENIZERS)}).{suggest(name, TOKENIZERS)}", key=name
+        )
+    return TOKENIZERS[name](size, channels)

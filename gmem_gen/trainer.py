@@ -24,16 +24,16 @@ import numpy as np
 import torch
 
 from gmem_bank.errors import ConfigError
-from gmem_bank.interface import Bank
 from gmem_gen import checkpoint as checkpoints
 from gmem_gen import conditioning, optim
+from gmem_gen.conditioning import Bank
 from gmem_gen.config import Config
 from gmem_gen.data import PixelCache, resolve_image_size
 from gmem_gen.model import auto_patch_size, num_parameters
-from gmem_gen.run import Log, default_run, find_resumption, occupied, writing
+from gmem_gen.run import Log, default_run, find_resumption, occupied, stored_config, writing
 from gmem_gen.runtime import StopRequest, cpu_threads, pick_device
 from gmem_gen.stepping import Trainer
-from gmem_gen.tokenizers import PixelTokenizer
+from gmem_gen.tokenizers import make_tokenizer
 
 CPU_MINUTES = 10.0
 Progress = Callable[[int, int], None]
@@ -118,7 +118,7 @@ def train(
     wanted = config or Config()
     device = pick_device(wanted.train.device)
     join = conditioning.join_images(opened, images, allow_missing=wanted.data.allow_missing)
-    resolved = resolve(wanted, opened, join, images)
+    resolved = resolve(wanted, opened, join, images, stored_config(run))
     digest = hashlib.sha256(json.dumps(join.keys).encode()).hexdigest()
     with occupied(run):
         resumption = find_resumption(run, resolved, opened, keys_digest=digest, accept_bank_change=accept_bank_change)
@@ -135,23 +135,41 @@ def train(
 def plan(bank: str | os.PathLike[str], config: Config, *, images: str | os.PathLike[str] | None = None) -> Config:
     """Return the configuration that `train` would use, having checked bank, images and device; trains nothing."""
     opened = conditioning.open_bank(bank)
-    device = pick_device(config.train.device)
+    pick_device(config.train.device)
     join = conditioning.join_images(opened, images, allow_missing=config.data.allow_missing)
-    resolved = resolve(config, opened, join, images)
-    latent = PixelTokenizer(resolved.data.image_size, resolved.data.channels).latent
-    with device:
-        checkpoints.make_model(resolved, latent, opened.dim)
+    resolved = resolve(config, opened, join, images, None)
+    latent = make_tokenizer("pixels", resolved.data.image_size, resolved.data.channels).latent
+    with torch.device("meta"):
+        checkpoints.make_model(resolved, latent, int(conditioning.record_of(opened)["dim"]))
     return resolved
 
 
-def resolve(config: Config, bank: Bank, join: conditioning.Join, images: str | os.PathLike[str] | None) -> Config:
-    """Return the configuration with everything that was left to us filled in."""
-    size = resolve_image_size(bank, join, images, config.data, config.model)
-    patch = config.model.patch_size or auto_patch_size(size)
-    scale = config.model.snippet_scale or (math.sqrt(bank.dim) if bank.space == "unit" else 1.0)
+def resolve(
+    config: Config,
+    bank: Bank,
+    join: conditioning.Join,
+    images: str | os.PathLike[str] | None,
+    stored: Config | None,
+) -> Config:
+    """Return the configuration with everything that was left to us filled in.
+
+    Args:
+        config: as asked for.
+        bank: what is trained on.
+        join: its rows with images.
+        images: override of the recorded folders.
+        stored: of the training that goes on: it keeps what was chosen when it began; None for a new one.
+    """
+    facts = conditioning.record_of(bank)
+    size = config.data.image_size or (stored.data.image_size if stored else 0)
+    size = size or resolve_image_size(bank, join, images, config.data, config.model)
+    patch = config.model.patch_size or (stored.model.patch_size if stored else auto_patch_size(size))
+    scale = config.model.snippet_scale or (stored.model.snippet_scale if stored else 0.0)
+    scale = scale or (math.sqrt(facts["dim"]) if facts["space"] == "unit" else 1.0)
     prediction = config.flow.prediction
     if prediction == "auto":
-        prediction = "data" if 2 * patch**2 * config.data.channels > config.model.width else "velocity"
+        fits = 2 * patch**2 * config.data.channels <= config.model.width
+        prediction = stored.flow.prediction if stored else ("velocity" if fits else "data")
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, image_size=size),
@@ -192,7 +210,6 @@ def _loop(
     config, log = trainer.config.train, Log(run, trainer.step)
     seconds = minutes_allowed(trainer.config, trainer.device) * 60
     began, first, before = time.perf_counter(), trainer.step, trainer.elapsed
-    losses: list[float] = []
     reason = "nothing to do" if trainer.step >= trainer.total_steps else "budget"
     saved = trainer.step
     with stop.listening(handle_signals), contextlib.closing(log):
@@ -201,12 +218,11 @@ def _loop(
             if trainer.elapsed >= seconds:
                 reason = "time"
                 break
-            loss, norm = trainer.make_step()
+            norm = trainer.make_step()
             trainer.elapsed = before + time.perf_counter() - began
-            losses = [*losses[-config.log_every + 1 :], loss]
             progress(trainer.step, trainer.total_steps)
             if trainer.step % config.log_every == 0 or trainer.step == trainer.total_steps:
-                log.write(_log_line(trainer, losses, norm))
+                log.write(_log_line(trainer, norm))
             if stop.signal is not None:
                 reason = "signal"
                 break
@@ -225,18 +241,18 @@ def _loop(
         num_images=len(trainer.join.rows),
         num_parameters=num_parameters(trainer.model),
         image_size=trainer.config.data.image_size,
-        loss=float(np.mean(losses)) if losses else None,
+        loss=float(np.mean(trainer.losses)) if made else None,
         seconds=round(trainer.elapsed, 2),
         steps_per_second=round(made / spent, 3) if made else None,
         stopped=reason,
     )
 
 
-def _log_line(trainer: Trainer, losses: list[float], norm: float) -> dict[str, Any]:
+def _log_line(trainer: Trainer, norm: float) -> dict[str, Any]:
     return {
         "step": trainer.step,
-        "loss": losses[-1],
-        "mean_loss": float(np.mean(losses)),
+        "loss": trainer.losses[-1],
+        "mean_loss": float(np.mean(trainer.losses)),
         "gradient_norm": norm,
         "learning_rate": optim.learning_rate(trainer.step - 1, trainer.total_steps, trainer.config.train),
         "epoch": trainer.step / trainer.order.steps_per_epoch,

@@ -69,7 +69,7 @@ def test_the_whole_path_by_commands_alone(photos: Path, new_photos: Path) -> Non
     assert drawn["nfe"] == 4
     assert len(drawn["keys"]) == 4
     assert Path(drawn["grid"]).is_file()
-    assert len(list(Path("out").iterdir())) == 4
+    assert len(list(Path("out").glob("*.png"))) == 4
     removed = as_json(bank("remove-concept", "hat-to-images", "--json"))
     assert (removed["num_removed"], removed["num_rows"]) == (4, 32)
 

@@ -63,4 +63,5 @@ def test_documents_name_files_that_exist_and_no_machine(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     for path in re.findall(r"\b(?:gmem_bank|gmem_gen|tools|tests|docs)/[\w/]+\.\w+", text):
         assert (ROOT / path).exists(), path
-    assert not re.search(r"/(root|home|work|Users|tmp)/|[A-Z]{6,}_(?:RESULT|SESSION)|\bMEASURED\b", text)
+    assert not re.search(r"/(root|home|work|Users|tmp)/", text)
+    assert not re.search(r"^[A-Z][A-Z_]{3,}$", text, flags=re.MULTILINE), "a placeholder was left"

@@ -48,6 +48,17 @@ def test_digits_are_written_as_they_are_and_the_judge_is_good(tmp_path: Path) ->
     assert sum(judge.counts(images)) == 1797
 
 
+def test_a_folder_of_somebody_elses_is_never_emptied(tmp_path: Path) -> None:
+    """Only a folder that the quick start made is cleared."""
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("precious")
+    with pytest.raises(SystemExit, match="not made by the quick start"):
+        quickstart.Game(9, tmp_path / "thesis", 0)
+    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "precious"
+    quickstart.Game(9, tmp_path / "ours", 0)
+    quickstart.Game(9, tmp_path / "ours", 0)
+
+
 def test_spread_is_zero_for_equal_samples_and_a_half_for_black_and_white() -> None:
     """Standard deviation over the samples of a snippet, averaged over pixels."""
     same = np.full((6, 8, 8), 77, np.uint8)

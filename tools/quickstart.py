@@ -40,6 +40,7 @@ TRAINING = (
     "train.max_minutes=0",
 )
 SAMPLING = ("--solver", "euler", "--steps", "12", "--guidance", "2", "-q")
+MARKER = ".gmem-quickstart"
 STEPS = {"default": 1200, "full": 2500}
 
 
@@ -62,6 +63,15 @@ class Stages:
         if result.returncode:
             raise SystemExit(f"the command above failed with exit code {result.returncode}")
         return json.loads(result.stdout)
+
+
+def clear(folder: Path) -> None:
+    """Make the folder, or empty one that an earlier run of ours made; stop where it holds anything else."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).is_file():
+        raise SystemExit(f"{folder} exists and was not made by the quick start: give another folder with --out")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / MARKER).touch()
 
 
 def write_digits(folder: Path, held_out: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -91,7 +101,7 @@ class Game:
     """
 
     def __init__(self, held_out: int, folder: Path, seed: int) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
+        clear(folder)
         self.stages, self.folder, self.seed = Stages(), folder, seed
         self.held_out, self.digit = held_out, str(held_out)
         self.bank, self.run, self.new = folder / "bank.safetensors", folder / "run", folder / "new" / self.digit

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from gmem_bank import builder, ops
 from gmem_bank.bank import MemoryBank
@@ -22,6 +23,7 @@ from gmem_bank.errors import (
     UnknownKeyError,
 )
 from gmem_bank.insertion import insert_concept
+from gmem_bank.rewrite import save
 from gmem_bank.verifier import verify
 from tests.conftest import BankMaker
 
@@ -256,3 +258,49 @@ def test_a_class_folder_inserted_under_its_own_name_is_already_there(photos: Pat
     report = insert_concept(hog_bank, [photos / "hat"], load_encoder("hog"))
     assert report.unchanged
     assert report.num_rows == 24
+
+
+def test_save_writes_the_same_bank_elsewhere(hog_bank: Path) -> None:
+    """Rows, keys, concepts and history stay; source paths lead to the images from the new place."""
+    bank = open_bank(hog_bank)
+    save(bank, hog_bank.with_name("copy.safetensors"))
+    assert hog_bank.with_name("copy.safetensors").read_bytes() == hog_bank.read_bytes()
+    save(bank, hog_bank.parent / "deep" / "er" / "copy.safetensors")
+    moved = open_bank(hog_bank.parent / "deep" / "er" / "copy.safetensors")
+    assert same(bank, moved)
+    assert moved.history == bank.history
+    assert not len(moved.missing_images(moved.image_rows()))
+
+
+@given(
+    snippets=hnp.arrays(
+        np.float32, st.tuples(st.integers(1, 12), st.integers(1, 5)), elements=st.floats(-1e3, 1e3, width=32)
+    ).filter(lambda a: (np.linalg.norm(a, axis=1) > 1e-1).all()),
+    dtype=st.sampled_from(["f32", "f16", "bf16"]),
+    space=st.sampled_from(["raw", "unit"]),
+    data=st.data(),
+)
+def test_open_of_save_is_the_identity_in_bytes_and_values(
+    make_bank: BankMaker, snippets: np.ndarray, dtype: str, space: str, data: st.DataObject
+) -> None:
+    """For any snippets, keys, segments, mask, type and space."""
+    count = len(snippets)
+    letters = st.text(
+        st.characters(codec="utf-8", exclude_characters="/\\", exclude_categories=["C", "Z"]), min_size=1, max_size=5
+    )
+    unique = st.lists(letters.filter(lambda n: n not in (".", "..")), min_size=count, max_size=count, unique=True)
+    keys = [f"{data.draw(st.sampled_from(['a', 'é', 'b c']))}/{name}" for name in data.draw(unique)]
+    cut = data.draw(st.integers(1, count))
+    active = np.array(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)))
+    parts = (cut, count - cut) if cut < count else (count,)
+    bank = make_bank(snippets=snippets, keys=keys, dtype=dtype, space=space, active=active, parts=parts)
+    save(bank, "again.safetensors")
+    assert Path("again.safetensors").read_bytes() == bank.path.read_bytes()
+    again = open_bank("again.safetensors")
+    assert again.keys(np.arange(count)) == keys
+    assert again.rows_for(keys).tolist() == list(range(count))
+    tolerance = {"f32": 1e-6, "f16": 1e-3, "bf16": 1e-2}[dtype]
+    expected = snippets / np.linalg.norm(snippets, axis=1, keepdims=True) if space == "unit" else snippets
+    scale = np.abs(expected[active]).max(initial=1)
+    np.testing.assert_allclose(again.snippets(again.rows()), expected[active], atol=tolerance * scale)
+    assert verify("again.safetensors").ok

@@ -12,7 +12,7 @@ from PIL import Image
 
 import gmem_bank
 import gmem_gen
-from gmem_bank.errors import CheckpointError, ConfigError, EncoderMismatchError
+from gmem_bank.errors import CheckpointError, ConfigError, EncoderMismatchError, OutputExistsError
 from gmem_gen.config import Config, DataConfig, ModelConfig, TrainConfig
 from gmem_gen.images import make_grid, write_samples
 from gmem_gen.tokenizers import PixelTokenizer
@@ -42,10 +42,7 @@ def test_an_image_does_not_depend_on_its_batch(trained: str) -> None:
     whole = draw(trained, batch_size=6).images.astype(int)
     for batch_size in (1, 4):
         assert np.abs(draw(trained, batch_size=batch_size).images.astype(int) - whole).max() <= 1
-    assert (
-        np.array_equal(draw(trained, num=3, batch_size=6).images, whole[:3])
-        or np.abs(draw(trained, num=3, batch_size=6).images.astype(int) - whole[:3]).max() <= 1
-    )
+    assert np.abs(draw(trained, num=3, batch_size=6).images.astype(int) - whole[:3]).max() <= 1
     assert np.abs(draw(trained, seed=1).images.astype(int) - whole).max() > 10
 
 
@@ -121,6 +118,19 @@ def test_the_written_record_names_all_that_decides_a_sample(trained: str) -> Non
     np.testing.assert_array_equal(grid[2 : 2 + 64 : 8, 2 + 66 : 2 + 66 + 64 : 8], samples.images[1])
 
 
+def test_samples_of_two_calls_never_mix_in_a_folder() -> None:
+    """A folder of samples is cleared, a folder of anything else refused."""
+    images = np.zeros((5, 8, 8, 3), np.uint8)
+    write_samples(images, {}, Path("g.png"), folder=Path("single"))
+    write_samples(images[:2], {}, Path("g.png"), folder=Path("single"))
+    assert len(list(Path("single").glob("*.png"))) == 2
+    Path("mine").mkdir()
+    Path("mine/000000.png").write_text("precious")
+    with pytest.raises(OutputExistsError, match="--save-images"):
+        write_samples(images, {}, Path("g.png"), folder=Path("mine"))
+    assert Path("mine/000000.png").read_text() == "precious"
+
+
 def test_grids_enlarge_small_images_and_fill_every_cell() -> None:
     """Whole-pixel enlargement; grey becomes RGB; no image is lost."""
     images = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1).repeat(8, 1).repeat(8, 2) * 50
@@ -143,6 +153,8 @@ def test_bad_requests_are_clear() -> None:
     """No run, wrong solver, wrong interval."""
     with pytest.raises(CheckpointError, match="gmem-gen train"):
         gmem_gen.load_checkpoint("runs/none")
+    with pytest.raises(ConfigError, match="'ema' or 'model'"):
+        gmem_gen.load_checkpoint("runs/none", weights="emma")
     with pytest.raises(ConfigError, match="'heun'"):
         gmem_gen.SampleConfig(solver="heunn")
     for options in (

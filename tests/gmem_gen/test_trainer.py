@@ -53,8 +53,14 @@ def tensors(run: str) -> dict[str, torch.Tensor]:
     return {f"{name}:{key}": value for name in names for key, value in load_file(newest / name).items()}
 
 
+def lines(run: str) -> list[dict]:
+    """The lines of a run's log, without the times."""
+    whole = [json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "elapsed"} for line in whole]
+
+
 def losses(run: str) -> list[tuple[int, float]]:
-    return [(line["step"], line["loss"]) for line in map(json.loads, Path(run, "log.jsonl").read_text().splitlines())]
+    return [(line["step"], line["loss"]) for line in lines(run)]
 
 
 @pytest.mark.parametrize("cut", [1, 3, 5])
@@ -69,7 +75,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(bank: str, cut: in
         if done == cut:
             raise Stop
 
-    whole = config(schedule=schedule, snippet_noise=0.1)
+    whole = config(schedule=schedule, snippet_noise=0.1, log_every=3)
     gmem_gen.train(bank, whole, out="whole")
     with pytest.raises(Stop):
         gmem_gen.train(bank, whole, out="parts", progress=stop_at)
@@ -78,7 +84,50 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(bank: str, cut: in
     first, second = tensors("whole"), tensors("parts")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert losses("whole") == losses("parts")
+    assert lines("whole") == lines("parts")
+
+
+def test_the_mean_loss_is_over_the_last_logged_steps_only(bank: str) -> None:
+    """log_every of them, resumed or not; with log_every 1 it is the loss."""
+    gmem_gen.train(bank, config(log_every=1), out="one")
+    assert all(line["mean_loss"] == line["loss"] for line in lines("one"))
+    gmem_gen.train(bank, config(log_every=2), out="two")
+    single = dict(losses("one"))
+    for line in lines("two"):
+        assert line["mean_loss"] == pytest.approx((single[line["step"]] + single[line["step"] - 1]) / 2)
+
+
+def test_training_leaves_the_callers_random_numbers_alone(bank: str) -> None:
+    """The global generator is where it was."""
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    gmem_gen.train(bank, config(max_steps=1), out="run")
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_setting_that_is_newer_than_a_checkpoint_does_not_stop_its_resume(bank: str) -> None:
+    """It has its default there."""
+    gmem_gen.train(bank, config(), out="run")
+    state = checkpoints.list_checkpoints(Path("run"))[-1] / checkpoints.STATE
+    record = json.loads(state.read_text())
+    del record["config"]["train"]["snippet_noise"]
+    state.write_text(json.dumps(record))
+    assert gmem_gen.train(bank, config(max_steps=8), out="run").step == 8
+
+
+def test_what_was_chosen_at_the_beginning_stays_when_smaller_images_come(bank: str) -> None:
+    """Image size, patch and prediction are the checkpoint's, not resolved anew from the edited bank."""
+    from PIL import Image
+
+    free = dataclasses.replace(config(), data=DataConfig())
+    assert gmem_gen.train(bank, free, out="run").image_size == 64
+    Path("tiny").mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 20, 3), dtype=np.uint8)).save("tiny/a.png")
+    gmem_bank.insert_concept(bank, ["tiny"], gmem_bank.load_encoder("hog"))
+    longer = dataclasses.replace(config(max_steps=7), data=DataConfig())
+    report = gmem_gen.train(bank, longer, out="run", accept_bank_change=True)
+    assert (report.step, report.image_size, report.num_images) == (7, 64, 25)
 
 
 def test_seeds_decide_everything(bank: str) -> None:
@@ -192,9 +241,7 @@ def test_checkpoints_are_kept_as_asked_and_leftovers_cleared(bank: str) -> None:
     """The newest two, or all; a half-written one is never taken for a checkpoint."""
     Path("run/checkpoints/.saving-dead").mkdir(parents=True)
     gmem_gen.train(bank, config(), out="run")
-    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step-00000004", "step-00000006"] or sorted(
-        path.name for path in Path("run/checkpoints").iterdir()
-    ) == ["step-00000004", "step-00000006"]
+    assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
     gmem_gen.train(bank, config(keep_checkpoints=0), out="all")
     assert len(checkpoints.list_checkpoints(Path("all"))) == 3
 
@@ -258,6 +305,17 @@ def test_an_interrupted_reading_of_images_goes_on_where_it_stopped(bank: str, mo
     assert len(calls) == 13 + 24 - 10
     [whole], [parts] = (list(Path(run, "cache").iterdir()) for run in ("whole", "parts"))
     assert whole.read_bytes() == parts.read_bytes()
+
+
+def test_a_cut_cache_is_made_again(bank: str) -> None:
+    """The images are derived data."""
+    gmem_gen.train(bank, config(max_steps=1), out="run")
+    [cache] = Path("run/cache").iterdir()
+    whole = cache.read_bytes()
+    for left in (10, 500, len(whole) - 1):
+        cache.write_bytes(whole[:left])
+        gmem_gen.train(bank, config(max_steps=2), out="run")
+        assert cache.read_bytes() == whole
 
 
 def test_two_trainings_in_one_folder_exclude_one_another(bank: str) -> None:

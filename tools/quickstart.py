@@ -200,8 +200,11 @@ def play(held_out: int, folder: Path, steps: int, seed: int, encoder: tuple[str,
         "seconds": game.stages.seconds,
         "seconds_total": round(time.perf_counter() - started, 1),
     }
-    real_seen = np.stack([game.images[int(Path(key).stem)] for key in seen_keys])
-    pictures = {"real": game.images[game.labels == held_out], "real seen": real_seen, "seen": seen, "inserted": inserted,
+    # every row of pictures in the same order, so that what stands below one another belongs together
+    real = game.images[[int(Path(key).stem) for key in inserted_keys]]
+    before = before[np.argsort(np.argsort(inserted_keys))]
+    real_seen = game.images[[int(Path(key).stem) for key in seen_keys]]
+    pictures = {"real": real, "real seen": real_seen, "seen": seen, "inserted": inserted,
                 "before": before, **ways}  # fmt: skip
     return {"figures": figures, "pictures": pictures, "commands": game.stages.commands}
 

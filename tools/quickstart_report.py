@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import gmem_gen
 
 SHOWN = 30
@@ -69,7 +71,7 @@ def _section(result: dict[str, Any]) -> str:
         f"Then images of the {digit} were inserted into the bank; the weights were not touched.</p>"
     )
     table = "".join(f"<tr><td>{_number(figures[name])}<td>{html.escape(text)}" for name, text in ROWS.items())
-    shown = "".join(_figure(CAPTIONS[name], pictures[name][:SHOWN], 15) for name in CAPTIONS)
+    shown = "".join(_figure(CAPTIONS[name], spread_out(pictures[name], SHOWN), 15) for name in CAPTIONS)
     ways = "".join(
         _figure(f"From a {name.replace('-to-', ' to a ')} in seven steps", images, 7)
         for name, images in pictures.items()
@@ -81,6 +83,11 @@ def _section(result: dict[str, Any]) -> str:
     )
     commands = html.escape("\n".join(result["commands"]))
     return f"{intro}<table>{table}</table>{note}{shown}{ways}<h2>Commands</h2><pre>{commands}</pre>"
+
+
+def spread_out(images: Any, count: int) -> Any:
+    """Return `count` images at equal distances: of sorted classes, some of each."""
+    return images[np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)]
 
 
 def _number(value: float) -> str:

@@ -33,6 +33,14 @@ class CommandGroup(click.Group):
             where = f" {error.filename}:" if error.filename else ""
             click.echo(f"Error:{where} {error.strerror}", err=True)
             ctx.exit(1)
+        except (MemoryError, RuntimeError) as error:
+            out_of_memory = isinstance(error, MemoryError) or any(
+                word in str(error) for word in ("alloc", "out of memory")
+            )
+            if ctx.params.get("traceback") or not out_of_memory:
+                raise
+            click.echo("Error: out of memory: ask for less (smaller model, batch, image or number)", err=True)
+            ctx.exit(1)
         except KeyboardInterrupt:
             if ctx.params.get("traceback"):
                 raise

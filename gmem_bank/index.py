@@ -25,7 +25,8 @@ def require_faiss() -> Any:
         import faiss
     except ImportError as error:
         raise MissingDependencyError(
-            "searching needs FAISS: pip install 'gmem[cpu]', or 'gmem[gpu]' where there is a GPU", extra="cpu"
+            "searching needs FAISS: pip install faiss-cpu (the extra gmem[cpu]), or on a GPU faiss-gpu (gmem[gpu])",
+            extra="cpu",
         ) from error
     return faiss
 

@@ -11,6 +11,8 @@ def concept_name_problem(name: str) -> str:
         return "is empty"
     if name in (".", "..") or "/" in name or "\\" in name:
         return "looks like a path"
+    if name != name.strip():
+        return "begins or ends with a space"
     if not name.isprintable():
         return "has control characters"
     return ""

@@ -130,6 +130,8 @@ def interpolate(
         raise ConfigError(f"unknown method {method!r}.{suggest(method, manipulate.METHODS)}", key="method")
     if steps < 2:
         raise ConfigError(f"steps must be at least 2 (both ends are written), got {steps}", key="steps")
+    if seed < 0:
+        raise ConfigError(f"seed must be 0 or more, got {seed}", key="seed")
     target = edit_target(bank_path, output)
     with atomic.locked(target):
         bank = bank_module.open(bank_path)

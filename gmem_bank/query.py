@@ -91,6 +91,8 @@ def search(
         UnknownKeyError: not a path, nor a concept or key.
         EncoderMismatchError: the loaded encoder did not make the bank.
     """
+    if not query:
+        raise UnknownKeyError("the query is empty: give a concept, a key, an image or a folder", key=query)
     require_faiss()  # before minutes go into encoding images
     inside = query in bank.names or bank.find_rows([query])[0] >= 0
     if inside or not Path(query).exists():

@@ -78,6 +78,7 @@ def append_segment(
     entry: Mapping[str, Json],
 ) -> Header:
     """Write the bank with one more segment and one more concept; old segments are copied, not loaded."""
+    bank.stored.require_sound(*(name for name in BANK_WIDE if name in bank.stored))
     segment = Segment(name=str(1 + max(_number(s.name) for s in bank.header.segments)), num_rows=len(keys))
     encoder, old_sources = _relocated(bank, target)
     concepts = {name: bank.all_rows_of(name) for name in bank.names}
@@ -119,6 +120,7 @@ def keep_rows(
     entry: Mapping[str, Json],
 ) -> Header:
     """Write the bank with only some of its rows; a segment that loses none is copied, one that loses all is dropped."""
+    bank.stored.require_sound(*(name for name in BANK_WIDE if name in bank.stored))
     payloads = _copied(bank, *BANK_WIDE)
     encoder, sources = _relocated(bank, target)
     used = np.unique(bank.source_ids(np.flatnonzero(keep)))
@@ -149,6 +151,7 @@ def _filtered(
 ) -> dict[str, Payload]:
     """Return a segment's entries with only the rows of `mask`, its sources renumbered by their place in `used`."""
     name, stored, local = segment.name, bank.stored, np.flatnonzero(mask)
+    stored.require_sound(*(segment.entry(what) for what in ("snippets", "keys.bytes", "keys.offsets", "source")))
     vectors = stored.array(f"{name}/snippets")
     step = max(1, BLOCK_BYTES // (vectors.shape[1] * vectors.dtype.itemsize))
     snippets = Payload(

@@ -307,7 +307,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uin
     """Decode the bytes of an image file; see `read_image`."""
     import warnings
 
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if not data:
         raise SourceError("the file is empty")
@@ -320,6 +320,8 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uin
                 return np.array(_to_rgb(image), np.uint8)
     except SourceError:
         raise
+    except UnidentifiedImageError as error:  # its own text holds a memory address
+        raise SourceError("not a readable image (its format is not known)") from error
     except Exception as error:
         raise SourceError(f"not a readable image ({type(error).__name__}: {error})") from error
 

@@ -5,6 +5,7 @@ RUN/checkpoints/step-00000500/{model,ema,optimizer}.safetensors, state.json
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -91,7 +92,9 @@ def save(
         save_file(_plain(model.state_dict()), temporary / MODEL)
         save_file(_plain(ema.state_dict()), temporary / EMA)
         save_file(_plain(optimizer_tensors(optimizer, names)), temporary / OPTIMIZER)
-        (temporary / STATE).write_text(json.dumps({**state, "step": step}, indent=1), encoding="utf-8")
+        hashes = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+        text = json.dumps({**state, "step": step, "hashes": hashes}, indent=1)
+        (temporary / STATE).write_text(text, encoding="utf-8")
         for path in temporary.iterdir():
             _sync(path)
         _sync(temporary)
@@ -104,11 +107,16 @@ def save(
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         raise WriteError(
-            f"could not write the checkpoint {final}: {error}. Earlier checkpoints stand; free some space and run the same "
-            "command again",
+            f"could not write the checkpoint {final}: {error}. What was saved before still stands; free some space "
+            "and run the same command again",
             path=final,
         ) from error
     return final
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -137,7 +145,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return a checkpoint's state.json; raises CheckpointError."""
     try:
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        if not isinstance(state, dict) or not {"step", "config", "bank", "latent", "tokenizer"} <= set(state):
+        if not isinstance(state, dict) or not {"step", "config", "bank", "latent", "tokenizer", "hashes"} <= set(state):
             raise ValueError("it is incomplete")
     except (OSError, ValueError) as error:
         raise CheckpointError(
@@ -150,8 +158,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
     """Return the tensors of one of a checkpoint's files; raises CheckpointError."""
     try:
+        if _sha256(checkpoint / name) != read_state(checkpoint)["hashes"][name]:
+            raise OSError("its bytes do not match the hash that was saved")
         return load_file(checkpoint / name)
-    except (OSError, SafetensorError) as error:
+    except (OSError, KeyError, SafetensorError) as error:
         raise CheckpointError(
             f"{checkpoint / name} is damaged ({error}): delete the folder {checkpoint} to go on from the checkpoint before it",
             path=checkpoint / name,

@@ -36,6 +36,17 @@ def _resolved(preset: str, config_file: str | None, settings: tuple[str, ...]) -
     return gmem_gen.apply_settings(config, settings)
 
 
+def _read_keys(path: str) -> list[str]:
+    try:
+        with click.open_file(path, encoding="utf-8") as lines:
+            keys = [line.rstrip("\n") for line in lines if line.strip()]
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"--keys-from {path}: not a text of keys, one a line ({error.reason})") from error
+    if not keys:
+        raise click.UsageError(f"--keys-from {path}: there is no key in it")
+    return keys
+
+
 _bank = click.option(
     "--bank", "-b", default="bank.safetensors", show_default=True, metavar="BANK", help="The bank file."
 )
@@ -60,7 +71,7 @@ _quiet = click.option("-q", "--quiet", is_flag=True, help="No progress on stderr
 @_config
 @_set
 @click.option("--out", "-o", default=None, metavar="RUN", help="The run's folder; default: runs/<bank stem>.")
-@click.option("--seed", type=int, default=None, help="Short for --set train.seed=N.")
+@click.option("--seed", type=click.IntRange(min=0), default=None, help="Short for --set train.seed=N.")
 @click.option("--device", default=None, help="Short for --set train.device=NAME: auto, cpu, cuda, …")
 @click.option("--allow-missing", is_flag=True, help="Leave out rows whose image is gone.")
 @click.option(
@@ -137,7 +148,11 @@ def _ended(report: Any) -> str:
     help="Sample the rows whose keys stand in FILE, one a line; - is stdin.",
 )
 @click.option(
-    "--num", "-n", type=click.IntRange(min=1), default=None, help="Samples; default: 16, or one for each key."
+    "--num",
+    "-n",
+    type=click.IntRange(min=1, max=1_000_000),
+    default=None,
+    help="Samples; default: 16 (fewer where the concept has fewer rows), or one for each key.",
 )
 @click.option(
     "--per-snippet",
@@ -164,7 +179,11 @@ def _ended(report: Any) -> str:
     "--weights", type=click.Choice(["ema", "model"]), default="ema", show_default=True, help="Averaged or last weights."
 )
 @click.option(
-    "--seed", type=int, default=0, show_default=True, help="Sample i depends on the seed and i, not on the batch."
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Sample i depends on it and i, not on the batch.",
 )
 @click.option("--batch-size", type=int, default=64, show_default=True, help="Samples computed together.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, …")
@@ -192,15 +211,17 @@ def sample(
 
     import gmem_gen
     from gmem_gen.conditioning import open_bank
-    from gmem_gen.images import write_samples
+    from gmem_gen.images import require_own, write_samples
     from gmem_gen.run import default_run
     from gmem_gen.runtime import pick_device
 
     config = gmem_gen.SampleConfig(**drawing)  # solver, steps, shift, guidance, seed, batch size
     opened = open_bank(bank)
     if keys_from is not None:
-        with click.open_file(keys_from, encoding="utf-8") as lines:
-            keys = (*keys, *(line.rstrip("\n") for line in lines if line.strip()))
+        keys = (*keys, *_read_keys(keys_from))
+    grid = None if output is None else Path(output)
+    if grid is not None:
+        require_own(grid)  # before minutes go into sampling
     conditions = gmem_gen.choose_conditions(
         opened, concept=concept, keys=keys, num=num, per_snippet=per_snippet, seed=config.seed
     )
@@ -214,7 +235,7 @@ def sample(
         "bank_path": bank,
         "seconds": round(time.perf_counter() - started, 2),
     }
-    grid = Path(output) if output else loaded.run / "samples" / f"{conditions.label}.png"
+    grid = grid or loaded.run / "samples" / f"{conditions.label[:100]}.png"
     folder = None if save_images is None else Path(save_images)
     write_samples(samples.images, record, grid, columns=columns, folder=folder)
     if as_json:

@@ -37,6 +37,8 @@ __all__ = [
     "require_same_memory",
 ]
 
+DEFAULT_SAMPLES = 16
+
 
 def open_bank(path: str | os.PathLike[str]) -> Bank:
     """Open a bank and check that it speaks this version of the interface; raises GMemError."""
@@ -185,11 +187,12 @@ def choose_conditions(
 
     Args:
         bank: where from.
-        concept: take its rows, in an order drawn by `seed`, again from the start when there are too few.
+        concept: take its rows, in the bank's order, over and over where more are wanted; of more rows than are wanted, a
+            choice drawn by `seed`.
         keys: or take exactly these rows, in this order.
-        num: samples wanted; None: all keys, or 16.
+        num: samples wanted; None: of every key, or of 16 rows (fewer where the concept has fewer).
         per_snippet: samples of each row, one after the other.
-        seed: for the order.
+        seed: for the choice; 0 or more.
 
     Raises:
         UnknownKeyError: no such concept or key, or all its rows are masked.
@@ -197,6 +200,8 @@ def choose_conditions(
     """
     if concept is not None and keys:
         raise ConfigError("give either a concept or keys, not both")
+    if seed < 0:
+        raise ConfigError(f"seed must be 0 or more, got {seed}", key="seed")
     if per_snippet < 1 or (num is not None and num < 1):
         raise ConfigError("the number of samples must be at least 1")
     if keys:
@@ -209,9 +214,12 @@ def choose_conditions(
             raise UnknownKeyError(f"every row of concept {concept!r} is masked", key=concept)
     else:
         pool, label = bank.rows(), "random"
-    if not keys:
-        pool = np.random.Generator(np.random.PCG64(seed)).permutation(pool)
-    total = num if num is not None else (len(pool) * per_snippet if keys else 16)
+    total = num if num is not None else (len(pool) if keys else min(len(pool), DEFAULT_SAMPLES)) * per_snippet
+    wanted = -(-total // per_snippet)
+    if not keys and wanted < len(pool):
+        # Asking for more then only adds to what was drawn; a concept that fits whole keeps its order, so that an
+        # interpolation reads as the way it is.
+        pool = np.random.Generator(np.random.PCG64(seed)).permutation(pool)[:wanted]
     rows = np.resize(np.repeat(pool, per_snippet), total)
     names = bank.keys(rows) if isinstance(bank, SupportsImages) else [str(row) for row in rows]
     return Conditions(rows=rows, keys=names, label=label)

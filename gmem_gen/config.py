@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 import types
 import typing
@@ -36,7 +37,9 @@ class DataConfig:
     """Train without the rows whose image is gone, instead of stopping."""
 
     def __post_init__(self) -> None:
-        _require(self.image_size >= 0, "data", "image_size", self.image_size, "0 or a number of pixels")
+        _require(
+            0 <= self.image_size <= 4096, "data", "image_size", self.image_size, "0 or a number of pixels up to 4096"
+        )
         _require(self.channels in (1, 3), "data", "channels", self.channels, "1 or 3")
 
 
@@ -71,7 +74,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("width", "depth", "num_heads"):
             value = getattr(self, name)
-            _require(value >= 1, "model", name, value, "at least 1")
+            _require(1 <= value <= 65_536, "model", name, value, "1 to 65536")
         head = self.width / self.num_heads
         _require(head == int(head) and int(head) % 4 == 0, "model", "num_heads", self.num_heads,
                  f"such that width {self.width} / num_heads is a multiple of 4")  # fmt: skip
@@ -160,6 +163,8 @@ class TrainConfig:
         for name in ("weight_decay", "clip_norm", "snippet_noise"):
             value = getattr(self, name)
             _require(value >= 0, "train", name, value, "0 or more")
+        _require(0 <= self.seed < 2**32, "train", "seed", self.seed, "0 to 4294967295")
+        _require(self.num_threads <= 1024, "train", "num_threads", self.num_threads, "at most 1024")
         _require(self.learning_rate > 0, "train", "learning_rate", self.learning_rate, "positive")
 
 
@@ -262,6 +267,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     assert not isinstance(hint, types.UnionType), name
     if hint is float and type(value) is int:
         return float(value)
+    if hint is float and type(value) is float and not math.isfinite(value):
+        raise ConfigError(f"{name} must be a finite number, got {value!r}", key=name)
     if type(value) is not hint:
         raise ConfigError(f"{name} must be {hint.__name__}, got {value!r}", key=name)
     return value

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import gmem_bank
-from gmem_bank.errors import GMemError, WriteError
+from gmem_bank.errors import GMemError, SourceError, WriteError
 from gmem_gen.conditioning import Bank, Join, read_image, record_of
 from gmem_gen.config import DataConfig, ModelConfig
 
@@ -103,7 +103,7 @@ class PixelCache:
         try:
             array = _room_for(partial, shape, keep=done > 0)
             for place in range(done, shape[0]):
-                array[place] = to_pixels(read_image(bank, int(join.rows[place]), images), shape[1], shape[3])
+                array[place] = to_pixels(_readable(bank, join, place, images), shape[1], shape[3])
                 if (place + 1) % FLUSH_EVERY == 0:
                     array.flush()
                     counter.write_text(str(place + 1))
@@ -127,6 +127,17 @@ class PixelCache:
     def read(self, places: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return (B, H, W, C) uint8 images by position in the join."""
         return np.ascontiguousarray(self._images[places])
+
+
+def _readable(bank: Bank, join: Join, place: int, images: str | os.PathLike[str] | None) -> NDArray[np.uint8]:
+    try:
+        return read_image(bank, int(join.rows[place]), images)
+    except SourceError as error:
+        raise SourceError(
+            f"{error}. It could be read when the bank was built: restore it, or build the bank again without it",
+            path=error.path,
+            key=join.keys[place],
+        ) from error
 
 
 def _count_in(counter: Path) -> int:

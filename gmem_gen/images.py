@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from gmem_bank.errors import OutputExistsError, WriteError
+from gmem_bank.errors import ConfigError, OutputExistsError, WriteError
 
 GAP = 2
 SAMPLES_MARKER = ".gmem-samples"
@@ -63,6 +63,7 @@ def write_samples(
     Raises:
         WriteError: the disk refused.
     """
+    require_own(grid)
     written = [grid, grid.with_suffix(".json")]
     try:
         grid.parent.mkdir(parents=True, exist_ok=True)
@@ -77,8 +78,35 @@ def write_samples(
     except OSError as error:
         if isinstance(error, OutputExistsError):
             raise
-        raise WriteError(f"could not write samples to {grid.parent}: {error.strerror or error}", path=grid) from error
+        where = error.filename or grid.parent
+        raise WriteError(
+            f"could not write samples to {where}: {error.strerror or error}. Free some space, or choose another place with -o "
+            "and --save-images",
+            path=grid,
+        ) from error
     return written
+
+
+def require_own(grid: Path) -> None:
+    """Raise unless a grid may be written there: a .png that is new, or one that sampling wrote, with its record beside it.
+
+    Raises:
+        ConfigError: not a .png.
+        OutputExistsError: a file of somebody else's is in the way.
+    """
+    if grid.suffix.lower() != ".png":
+        raise ConfigError(f"{grid}: a grid of samples is a .png file", key="output")
+    record = grid.with_suffix(".json")
+    if not grid.exists() and not record.exists():
+        return
+    try:
+        ours = "nfe" in json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if not ours:
+        raise OutputExistsError(
+            f"{grid} or {record.name} exists and is no grid of ours: choose another name with -o", path=grid
+        )
 
 
 def _empty(folder: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import gmem_bank
-from gmem_bank.errors import CheckpointError, ConfigError, GMemError, LockedError, WriteError
+from gmem_bank.errors import CheckpointError, ConfigError, GMemError, LockedError, OutputExistsError, WriteError
 from gmem_gen import checkpoint as checkpoints
 from gmem_gen import conditioning
 from gmem_gen.conditioning import Bank
@@ -76,10 +76,15 @@ def occupied(run: Path) -> Iterator[None]:
 
     Raises:
         LockedError: another training is going on there.
+        OutputExistsError: the folder holds other files than a run's.
         WriteError: the folder cannot be written.
     """
     with writing(run):
         run.mkdir(parents=True, exist_ok=True)
+        if any(run.iterdir()) and not (run / gmem_bank.RUN_MARKER).is_file():
+            raise OutputExistsError(
+                f"{run} holds other files: choose an empty or new folder for the run with --out", path=run
+            )
         marker = (run / gmem_bank.RUN_MARKER).open("a")
     with marker:
         try:

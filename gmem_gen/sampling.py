@@ -56,11 +56,15 @@ class SampleConfig:
             raise ConfigError(
                 f"unknown solver {self.solver!r} (there are: {', '.join(flow.SOLVERS)}).{suggest(self.solver, flow.SOLVERS)}"
             )
-        if self.num_steps < 1 or self.batch_size < 1:
-            raise ConfigError(f"steps and batch size must be at least 1, got {self.num_steps} and {self.batch_size}")
+        if not 1 <= self.num_steps <= 100_000 or self.batch_size < 1:
+            raise ConfigError(
+                f"steps must be 1 to 100000 and batch size at least 1, got {self.num_steps}, {self.batch_size}"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must be 0 to 4294967295, got {self.seed}")
         if not (math.isfinite(self.guidance) and self.guidance >= 0):
             raise ConfigError(f"guidance must be 0 or more, got {self.guidance}")
-        if not self.timestep_shift > 0:
+        if not 0 < self.timestep_shift < math.inf:
             raise ConfigError(f"timestep shift must be positive, got {self.timestep_shift}")
         if not 0 <= self.guidance_start <= self.guidance_end <= 1:
             raise ConfigError(f"guidance interval must lie in 0 to 1, got {self.guidance_start} to {self.guidance_end}")

@@ -127,6 +127,47 @@ def test_keys_can_come_from_a_file_and_dry_run_trains_nothing(photos: Path) -> N
     assert drawn["keys"] == [key, key]
 
 
+def test_numbers_out_of_range_are_answered_in_one_line(photos: Path) -> None:
+    """Negative seeds, infinities, absurd sizes, unknown devices, empty files of keys: never a traceback."""
+    bank("build", str(photos), "-e", "hog")
+    gen("train", *TINY)
+    for setting in ("train.seed=-5", "model.mlp_ratio=inf", "train.max_minutes=nan", "train.num_threads=100000",
+                    "model.width=1000000000", "data.image_size=100000000", "train.device=meta", "train.device=banana"):  # fmt: skip
+        assert gen("train", *TINY, "--out", "other", "--set", setting, code=1).stderr.startswith("Error: "), setting
+    for option in (
+        ("--guidance", "nan"),
+        ("--timestep-shift", "inf"),
+        ("--steps", "100000000000"),
+        ("--device", "meta"),
+    ):
+        assert gen("sample", *option, code=1).stderr.startswith("Error: "), option
+    Path("empty.txt").touch()
+    Path("binary.txt").write_bytes(b"\xff\xfe\x00")
+    for option in (("--seed", "-3"), ("--keys-from", "empty.txt"), ("--keys-from", "binary.txt")):
+        gen("sample", *option, code=2)
+    bank("interpolate", "hat", "dress", "--method", "mask", "--seed", "-1", code=2)
+    assert (
+        "unknown device"
+        in bank("build", str(photos), "-e", "hog", "-o", "x.safetensors", "--device", "banana", code=1).stderr
+    )
+    assert "query is empty" in bank("search", "bank.safetensors", "", code=1).stderr
+    assert (
+        "up to 4096"
+        in bank("build", str(photos), "-e", "hog", "--set", "size=1000000", "-o", "x.safetensors", code=1).stderr
+    )
+    Path("folder.safetensors").mkdir()
+    assert "is a folder" in bank("build", str(photos), "-e", "hog", "-o", "folder.safetensors", code=1).stderr
+
+
+def test_help_lists_its_commands_line_by_line() -> None:
+    """Click's own mark for a block of lines is not printed."""
+    for run in (bank, gen):
+        text = run("--help").stdout
+        assert "\\b" not in text
+        assert "\b" not in text
+        assert any(line.strip() == "gmem-gen train --bank bank.safetensors" for line in text.splitlines())
+
+
 def test_models_and_config_and_encoders_list_what_there_is() -> None:
     """Sizes, settings, encoders."""
     rows = as_json(gen("models", "--json"))

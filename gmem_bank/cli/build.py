@@ -98,5 +98,5 @@ def encoders(as_json: bool) -> None:
         return
     width = max(len(info.name) for info in infos)
     for info in infos:
-        needs = f"  (pip install 'gmem[{info.extra}]')" if info.extra else ""
+        needs = f"  (extra gmem[{info.extra}])" if info.extra else ""
         click.echo(f"{info.name:<{width}}  {info.description}{needs}")

@@ -91,7 +91,7 @@ def remove_concept(name: str, bank: str, output: str | None, as_json: bool) -> N
     "--steps", type=click.IntRange(min=2), default=6, show_default=True, help="Rows to write, both ends included."
 )
 @click.option("--name", "-n", default=None, help="The new concept's name; default: FIRST-to-SECOND.")
-@click.option("--seed", type=int, default=0, show_default=True, help="For --method mask.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For --method mask.")
 @output_option
 @json_option
 def interpolate(

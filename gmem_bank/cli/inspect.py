@@ -73,7 +73,7 @@ def verify(bank: str, as_json: bool, quiet: bool) -> None:
     else:
         for problem in report.problems:
             note(f"  {problem}")
-        note(f"Error: {bank} is damaged ({len(report.problems)} problems): restore it from a copy or build it again")
+        note(f"Error: {bank} is damaged (problems: {len(report.problems)}): restore it from a copy or build it again")
     if not report.ok:
         raise click.exceptions.Exit(1)
 

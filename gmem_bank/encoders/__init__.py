@@ -9,6 +9,7 @@ Shapes: B images, S×S pixels, D dimensions.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module, metadata
@@ -138,6 +139,8 @@ def load_encoder(
         raise EncoderError(
             f"unknown encoder {name!r}.{suggest(name, known)} 'gmem-bank encoders' lists them all", key=name
         )
+    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", device):
+        raise EncoderError(f"unknown device {device!r}: give auto, cpu, cuda, cuda:1, mps or xpu", key="device")
     options = EncoderOptions(
         weights=None if weights is None else Path(weights),
         device=device,

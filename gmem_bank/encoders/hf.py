@@ -84,7 +84,7 @@ def make_dinov2(name: str, options: EncoderOptions) -> TransformersEncoder:
     if parameters["pooling"] != "cls":
         raise EncoderError(f"encoder {name!r} pools the CLS token only, not {parameters['pooling']!r}", key="pooling")
     transformers = _require_transformers()
-    folder = _local_folder(options.weights) if options.weights else _cached_folder(repository, name)
+    folder = _local_folder(options.weights) if options.weights else _cached_folder(repository)
     config, weights_sha256 = _read_config(folder), _weights_sha256(folder)
     if config.get("model_type") not in DINOV2_TYPES:
         raise EncoderError(
@@ -115,7 +115,9 @@ def _require_transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise MissingDependencyError("this encoder needs transformers: pip install 'gmem[hf]'", extra="hf") from error
+        raise MissingDependencyError(
+            "this encoder needs transformers: pip install transformers (the extra gmem[hf])", extra="hf"
+        ) from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
@@ -127,7 +129,7 @@ def _local_folder(folder: Path) -> Path:
     return folder
 
 
-def _cached_folder(repository: str, name: str) -> Path:
+def _cached_folder(repository: str) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = [CONFIG, WEIGHTS, WEIGHTS_INDEX, "model-*.safetensors"]
@@ -137,8 +139,7 @@ def _cached_folder(repository: str, name: str) -> Path:
         raise EncoderError(
             f"the weights of {repository} are not in the hub cache and could not be fetched ({type(error).__name__}). "
             f"On a machine with a network run 'hf download {repository}' and copy the cache (HF_HOME), or give a folder "
-            f"with {CONFIG} and {WEIGHTS}: --encoder {name} --weights FOLDER. "
-            "Encoders that need no download: --encoder hog",
+            f"with {CONFIG} and {WEIGHTS}: --weights FOLDER. A new bank can also be built without weights: --encoder hog",
             key=repository,
         ) from error
 

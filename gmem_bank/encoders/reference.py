@@ -20,6 +20,7 @@ LUMA = (0.299, 0.587, 0.114)
 """ITU-R BT.601."""
 ALGORITHM = 1
 """Part of every fingerprint: raised when a change here changes numbers, so that old banks are not mixed with new ones."""
+LARGEST = 4096
 HYS_CLIP = 0.2
 EPSILON = 1e-2
 """Added to the squared norm of a block, whose gradients lie in 0 to 1: keeps noise in flat blocks small."""
@@ -48,9 +49,10 @@ def _spec(name: str, options: EncoderOptions, parameters: Mapping[str, Any], dim
 def _positive(name: str, parameters: Mapping[str, Any], *which: str) -> None:
     for parameter in which:
         value = parameters[parameter]
-        if type(value) is not int or value < 1:
+        if type(value) is not int or not 1 <= value <= LARGEST:
             raise EncoderError(
-                f"encoder {name!r}: {parameter} must be a positive integer, got {value!r}", key=parameter
+                f"encoder {name!r}: {parameter} must be a positive integer up to {LARGEST}, got {value!r}",
+                key=parameter,
             )
 
 

@@ -44,6 +44,9 @@ class Store(Protocol):
     def blocks(self, name: str) -> Iterator[bytes]:
         """Yield an entry's bytes without mapping it."""
 
+    def require_sound(self, *names: str) -> None:
+        """Raise CorruptError unless entries match their hashes."""
+
     def payload(self, name: str) -> Payload:
         """Return an entry ready to be copied into another file, its hash taken over."""
 
@@ -51,6 +54,8 @@ class Store(Protocol):
 def require_known_suffix(path: str | os.PathLike[str]) -> Path:
     """Return the path; raises FormatError where its suffix names no store."""
     target = Path(path)
+    if target.is_dir():
+        raise FormatError(f"{target} is a folder: name a file for the bank", path=target)
     if target.suffix.lower() not in _STORES:
         raise FormatError(f"{target}: a bank file ends in {' or '.join(_STORES)}; rename it", path=target)
     return target

@@ -93,6 +93,20 @@ class StoredBank:
             position += len(block)
             yield block
 
+    def require_sound(self, *names: str) -> None:
+        """Raise CorruptError unless entries match their hashes: what is written anew from them gets new hashes."""
+        for name in names:
+            digest = hashlib.sha256()
+            for block in self.blocks(name):
+                digest.update(block)
+            if digest.hexdigest() != self.header.hashes[name]:
+                raise CorruptError(
+                    f"{self.path}: entry {name!r} does not match its hash, so nothing is made from it: restore the bank from a "
+                    "copy or build it again",
+                    path=self.path,
+                    tensor=name,
+                )
+
     def payload(self, name: str) -> Payload:
         """Return an entry ready to be copied into another file, its hash taken over."""
         entry = self.container.entries[name]

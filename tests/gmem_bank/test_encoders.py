@@ -199,7 +199,7 @@ def test_folders_that_are_no_dinov2_are_refused(hf_cache: Path, tmp_path: Path) 
 def test_transformers_absent_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     """The exact pip line is in the message."""
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'gmem\[hf\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install transformers \(the extra gmem\[hf\]\)"):
         load_encoder("dinov2")
 
 

@@ -304,3 +304,17 @@ def test_open_of_save_is_the_identity_in_bytes_and_values(
     scale = np.abs(expected[active]).max(initial=1)
     np.testing.assert_allclose(again.snippets(again.rows()), expected[active], atol=tolerance * scale)
     assert verify("again.safetensors").ok
+
+
+@pytest.mark.parametrize("entry", ["0/snippets", "0/keys.bytes", "0/source", "keys.hash", "keys.row", "concepts.rows"])
+def test_nothing_is_made_from_a_damaged_entry(make_bank: BankMaker, entry: str) -> None:
+    """A removal writes entries anew with new hashes: made from damaged ones, verify would call the damage sound."""
+    bank = make_bank()
+    place = bank.stored.container.entries[entry]
+    data = bytearray(bank.path.read_bytes())
+    data[bank.stored.container.data_start + place.end - 1] ^= 1
+    bank.path.write_bytes(data)
+    with pytest.raises(GMemError):
+        ops.remove_concept(bank.path, "class0")
+    assert bank.path.read_bytes() == data
+    assert not verify(bank.path).ok

@@ -69,5 +69,5 @@ def test_bad_queries_are_clear(make_bank: BankMaker, monkeypatch: pytest.MonkeyP
     with pytest.raises(UnknownKeyError, match=r"Did you mean .*'class0'"):
         query.search(bank, "class9", k=1, load=lambda: load_encoder("hog"))
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'gmem\[cpu\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install faiss-cpu \(the extra gmem\[cpu\]\)"):
         bank.nearest(np.ones((1, 8), np.float32), 1)

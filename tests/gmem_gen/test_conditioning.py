@@ -116,14 +116,19 @@ def test_conditions_are_what_was_asked_for(make_bank: BankMaker) -> None:
             bank, **{"concept": None, "keys": (), "num": None, "per_snippet": 1, "seed": 0, **options}
         )
 
-    concept = choose(concept="class1", num=7)
-    assert sorted(set(concept.rows.tolist())) == [1, 4, 7]
-    assert concept.rows[:3].tolist() == concept.rows[3:6].tolist()
-    assert choose(concept="class1", num=3, seed=0).rows.tolist() == concept.rows[:3].tolist()
+    assert choose(concept="class1").rows.tolist() == [1, 4, 7]
+    assert choose(concept="class1", num=7).rows.tolist() == [1, 4, 7, 1, 4, 7, 1]
+    assert choose(concept="class1", per_snippet=2).rows.tolist() == [1, 1, 4, 4, 7, 7]
+    some = {tuple(choose(concept="class1", num=2, seed=seed).rows.tolist()) for seed in range(40)}
+    assert some == {(1, 4), (4, 1), (1, 7), (7, 1), (4, 7), (7, 4)}
+    assert choose(num=5, seed=3).rows[:2].tolist() == choose(num=2, seed=3).rows.tolist()
+    assert choose(num=4, seed=3).rows.tolist() == choose(num=4, seed=3).rows.tolist()
     keys = bank.keys(np.array([5, 2]))
     assert choose(keys=keys).rows.tolist() == [5, 2]
     assert choose(keys=keys, per_snippet=3).rows.tolist() == [5, 5, 5, 2, 2, 2]
-    assert len(choose().rows) == 16
+    assert choose().rows.tolist() == list(range(9))
+    with pytest.raises(ConfigError, match="seed"):
+        choose(seed=-1)
     with pytest.raises(UnknownKeyError, match="'class1'"):
         choose(concept="clas1")
     with pytest.raises(ConfigError, match="either"):

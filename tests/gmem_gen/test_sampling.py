@@ -121,14 +121,26 @@ def test_the_written_record_names_all_that_decides_a_sample(trained: str) -> Non
 def test_samples_of_two_calls_never_mix_in_a_folder() -> None:
     """A folder of samples is cleared, a folder of anything else refused."""
     images = np.zeros((5, 8, 8, 3), np.uint8)
-    write_samples(images, {}, Path("g.png"), folder=Path("single"))
-    write_samples(images[:2], {}, Path("g.png"), folder=Path("single"))
+    write_samples(images, {"nfe": 1}, Path("g.png"), folder=Path("single"))
+    write_samples(images[:2], {"nfe": 1}, Path("g.png"), folder=Path("single"))
     assert len(list(Path("single").glob("*.png"))) == 2
     Path("mine").mkdir()
     Path("mine/000000.png").write_text("precious")
     with pytest.raises(OutputExistsError, match="--save-images"):
-        write_samples(images, {}, Path("g.png"), folder=Path("mine"))
+        write_samples(images, {"nfe": 1}, Path("g.png"), folder=Path("mine"))
     assert Path("mine/000000.png").read_text() == "precious"
+
+
+def test_a_grid_never_replaces_a_file_that_is_no_grid() -> None:
+    """Not a bank, not somebody's picture, not somebody's JSON."""
+    images = np.zeros((1, 8, 8, 3), np.uint8)
+    with pytest.raises(ConfigError, match=r"\.png"):
+        write_samples(images, {"nfe": 1}, Path("bank.safetensors"))
+    for name in ("holiday.png", "notes.json"):
+        Path(name).write_text("precious")
+        with pytest.raises(OutputExistsError, match="no grid of ours"):
+            write_samples(images, {"nfe": 1}, Path(name).with_suffix(".png"))
+        assert Path(name).read_text() == "precious"
 
 
 def test_grids_enlarge_small_images_and_fill_every_cell() -> None:

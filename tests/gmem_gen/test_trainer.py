@@ -239,6 +239,7 @@ def test_a_foreign_bank_cannot_go_on(bank: str, photos: Path) -> None:
 
 def test_checkpoints_are_kept_as_asked_and_leftovers_cleared(bank: str) -> None:
     """The newest two, or all; a half-written one is never taken for a checkpoint."""
+    gmem_gen.train(bank, config(max_steps=1), out="run")
     Path("run/checkpoints/.saving-dead").mkdir(parents=True)
     gmem_gen.train(bank, config(), out="run")
     assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
@@ -254,6 +255,12 @@ def test_a_damaged_checkpoint_is_named_not_skipped(bank: str) -> None:
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(CheckpointError, match="delete the folder"):
         gmem_gen.train(bank, config(max_steps=8), out="run")
+    path = newest / checkpoints.EMA
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="do not match the hash"):
+        gmem_gen.load_checkpoint("run")
     (newest / checkpoints.STATE).write_text("{")
     with pytest.raises(CheckpointError, match="step-00000006"):
         gmem_gen.load_checkpoint("run")
@@ -267,7 +274,7 @@ def test_a_full_disk_keeps_earlier_checkpoints(bank: str, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(WriteError, match=r"No space left.*Earlier checkpoints stand"):
+    with pytest.raises(WriteError, match=r"No space left.*saved before still stands"):
         gmem_gen.train(bank, config(max_steps=4), out="run")
     assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["step-00000002"]
 
@@ -316,6 +323,14 @@ def test_a_cut_cache_is_made_again(bank: str) -> None:
         cache.write_bytes(whole[:left])
         gmem_gen.train(bank, config(max_steps=2), out="run")
         assert cache.read_bytes() == whole
+
+
+def test_a_run_never_moves_into_a_folder_of_other_files(bank: str, photos: Path) -> None:
+    """Its marker would make a later build pass over the photos."""
+    before = sorted(photos.rglob("*"))
+    with pytest.raises(gmem_bank.OutputExistsError, match="holds other files"):
+        gmem_gen.train(bank, config(), out=photos)
+    assert sorted(photos.rglob("*")) == before
 
 
 def test_two_trainings_in_one_folder_exclude_one_another(bank: str) -> None:

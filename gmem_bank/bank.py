@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from gmem_bank import keys as key_tables
 from gmem_bank.errors import CorruptError, MaskedRowError, UnknownKeyError, first_three, suggest
-from gmem_bank.interface import INTERFACE_VERSION
+from gmem_bank.interface import INTERFACE_VERSION, ImagesFrom
 from gmem_bank.provenance import EncoderSpec, Source
 from gmem_bank.space import Space, to_space
 from gmem_bank.storage import Store, open_stored
@@ -275,15 +275,13 @@ class MemoryBank:
             )
         return ids
 
-    def _image_paths(self, rows: NDArray[np.int64], images: str | os.PathLike[str] | None) -> list[Path]:
+    def _image_paths(self, rows: NDArray[np.int64], images: ImagesFrom) -> list[Path]:
         from gmem_bank.sources import image_path
 
         ids, keys = self.source_ids(rows).tolist(), self.keys(rows)
         return [image_path(key, self.sources[i], self.folder, images) for key, i in zip(keys, ids, strict=True)]
 
-    def missing_images(
-        self, rows: NDArray[np.int64], images: str | os.PathLike[str] | None = None
-    ) -> NDArray[np.int64]:
+    def missing_images(self, rows: NDArray[np.int64], images: ImagesFrom = None) -> NDArray[np.int64]:
         """Return those of the rows whose image is not where the provenance, or the folder `images`, says it is.
 
         Args:
@@ -294,7 +292,7 @@ class MemoryBank:
         there = np.array([path.is_file() for path in self._image_paths(rows, images)], np.bool_)
         return np.asarray(rows, np.int64)[~there] if len(rows) else np.zeros(0, np.int64)
 
-    def read_image(self, row: int, images: str | os.PathLike[str] | None = None) -> NDArray[np.uint8]:
+    def read_image(self, row: int, images: ImagesFrom = None) -> NDArray[np.uint8]:
         """Return the (H, W, 3) uint8 RGB image of a row.
 
         Raises:

@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 from gmem_bank.provenance import EncoderSpec
 from gmem_bank.space import Space
 
+ImagesFrom = str | PathLike[str] | Sequence[str | PathLike[str]] | None
+"""Where images are, instead of where the provenance says: one folder, several, or None for the provenance."""
+
 INTERFACE_VERSION = (1, 0)
 """(major, minor): a new capability raises minor; a change of `Bank` raises major."""
 
@@ -81,10 +84,10 @@ class SupportsImages(Protocol):
     def image_rows(self) -> NDArray[np.int64]:
         """Return the active rows that came from an image (not from arithmetic on other rows), ascending."""
 
-    def missing_images(self, rows: NDArray[np.int64], images: str | PathLike[str] | None = None) -> NDArray[np.int64]:
+    def missing_images(self, rows: NDArray[np.int64], images: ImagesFrom = None) -> NDArray[np.int64]:
         """Return those of the rows whose image is not where the provenance, or the folder `images`, says it is."""
 
-    def read_image(self, row: int, images: str | PathLike[str] | None = None) -> NDArray[np.uint8]:
+    def read_image(self, row: int, images: ImagesFrom = None) -> NDArray[np.uint8]:
         """Return the (H, W, 3) RGB image of a row; raises SourceError where it is absent or unreadable."""
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmem_bank.errors import SourceError
+from gmem_bank.interface import ImagesFrom
 from gmem_bank.naming import concept_name_problem, key_problem
 from gmem_bank.provenance import Source, relative_to_bank, sha256_of
 
@@ -173,14 +174,15 @@ def list_images(path: str | os.PathLike[str], *, prefix: str = "") -> Listing:
     return Listing(root=where.parent, prefix=prefix, items=(item,), ignored=())
 
 
-def image_path(key: str, source: Source, bank_folder: Path, images: str | os.PathLike[str] | None) -> Path:
+def image_path(key: str, source: Source, bank_folder: Path, images: ImagesFrom) -> Path:
     """Return where the image of a row should lie.
 
     Args:
         key: the row's key.
         source: the row's source.
         bank_folder: what the source's path is relative to.
-        images: folder that holds images under their keys; a row inserted from elsewhere falls back on its own folder.
+        images: folders that hold images under their keys, or under their paths inside the folder that they were inserted
+            from; the first that has the file is taken. An inserted row falls back on that folder itself.
 
     Raises:
         SourceError: the row was computed from other rows.
@@ -194,12 +196,15 @@ def image_path(key: str, source: Source, bank_folder: Path, images: str | os.Pat
         )
     if key_problem(key):
         raise SourceError(f"the key {key!r} {key_problem(key)}: no image is read for it", key=key)
-    recorded = folder / key.removeprefix(source.prefix)
+    inside = key.removeprefix(source.prefix)
+    recorded = folder / inside
     if images is None:
         return recorded
-    given = Path(images) / key
-    inserted = bool(source.prefix)
-    return recorded if inserted and not given.is_file() and recorded.is_file() else given
+    given = [images] if isinstance(images, (str, os.PathLike)) else images
+    candidates = [Path(root) / name for root in given for name in dict.fromkeys((key, inside))]
+    if source.prefix:
+        candidates.append(recorded)
+    return next((path for path in candidates if path.is_file()), candidates[0] if candidates else recorded)
 
 
 def _walk(folder: Path, ignored: list[Skipped]) -> list[Path]:

@@ -63,9 +63,9 @@ _quiet = click.option("-q", "--quiet", is_flag=True, help="No progress on stderr
 @_bank
 @click.option(
     "--images",
-    default=None,
+    multiple=True,
     metavar="FOLDER",
-    help="Folder with the images, where the bank's own record is out of date.",
+    help="Folder with the images, where the bank's own record is out of date; may be repeated.",
 )
 @_preset
 @_config
@@ -81,7 +81,7 @@ _quiet = click.option("-q", "--quiet", is_flag=True, help="No progress on stderr
 @_json
 @_quiet
 def train(
-    bank: str, images: str | None, preset: str, config_file: str | None, settings: tuple[str, ...], out: str | None,
+    bank: str, images: tuple[str, ...], preset: str, config_file: str | None, settings: tuple[str, ...], out: str | None,
     seed: int | None, device: str | None, allow_missing: bool, accept_bank_change: bool, dry_run: bool, as_json: bool,
     quiet: bool,
 ) -> None:  # fmt: skip
@@ -98,7 +98,7 @@ def train(
     if dry_run:
         from gmem_gen.trainer import plan
 
-        planned = plan(bank, config, images=images)
+        planned = plan(bank, config, images=images or None)
         click.echo(json.dumps(planned.to_json(), indent=2) if as_json else planned.to_toml(), nl=as_json)
         return
     with (
@@ -106,7 +106,7 @@ def train(
         gmem_bank.ProgressBar("train", "step", quiet=quiet) as bar,
     ):
         report = gmem_gen.train(
-            bank, config, images=images, out=out, accept_bank_change=accept_bank_change, handle_signals=True,
+            bank, config, images=images or None, out=out, accept_bank_change=accept_bank_change, handle_signals=True,
             say=lambda text: None if quiet else click.echo(text, err=True),
             read_progress=reading, progress=bar,
         )  # fmt: skip

@@ -19,12 +19,13 @@ from torch import Tensor
 
 import gmem_bank
 from gmem_bank.errors import ConfigError, EncoderMismatchError, GMemError, SourceError, UnknownKeyError, first_three
-from gmem_bank.interface import INTERFACE_VERSION, Bank, SupportsConcepts, SupportsImages
+from gmem_bank.interface import INTERFACE_VERSION, Bank, ImagesFrom, SupportsConcepts, SupportsImages
 
 # The rest of the generator has the type of a bank from here, and nothing else of its interface.
 __all__ = [
     "Bank",
     "Conditions",
+    "ImagesFrom",
     "Join",
     "choose_conditions",
     "gather",
@@ -99,7 +100,7 @@ class Join:
     """Keys left out because their image is gone."""
 
 
-def join_images(bank: Bank, images: str | os.PathLike[str] | None, *, allow_missing: bool) -> Join:
+def join_images(bank: Bank, images: ImagesFrom, *, allow_missing: bool) -> Join:
     """Return the rows to train on: every active row that came from an image, inserted concepts included.
 
     Args:
@@ -116,7 +117,9 @@ def join_images(bank: Bank, images: str | os.PathLike[str] | None, *, allow_miss
     missing_rows = bank.missing_images(rows, images)
     missing = bank.keys(missing_rows)
     if missing and not (allow_missing and len(missing) < len(rows)):
-        where = f"below {images}" if images is not None else "where the bank was built from"
+        where = (
+            "in --images, or where they were inserted from," if images is not None else "where the bank was built from"
+        )
         advice = "give their folder with --images" + (
             " or leave them out with --allow-missing" if len(missing) < len(rows) else ""
         )
@@ -129,7 +132,7 @@ def join_images(bank: Bank, images: str | os.PathLike[str] | None, *, allow_miss
     return Join(rows=kept, keys=bank.keys(kept), num_derived=len(bank.rows()) - len(rows), missing=missing)
 
 
-def read_image(bank: Bank, row: int, images: str | os.PathLike[str] | None) -> NDArray[np.uint8]:
+def read_image(bank: Bank, row: int, images: ImagesFrom) -> NDArray[np.uint8]:
     """Return the (H, W, 3) uint8 image of a row; raises SourceError."""
     if not isinstance(bank, SupportsImages):
         raise SourceError("this bank does not know which images its rows came from")

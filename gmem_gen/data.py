@@ -17,7 +17,7 @@ from PIL import Image
 
 import gmem_bank
 from gmem_bank.errors import GMemError, SourceError, WriteError
-from gmem_gen.conditioning import Bank, Join, read_image, record_of
+from gmem_gen.conditioning import Bank, ImagesFrom, Join, read_image, record_of
 from gmem_gen.config import DataConfig, ModelConfig
 
 DEFAULT_SIZE = 64
@@ -27,9 +27,7 @@ Mapped = np.memmap[tuple[int, ...], np.dtype[np.uint8]]
 Progress = Callable[[int, int], None]
 
 
-def resolve_image_size(
-    bank: Bank, join: Join, images: str | os.PathLike[str] | None, config: DataConfig, model: ModelConfig
-) -> int:
+def resolve_image_size(bank: Bank, join: Join, images: ImagesFrom, config: DataConfig, model: ModelConfig) -> int:
     """Return the side to train at: as configured, or 64, or less where the images are smaller.
 
     "Smaller" is the short side of the smallest of up to 256 images spread over the rows, brought down to a multiple of
@@ -70,13 +68,14 @@ class PixelCache:
         folder: Path,
         bank: Bank,
         join: Join,
-        images: str | os.PathLike[str] | None,
+        images: ImagesFrom,
         *,
         size: int,
         channels: int,
         progress: Progress,
     ) -> None:
-        where = "" if images is None else str(Path(images).resolve())
+        given = [images] if isinstance(images, (str, os.PathLike)) else images or []
+        where = [str(Path(folder).resolve()) for folder in given]
         digest = hashlib.sha256(json.dumps([record_of(bank)["fingerprint"], join.keys, where]).encode()).hexdigest()[
             :16
         ]
@@ -95,7 +94,7 @@ class PixelCache:
         shape: tuple[int, ...],
         bank: Bank,
         join: Join,
-        images: str | os.PathLike[str] | None,
+        images: ImagesFrom,
         progress: Progress,
     ) -> None:
         partial, counter = path.with_suffix(".partial"), path.with_suffix(".count")
@@ -129,7 +128,7 @@ class PixelCache:
         return np.ascontiguousarray(self._images[places])
 
 
-def _readable(bank: Bank, join: Join, place: int, images: str | os.PathLike[str] | None) -> NDArray[np.uint8]:
+def _readable(bank: Bank, join: Join, place: int, images: ImagesFrom) -> NDArray[np.uint8]:
     try:
         return read_image(bank, int(join.rows[place]), images)
     except SourceError as error:

@@ -26,7 +26,7 @@ import torch
 from gmem_bank.errors import ConfigError
 from gmem_gen import checkpoint as checkpoints
 from gmem_gen import conditioning, optim
-from gmem_gen.conditioning import Bank
+from gmem_gen.conditioning import Bank, ImagesFrom
 from gmem_gen.config import Config
 from gmem_gen.data import PixelCache, resolve_image_size
 from gmem_gen.model import auto_patch_size, num_parameters
@@ -78,7 +78,7 @@ def train(
     bank: str | os.PathLike[str] | Bank,
     config: Config | None = None,
     *,
-    images: str | os.PathLike[str] | None = None,
+    images: ImagesFrom = None,
     out: str | os.PathLike[str] | None = None,
     accept_bank_change: bool = False,
     handle_signals: bool = False,
@@ -91,7 +91,7 @@ def train(
     Args:
         bank: a bank file, or any object with the Bank interface and SupportsImages.
         config: from `preset` or `load_config`; None: the smallest preset.
-        images: folder with the images under their keys, instead of where the provenance says they are.
+        images: folder (or folders) with the images under their keys, instead of where the provenance says they are.
         out: the run's folder; None: `runs/<bank stem>`, which needs `bank` to be a path.
         accept_bank_change: go on although the bank was edited since.
         handle_signals: on SIGINT or SIGTERM save a checkpoint and return.
@@ -132,7 +132,7 @@ def train(
             return _loop(trainer, run, digest, StopRequest(), handle_signals, progress)
 
 
-def plan(bank: str | os.PathLike[str], config: Config, *, images: str | os.PathLike[str] | None = None) -> Config:
+def plan(bank: str | os.PathLike[str], config: Config, *, images: ImagesFrom = None) -> Config:
     """Return the configuration that `train` would use, having checked bank, images and device; trains nothing."""
     opened = conditioning.open_bank(bank)
     pick_device(config.train.device)
@@ -148,7 +148,7 @@ def resolve(
     config: Config,
     bank: Bank,
     join: conditioning.Join,
-    images: str | os.PathLike[str] | None,
+    images: ImagesFrom,
     stored: Config | None,
 ) -> Config:
     """Return the configuration with everything that was left to us filled in.

@@ -83,7 +83,11 @@ def test_missing_images_are_counted_and_named(bank_path: Path, photos: Path) -> 
     join = conditioning.join_images(bank, None, allow_missing=True)
     assert join.rows.tolist() == list(range(24, 32))
     assert len(join.missing) == 24
-    shutil.rmtree("images")
+    shutil.move("images", "elsewhere")
+    assert len(conditioning.join_images(bank, [moved, "elsewhere"], allow_missing=False).rows) == 32
+    assert conditioning.read_image(bank, 31, ["elsewhere", moved]).ndim == 3
+    with pytest.raises(SourceError, match="8 of 32"):
+        conditioning.join_images(bank, [moved], allow_missing=False)
     with pytest.raises(SourceError, match="32 of 32"):
         conditioning.join_images(bank, None, allow_missing=True)
 

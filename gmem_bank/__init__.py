@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gmem_bank.builder import BuildReport as BuildReport
     from gmem_bank.builder import build as build
     from gmem_bank.console import CommandGroup as CommandGroup
+    from gmem_bank.decoding import read_image as read_image
     from gmem_bank.encoders import Encoder as Encoder
     from gmem_bank.encoders import EncoderInfo as EncoderInfo
     from gmem_bank.encoders import EncoderOptions as EncoderOptions
@@ -50,13 +51,13 @@ if TYPE_CHECKING:
     from gmem_bank.provenance import EncoderSpec as EncoderSpec
     from gmem_bank.rewrite import save as save
     from gmem_bank.sources import RUN_MARKER as RUN_MARKER
-    from gmem_bank.sources import read_image as read_image
     from gmem_bank.verifier import verify as verify
 
 _DOOR = {
     "bank": ("MemoryBank", "open"),
     "builder": ("BuildReport", "build"),
     "console": ("CommandGroup",),
+    "decoding": ("read_image",),
     "encoders": ("Encoder", "EncoderInfo", "EncoderOptions", "available_encoders", "load_encoder", "reload_encoder"),
     "encoders.preprocess": ("center_crop",),
     "errors": (
@@ -84,7 +85,7 @@ _DOOR = {
     "progress": ("ProgressBar",),
     "provenance": ("EncoderSpec",),
     "rewrite": ("save",),
-    "sources": ("RUN_MARKER", "read_image"),
+    "sources": ("RUN_MARKER",),
     "verifier": ("verify",),
 }
 """Module → the public names that live there."""

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmem_bank import keys as key_tables
+from gmem_bank import segments
 from gmem_bank.errors import CorruptError, MaskedRowError, UnknownKeyError, first_three, suggest
 from gmem_bank.interface import INTERFACE_VERSION, ImagesFrom
 from gmem_bank.provenance import EncoderSpec, Source
@@ -167,7 +168,7 @@ class MemoryBank:
                     raise CorruptError(
                         f"{self.path}: the key of row {row} in segment {name} is damaged", path=self.path
                     )
-                keys[place] = _decoded(bytes(text[begin:end]), self.path)
+                keys[place] = key_tables.decode(bytes(text[begin:end]), self.path)
         return keys
 
     def _checked(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -298,7 +299,7 @@ class MemoryBank:
         Raises:
             SourceError: the image is absent or cannot be decoded, or the row has none.
         """
-        from gmem_bank.sources import read_image
+        from gmem_bank.decoding import read_image
 
         return read_image(self._image_paths(np.array([row]), images)[0])
 
@@ -317,22 +318,8 @@ class DenseBank(MemoryBank):
         stored = self._stored.array(name)[rows]
         if self._stored.dtype(name) == "F32":
             return stored.astype(np.float32)  # as stored: already in the bank's space, bit for bit
-        return to_space(widen(stored), self.space)
+        return to_space(segments.widen(stored), self.space)
 
 
 _KINDS: dict[str, type[MemoryBank]] = {"dense": DenseBank}
 """Kind in the header → class."""
-
-
-def widen(stored: NDArray[Any]) -> NDArray[np.float32]:
-    """Return f32 from stored f32, f16 or bfloat16 bits (uint16: a float32 without its lower half)."""
-    if stored.dtype == np.uint16:
-        return (stored.astype(np.uint32) << 16).view(np.float32)
-    return stored.astype(np.float32)
-
-
-def _decoded(text: bytes, path: Path) -> str:
-    try:
-        return text.decode()
-    except UnicodeDecodeError as error:
-        raise CorruptError(f"{path}: the key {text[:40]!r} is not UTF-8", path=path) from error

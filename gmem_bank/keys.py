@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gmem_bank.errors import GMemError
+from gmem_bank.errors import CorruptError, GMemError
 from gmem_bank.naming import key_problem
 
 
@@ -29,6 +30,14 @@ def encode(keys: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     offsets = np.zeros(len(encoded) + 1, np.int64)
     np.cumsum([len(text) for text in encoded], out=offsets[1:])
     return np.frombuffer(b"".join(encoded), np.uint8), offsets
+
+
+def decode(text: bytes, path: Path) -> str:
+    """Return a stored key; raises CorruptError, naming the bank's path, where it is not UTF-8."""
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise CorruptError(f"{path}: the key {text[:40]!r} is not UTF-8", path=path) from error
 
 
 def filtered(

@@ -6,6 +6,7 @@ Shapes: N rows of the bank, n rows of the segment, D dimensions, C concepts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,13 @@ def narrow(snippets: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
     if not np.isfinite(half).all():
         raise GMemError("a snippet has values beyond 65504, the largest f16: store it as f32 or bf16 with --dtype")
     return half
+
+
+def widen(stored: NDArray[Any]) -> NDArray[np.float32]:
+    """Return f32 from stored f32, f16 or bfloat16 bits (uint16: a float32 without its lower half)."""
+    if stored.dtype == np.uint16:
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32)
 
 
 def snippet_payload(

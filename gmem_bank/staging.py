@@ -19,11 +19,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from gmem_bank.decoding import decode_image
 from gmem_bank.encoders import Encoder, preprocess
 from gmem_bank.errors import EncoderError, SourceError
 from gmem_bank.progress import Progress
 from gmem_bank.provenance import Json, canonical_json
-from gmem_bank.sources import Item, Listing, Skipped, decode_image, digest_of
+from gmem_bank.sources import Item, Listing, Skipped, digest_of
 from gmem_bank.space import Space, to_space, unusable_rows
 from gmem_bank.storage import atomic
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from gmem_bank import bank as bank_module
 from gmem_bank import keys as key_tables
+from gmem_bank import segments
 from gmem_bank.bank import MemoryBank
 from gmem_bank.errors import CorruptError, GMemError
 from gmem_bank.naming import key_problem
@@ -94,7 +95,7 @@ def _check_snippets(bank: MemoryBank) -> list[str]:
         stored, dtype = bank.stored.array(name), bank.stored.dtype(name)
         step = max(1, BLOCK_BYTES // (8 * bank.dim))
         for start in range(0, segment.num_rows, step):
-            values = bank_module.widen(stored[start : start + step])
+            values = segments.widen(stored[start : start + step])
             if not np.isfinite(values).all():
                 row = start + int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
                 problems.append(f"segment {segment.name}: the snippet of its row {row} is not finite")

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from gmem_bank import ops
-from gmem_bank.bank import MemoryBank, widen
+from gmem_bank.bank import MemoryBank
 from gmem_bank.bank import open as open_bank
 from gmem_bank.errors import CorruptError, SourceError
-from gmem_bank.segments import narrow
+from gmem_bank.segments import narrow, widen
 from gmem_bank.space import to_space
 from tests.conftest import BankMaker
 from tests.contracts import BankContract

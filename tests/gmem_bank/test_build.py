@@ -27,8 +27,8 @@ def test_two_builds_of_a_folder_are_byte_identical(photos: Path, tmp_path: Path)
 
 def test_rows_are_the_encoders_in_sorted_order_and_class_folders_are_concepts(photos: Path, tmp_path: Path) -> None:
     """Row i is the encoder's answer to the i-th path."""
+    from gmem_bank.decoding import read_image
     from gmem_bank.encoders.preprocess import crop
-    from gmem_bank.sources import read_image
 
     encoder = load_encoder("hog")
     report = builder.build(photos, encoder, tmp_path / "bank.safetensors", batch_size=5)

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
+from gmem_bank.decoding import read_image
 from gmem_bank.encoders.preprocess import center_crop, gmem_preprocessing, to_input
-from gmem_bank.sources import read_image
 from tests.conftest import DATA, SHARED
 
 GOLDEN = load_file(DATA / "preprocess.safetensors")

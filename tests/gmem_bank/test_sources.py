@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gmem_bank.decoding import decode_image, read_image
 from gmem_bank.errors import SourceError
-from gmem_bank.sources import decode_image, list_folder, read_image
+from gmem_bank.sources import list_folder
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:

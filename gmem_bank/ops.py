@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gmem_bank import bank as bank_module
 from gmem_bank import manipulate, segments
@@ -143,16 +144,10 @@ def interpolate(
             return _unchanged(made, "interpolate", bank_path, target, concept)
         if concept in bank.names:
             raise ConceptExistsError(taken_message(bank, concept), path=bank.path, key=concept)
-        points = manipulate.interpolate(snippet_of(bank, first), snippet_of(bank, second), steps, method, seed=seed)
-        reasons = unusable_rows(points, bank.space)
-        if reasons:
-            raise GMemError(
-                f"step {min(reasons)} of {method} between {first!r} and {second!r} has no direction: try slerp"
-            )
+        rows = _way(bank, first, second, steps, method, seed)
         keys = [f"{concept}/{step:0{len(str(steps - 1))}d}" for step in range(steps)]
         require_new_keys(bank, keys)
         entry = {"operation": "interpolate", "arguments": arguments, "num_rows": steps}
-        rows = to_space(points, bank.space)
         snippets = segments.snippet_payload(lambda: [rows], steps, bank.dim, stored_dtype(bank))
         derived = [Source(kind="derived", prefix=f"{concept}/")]
         header = append_segment(bank, target, concept, keys, derived, np.zeros(steps, np.int64), snippets, entry)
@@ -160,6 +155,15 @@ def interpolate(
         operation="interpolate", bank=str(bank_path), output=str(target), concept=concept, num_added=steps,
         num_rows=header.num_rows, keys=keys, fingerprint=header.fingerprint,
     )  # fmt: skip
+
+
+def _way(bank: MemoryBank, first: str, second: str, steps: int, method: str, seed: int) -> NDArray[np.float32]:
+    """Return the (steps, D) snippets from one item to another, in the bank's space; raises GMemError where one is zero."""
+    points = manipulate.interpolate(snippet_of(bank, first), snippet_of(bank, second), steps, method, seed=seed)
+    reasons = unusable_rows(points, bank.space)
+    if reasons:
+        raise GMemError(f"step {min(reasons)} of {method} between {first!r} and {second!r} has no direction: try slerp")
+    return to_space(points, bank.space)
 
 
 def _unchanged(

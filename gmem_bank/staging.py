@@ -153,15 +153,7 @@ def encode_listings(
     """
     items = [item for listing in listings for item in listing.items]
     listing_ids = np.repeat(np.arange(len(listings)), [len(listing.items) for listing in listings])
-    plan = {
-        "encoder": encoder.spec.fingerprint,
-        "batch_size": batch_size,
-        "listings": [
-            [listing.root.resolve().as_posix(), listing.prefix, [[i.key, i.size, i.modified] for i in listing.items]]
-            for listing in listings
-        ],
-    }
-    staging = Staging(staging_folder, plan)
+    staging = Staging(staging_folder, _plan(listings, encoder, batch_size))
     places: list[int] = []
     hashes: list[str] = []
     skipped: list[Skipped] = []
@@ -196,6 +188,18 @@ def encode_listings(
         staging=staging,
         num_batches=len(starts),
     )
+
+
+def _plan(listings: Sequence[Listing], encoder: Encoder, batch_size: int) -> Json:
+    """Return everything that decides the batches: a file that was replaced in the meantime changes it."""
+    return {
+        "encoder": encoder.spec.fingerprint,
+        "batch_size": batch_size,
+        "listings": [
+            [listing.root.resolve().as_posix(), listing.prefix, [[i.key, i.size, i.modified] for i in listing.items]]
+            for listing in listings
+        ],
+    }
 
 
 def encode_in_memory(

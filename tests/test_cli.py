@@ -199,7 +199,8 @@ def test_every_command_and_option_has_help_and_stands_in_the_docs(name: str, com
 def test_the_command_reference_is_current() -> None:
     """docs/CLI.md is what the commands say of themselves."""
     tool = Path(__file__).parents[1] / "tools" / "make_cli_docs.py"
-    subprocess.run([sys.executable, str(tool), "--check"], check=True)
+    result = subprocess.run([sys.executable, str(tool), "--check"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 HEAVY = ("torch", "faiss", "h5py", "transformers", "scipy", "sklearn", "safetensors")

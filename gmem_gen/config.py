@@ -150,7 +150,7 @@ class TrainConfig:
     device: str = "auto"
     """auto, cpu, cuda, …; auto takes a GPU where there is one."""
     num_threads: int = 0
-    """CPU threads; 0: 1 for a width up to 128, where a second one does not pay, else all cores."""
+    """CPU threads; 0: as many as PyTorch takes, which is one a core. 1 is safer beside other busy programs."""
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("checkpoint_every", 1), ("log_every", 1), ("epochs", 1), ("max_steps", 0),

@@ -29,10 +29,10 @@ def pick_device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def cpu_threads(wanted: int, width: int) -> Iterator[None]:
-    """Run with a number of CPU threads, and put the old number back; 0 picks one thread up to width 128, else all."""
+def cpu_threads(wanted: int) -> Iterator[None]:
+    """Run with a number of CPU threads, and put the old number back; 0 leaves PyTorch's own."""
     before = torch.get_num_threads()
-    torch.set_num_threads(wanted or (1 if width <= 128 else before))
+    torch.set_num_threads(wanted or before)
     try:
         yield
     finally:

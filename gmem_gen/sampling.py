@@ -20,7 +20,7 @@ from gmem_bank.errors import ConfigError, suggest
 from gmem_gen import conditioning, flow
 from gmem_gen.checkpoint import LoadedCheckpoint
 from gmem_gen.conditioning import Bank
-from gmem_gen.runtime import cpu_threads, versions
+from gmem_gen.runtime import versions
 from gmem_gen.tokenizers import make_tokenizer
 
 Progress = Callable[[int, int], None]
@@ -145,7 +145,7 @@ def _draw(
     def velocity(x_t: Tensor, t: Tensor, snippets: Tensor) -> Tensor:
         return flow.to_velocity(model(x_t, t, snippets), x_t, t, prediction)
 
-    with torch.inference_mode(), cpu_threads(0, checkpoint.config.model.width):
+    with torch.inference_mode():
         for start in range(0, len(rows), config.batch_size):
             batch = rows[start : start + config.batch_size]
             shape = (latent.channels, latent.size, latent.size)

@@ -124,7 +124,7 @@ def train(
         resumption = find_resumption(run, resolved, opened, keys_digest=digest, accept_bank_change=accept_bank_change)
         size, channels = resolved.data.image_size, resolved.data.channels
         cache = PixelCache(run / "cache", opened, join, images, size=size, channels=channels, progress=read_progress)
-        with cpu_threads(resolved.train.num_threads, resolved.model.width), writing(run):
+        with cpu_threads(resolved.train.num_threads), writing(run):
             trainer = Trainer(opened, resolved, cache, join, device)
             trainer.restore(resumption)
             _introduce(trainer, run, say)

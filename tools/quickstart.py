@@ -38,6 +38,7 @@ TRAINING = (
     "train.snippet_dropout=0.2",
     "train.checkpoint_every=500",
     "train.max_minutes=0",
+    "train.num_threads=1",
 )
 SAMPLING = ("--solver", "euler", "--steps", "12", "--guidance", "2", "-q")
 MARKER = ".gmem-quickstart"

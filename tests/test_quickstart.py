@@ -35,6 +35,24 @@ def test_a_digit_is_inserted_without_training_and_drawn(tmp_path: Path) -> None:
     assert page.count("<img src='data:image/png;base64,") == 7
 
 
+def test_a_report_over_several_digits_gives_means_and_each(tmp_path: Path) -> None:
+    """The same names as for one digit, averaged; nothing is lost."""
+    from tools.quickstart_report import CAPTIONS, ROWS, write_report
+
+    pictures = {name: np.zeros((3, 8, 8), np.uint8) for name in CAPTIONS}
+    results = [
+        {"figures": {**dict.fromkeys(ROWS, value), "held_out": digit}, "pictures": pictures, "commands": ["$ x"]}
+        for digit, value in ((9, 0.5), (4, 1.0))
+    ]
+    write_report(tmp_path, results)
+    figures = json.loads((tmp_path / "report.json").read_text())
+    assert figures["inserted_accuracy"] == 0.75
+    assert figures["seconds_total"] == 1.5
+    assert [run["held_out"] for run in figures["runs"]] == [9, 4]
+    write_report(tmp_path, results[:1])
+    assert json.loads((tmp_path / "report.json").read_text()) == results[0]["figures"]
+
+
 def test_digits_are_written_as_they_are_and_the_judge_is_good(tmp_path: Path) -> None:
     """1,797 real digits, the held-out class apart; the judge knows real ones and does not see its test part."""
     images, labels = quickstart.write_digits(tmp_path, 9)

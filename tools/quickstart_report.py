@@ -33,6 +33,8 @@ ROWS = {
     "steps_per_second": "training steps a second",
     "seconds_total": "seconds in all",
 }
+MEANS = [name for name in ROWS if name.endswith(("_accuracy", "_cosine")) or name.startswith("spread_")]
+"""What a report over several digits gives the mean of."""
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "img{image-rendering:pixelated;max-width:100%}td{padding:.1rem 1rem .1rem 0}td:first-child{font-variant-numeric:tabular-nums}"
@@ -45,18 +47,15 @@ def write_report(folder: Path, results: list[dict[str, Any]]) -> None:
 
     Args:
         folder: where to.
-        results: one for each held-out digit: figures, pictures, commands.
+        results: one for each held-out digit: figures, pictures, commands. Of several, report.json has the means, and each
+            digit's own figures in "runs".
     """
     folder.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = dict(results[0]["figures"])
     if len(results) > 1:
         runs = [result["figures"] for result in results]
-        mean = sum(run["inserted_accuracy"] for run in runs) / len(runs)
-        figures = {
-            "mean_inserted_accuracy": mean,
-            "seconds_total": sum(run["seconds_total"] for run in runs),
-            "runs": runs,
-        }
+        figures = {name: float(np.mean([run[name] for run in runs])) for name in MEANS}
+        figures |= {"seconds_total": sum(run["seconds_total"] for run in runs), "runs": runs}
     (folder / "report.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
     body = "".join(_section(result) for result in results)
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>gmem quick start</title><style>{STYLE}</style><body>{body}"

@@ -57,7 +57,7 @@ class ModelConfig:
     """Side of a patch in pixels; 0: an eighth of the image (64 tokens), at least 1."""
     snippet_scale: float = 0.0
     """Factor on a snippet before its linear map; 0: √D in unit space, so that its elements have a mean square of 1, and 1
-    in raw space. The published model has 1, and then learns the condition many times more slowly."""
+    in raw space. 1 is the published value; the condition is then learned much later (docs/EXPERIMENTS.md)."""
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over the width (times 2/3 with SwiGLU)."""
     use_rope: bool = True

@@ -118,9 +118,9 @@ def train(
     wanted = config or Config()
     device = pick_device(wanted.train.device)
     join = conditioning.join_images(opened, images, allow_missing=wanted.data.allow_missing)
-    resolved = resolve(wanted, opened, join, images, stored_config(run))
     digest = hashlib.sha256(json.dumps(join.keys).encode()).hexdigest()
     with occupied(run):
+        resolved = resolve(wanted, opened, join, images, stored_config(run))
         resumption = find_resumption(run, resolved, opened, keys_digest=digest, accept_bank_change=accept_bank_change)
         size, channels = resolved.data.image_size, resolved.data.channels
         cache = PixelCache(run / "cache", opened, join, images, size=size, channels=channels, progress=read_progress)

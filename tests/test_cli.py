@@ -82,6 +82,9 @@ def test_text_output_says_the_same_in_words(photos: Path, new_photos: Path) -> N
     assert "dress (8), hat (8), shoes (8), images (8)" in bank("info").stdout
     assert "sound (32 rows" in bank("verify").stdout
     assert "-8 rows of concept 'hat'" in bank("remove-concept", "hat").stdout
+    assert "removed" in bank("remove-concept", "hat").stderr
+    assert "+6 rows as concept 'dress-to-shoes'" in bank("interpolate", "dress", "shoes").stdout
+    assert "already holds this way" in bank("interpolate", "dress", "shoes").stderr
     assert "concept\tdress\t8 rows" in bank("list", "--limit", "0").stdout
     assert "step 3 of 3" in gen("train", *TINY).stdout
     assert "done already" in gen("train", *TINY).stdout

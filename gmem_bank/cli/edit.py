@@ -74,6 +74,9 @@ def remove_concept(name: str, bank: str, output: str | None, as_json: bool) -> N
     if as_json:
         print_json(report.to_json())
         return
+    if report.unchanged:
+        note(f"concept {name!r} was removed from {report.output} already: nothing to do")
+        return
     click.echo(f"{report.output}: -{report.num_removed} rows of concept {name!r}, {report.num_rows} rows now")
     if report.dropped_concepts:
         click.echo(f"these concepts lost their last row too: {', '.join(report.dropped_concepts)}")
@@ -104,5 +107,8 @@ def interpolate(
     report = gmem_bank.interpolate(bank, first, second, method=method, steps=steps, name=name, seed=seed, output=output)
     if as_json:
         print_json(report.to_json())
+        return
+    if report.unchanged:
+        note(f"{report.output} already holds this way as concept {report.concept!r}: nothing to do")
         return
     click.echo(f"{report.output}: +{report.num_added} rows as concept {report.concept!r}, {report.num_rows} rows now")

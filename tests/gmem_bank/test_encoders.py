@@ -253,12 +253,18 @@ def test_every_documented_name_is_available() -> None:
     assert wanted | {f"dinov2-{size}-with-registers" for size in sizes} <= names
 
 
-def test_the_trained_encoder_matches_its_stated_output_where_it_is_at_hand() -> None:
-    """A real encoder in both forms gives snippets of the stated size; without the folder, the random ones above stand."""
-    folder = SHARED / "data" / "encoder_vit_tiny16_as_dinov2"
-    if folder.exists():
-        encoder = load_encoder("dinov2", weights=folder)
-        snippets = encoder.encode(np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), dtype=np.uint8))
-        assert snippets.shape == (2, 192)
-        assert np.isfinite(snippets).all()
-    assert "dinov2" in available_encoders()
+def test_a_trained_encoder_equals_a_direct_forward(hf_cache: Path) -> None:
+    """The real one where it is at hand, the small random one otherwise."""
+    import torch
+    from transformers import AutoModel
+
+    from gmem_bank.encoders.preprocess import to_input
+
+    trained = SHARED / "data" / "encoder_vit_tiny16_as_dinov2"
+    folder = trained if trained.exists() else hf_cache
+    encoder = load_encoder("dinov2", weights=folder)
+    images = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), dtype=np.uint8)
+    with torch.no_grad():
+        pixels = to_input(torch.from_numpy(images), encoder.spec.preprocessing)
+        expected = AutoModel.from_pretrained(folder).eval()(pixel_values=pixels).pooler_output.numpy()
+    np.testing.assert_allclose(encoder.encode(images), expected, atol=1e-5)

@@ -12,12 +12,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from gmem_bank.arrays import read_array as read_array
     from gmem_bank.bank import MemoryBank as MemoryBank
-    from gmem_bank.bank import open as open  # noqa: A004
     from gmem_bank.builder import BuildReport as BuildReport
     from gmem_bank.builder import build as build
+    from gmem_bank.combine import merge as merge
+    from gmem_bank.compare import DiffReport as DiffReport
+    from gmem_bank.compare import diff as diff
     from gmem_bank.console import CommandGroup as CommandGroup
     from gmem_bank.decoding import read_image as read_image
+    from gmem_bank.derive import compose as compose
+    from gmem_bank.derive import interpolate as interpolate
+    from gmem_bank.editing import EditReport as EditReport
     from gmem_bank.encoders import Encoder as Encoder
     from gmem_bank.encoders import EncoderInfo as EncoderInfo
     from gmem_bank.encoders import EncoderOptions as EncoderOptions
@@ -42,22 +48,39 @@ if TYPE_CHECKING:
     from gmem_bank.errors import SourceError as SourceError
     from gmem_bank.errors import UnknownKeyError as UnknownKeyError
     from gmem_bank.errors import WriteError as WriteError
+    from gmem_bank.insertion import concept_of_rows as concept_of_rows
     from gmem_bank.insertion import insert_concept as insert_concept
+    from gmem_bank.insertion import insert_snippets as insert_snippets
     from gmem_bank.interface import Bank as Bank
-    from gmem_bank.ops import EditReport as EditReport
-    from gmem_bank.ops import interpolate as interpolate
+    from gmem_bank.kinds import open as open  # noqa: A004
+    from gmem_bank.ops import mask as mask
+    from gmem_bank.ops import remove as remove
     from gmem_bank.ops import remove_concept as remove_concept
+    from gmem_bank.ops import rename as rename
+    from gmem_bank.ops import select as select
+    from gmem_bank.ops import unmask as unmask
     from gmem_bank.progress import ProgressBar as ProgressBar
     from gmem_bank.provenance import EncoderSpec as EncoderSpec
+    from gmem_bank.reduce import coreset as coreset
+    from gmem_bank.reduce import dedup as dedup
+    from gmem_bank.rewrite import compact as compact
     from gmem_bank.rewrite import save as save
+    from gmem_bank.rewrite import shard as shard
+    from gmem_bank.selection import Selection as Selection
     from gmem_bank.sources import RUN_MARKER as RUN_MARKER
+    from gmem_bank.undoing import undo as undo
     from gmem_bank.verifier import verify as verify
 
 _DOOR = {
-    "bank": ("MemoryBank", "open"),
+    "arrays": ("read_array",),
+    "bank": ("MemoryBank",),
     "builder": ("BuildReport", "build"),
+    "combine": ("merge",),
+    "compare": ("DiffReport", "diff"),
     "console": ("CommandGroup",),
     "decoding": ("read_image",),
+    "derive": ("compose", "interpolate"),
+    "editing": ("EditReport",),
     "encoders": ("Encoder", "EncoderInfo", "EncoderOptions", "available_encoders", "load_encoder", "reload_encoder"),
     "encoders.preprocess": ("center_crop",),
     "errors": (
@@ -79,13 +102,17 @@ _DOOR = {
         "UnknownKeyError",
         "WriteError",
     ),
-    "insertion": ("insert_concept",),
+    "insertion": ("concept_of_rows", "insert_concept", "insert_snippets"),
     "interface": ("Bank",),
-    "ops": ("EditReport", "interpolate", "remove_concept"),
+    "kinds": ("open",),
+    "ops": ("mask", "remove", "remove_concept", "rename", "select", "unmask"),
     "progress": ("ProgressBar",),
     "provenance": ("EncoderSpec",),
-    "rewrite": ("save",),
+    "reduce": ("coreset", "dedup"),
+    "rewrite": ("compact", "save", "shard"),
+    "selection": ("Selection",),
     "sources": ("RUN_MARKER",),
+    "undoing": ("undo",),
     "verifier": ("verify",),
 }
 """Module → the public names that live there."""

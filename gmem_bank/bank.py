@@ -1,11 +1,10 @@
-"""An open bank: the `Bank` interface and its capabilities over a memory map.
+"""What every open bank is: rows, keys, mask, concepts, provenance, images. `kinds` adds how snippets are read.
 
 Shapes: N rows, n active rows, B rows asked for, D dimensions.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,35 +14,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmem_bank import keys as key_tables
-from gmem_bank import segments
 from gmem_bank.errors import CorruptError, MaskedRowError, UnknownKeyError, first_three, suggest
 from gmem_bank.interface import INTERFACE_VERSION, ImagesFrom
-from gmem_bank.provenance import EncoderSpec, Source
-from gmem_bank.space import Space, to_space
-from gmem_bank.storage import Store, open_stored
+from gmem_bank.naming import FLIP_SUFFIX
+from gmem_bank.provenance import IMAGE_KINDS, EncoderSpec, Source
+from gmem_bank.space import Space
+from gmem_bank.storage import StoredBank
 from gmem_bank.storage.schema import Header
 
+BLOCK_BYTES = 64 << 20
 
-def open(path: str | os.PathLike[str]) -> MemoryBank:  # noqa: A001 - the verb of the field: gmem_bank.open(path)
-    """Open a bank.
 
-    Args:
-        path: a bank file.
-
-    Returns:
-        A MemoryBank of the file's kind, over a memory map: opening reads the header only.
-
-    Raises:
-        BankNotFoundError, FormatError, FormatVersionError, CorruptError: each with the path and what to do.
-    """
-    stored = open_stored(path)
-    return _KINDS[stored.header.kind](stored)
+def all_finite(values: NDArray[np.float32]) -> bool:
+    """Say whether all values are finite, by one pass over them where they are."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(values.sum()) or np.isfinite(values).all())
 
 
 class MemoryBank:
     """Rows, keys, mask, concepts and provenance of any kind of bank; a subclass reads the snippets."""
 
-    def __init__(self, stored: Store) -> None:
+    def __init__(self, stored: StoredBank) -> None:
         self._stored = stored
         counts = [segment.num_rows for segment in self.header.segments]
         self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
@@ -56,7 +47,7 @@ class MemoryBank:
         return self._stored.header
 
     @property
-    def stored(self) -> Store:
+    def stored(self) -> StoredBank:
         """The open file."""
         return self._stored
 
@@ -202,19 +193,43 @@ class MemoryBank:
             MaskedRowError: a masked row.
             CorruptError: a value that is not finite.
         """
+        wanted = self._allowed(rows)
+        if len(self.header.segments) == 1:
+            result = self._gather(self.header.segments[0].name, wanted)
+        else:
+            result = np.empty((len(wanted), self.dim), np.float32)
+            for name, places, local in self._by_segment(wanted):
+                result[places] = self._gather(name, local)
+        self._require_finite(result, wanted)
+        return result
+
+    def _allowed(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return rows of the bank that are not masked; raises UnknownKeyError or MaskedRowError."""
         wanted = self._checked(rows)
         if self._active is not None and not self._active[wanted].all():
             row = int(wanted[~self._active[wanted]][0])
             raise MaskedRowError(f"row {row} of {self.path} is masked", path=self.path, row=row)
-        result = np.empty((len(wanted), self.dim), np.float32)
-        for name, places, local in self._by_segment(wanted):
-            result[places] = self._gather(name, local)
-        if not np.isfinite(result).all():
-            row = int(wanted[~np.isfinite(result).all(axis=1)][0])
-            raise CorruptError(
-                f"{self.path}: the snippet of row {row} is not finite: build it again", path=self.path, row=row
-            )
-        return result
+        return wanted
+
+    def _require_finite(self, values: NDArray[np.float32], rows: NDArray[np.int64]) -> None:
+        if all_finite(values):
+            return
+        row = int(rows[~np.isfinite(values).all(axis=1)][0])
+        raise CorruptError(
+            f"{self.path}: the snippet of row {row} is not finite: build it again", path=self.path, row=row
+        )
+
+    def snippet_blocks(self, rows: NDArray[np.int64], block: int = 0) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Yield (start, snippets of rows[start:start+block]) in bounded memory, mapped pages let go after each block.
+
+        Args:
+            rows: (n,) active rows.
+            block: rows at a time; 0 takes as many as 64 MiB hold.
+        """
+        step = block or max(1, BLOCK_BYTES // (4 * self.dim))
+        for start in range(0, len(rows), step):
+            yield start, self.snippets(rows[start : start + step])
+            self._stored.release()
 
     def _gather(self, segment: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         raise AssertionError(f"{type(self).__name__} does not read snippets: {segment}, {len(rows)} rows")
@@ -261,7 +276,7 @@ class MemoryBank:
 
     def image_rows(self) -> NDArray[np.int64]:
         """Return the active rows that came from an image, ascending."""
-        from_image = np.array([source.path is not None for source in self.sources])
+        from_image = np.array([source.kind in IMAGE_KINDS for source in self.sources])
         rows: NDArray[np.int64] = self.rows()
         return np.asarray(rows[from_image[self.source_ids(rows)]], dtype=np.int64)
 
@@ -301,25 +316,13 @@ class MemoryBank:
         """
         from gmem_bank.decoding import read_image
 
-        return read_image(self._image_paths(np.array([row]), images)[0])
+        rows = np.array([row])
+        pixels = read_image(self._image_paths(rows, images)[0])
+        flipped = self.keys(rows)[0].endswith(FLIP_SUFFIX)
+        return np.ascontiguousarray(pixels[:, ::-1]) if flipped else pixels
 
     def nearest(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return the (B, k) cosines, descending, and the (B, k) active rows nearest to (B, D) queries (needs FAISS)."""
         from gmem_bank.index import search_flat
 
         return search_flat(self, queries, k)
-
-
-class DenseBank(MemoryBank):
-    """One stored vector a row."""
-
-    def _gather(self, segment: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        name = f"{segment}/snippets"
-        stored = self._stored.array(name)[rows]
-        if self._stored.dtype(name) == "F32":
-            return stored.astype(np.float32)  # as stored: already in the bank's space, bit for bit
-        return to_space(segments.widen(stored), self.space)
-
-
-_KINDS: dict[str, type[MemoryBank]] = {"dense": DenseBank}
-"""Kind in the header → class."""

@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from gmem_bank import bank as bank_module
 from gmem_bank import keys as key_tables
-from gmem_bank import segments
+from gmem_bank import kinds, segments
 from gmem_bank.encoders import Encoder
 from gmem_bank.errors import ConfigError, GMemError, OutputExistsError
 from gmem_bank.progress import Progress, no_progress
@@ -27,7 +26,8 @@ from gmem_bank.provenance import EncoderSpec, Json, canonical_json, relative_to_
 from gmem_bank.sources import Listing, Skipped, list_folder
 from gmem_bank.staging import Encoded, encode_listings
 from gmem_bank.storage import atomic, real_target, write
-from gmem_bank.storage.schema import SNIPPET_DTYPES, Header, Segment
+from gmem_bank.storage.rules import SNIPPET_DTYPES
+from gmem_bank.storage.schema import Header, Segment
 
 DEFAULT_BANK = "bank.safetensors"
 DEFAULT_BATCH_SIZE = 32
@@ -165,7 +165,7 @@ def _write_new(target: Path, encoded: Encoded, listing: Listing, spec: EncoderSp
 def _report(
     target: Path, skipped: Sequence[Skipped], num_unreadable: int, num_resumed: int, started: float
 ) -> BuildReport:
-    bank = bank_module.open(target)
+    bank = kinds.open(target)
     seconds = time.perf_counter() - started
     return BuildReport(
         bank=str(target),
@@ -179,7 +179,7 @@ def _report(
         num_resumed=num_resumed,
         seconds=round(seconds, 3),
         images_per_second=round(max(0, len(bank) + num_unreadable - num_resumed) / seconds, 2),
-        bytes=target.stat().st_size,
+        bytes=bank.stored.num_bytes,
         fingerprint=bank.fingerprint,
     )
 
@@ -187,7 +187,7 @@ def _report(
 def _require_already_built(target: Path, listing: Listing, spec: EncoderSpec, arguments: dict[str, Any]) -> None:
     """Raise OutputExistsError unless the bank there is the one that this build gives (a kill may come after its rename)."""
     try:
-        bank = bank_module.open(target)
+        bank = kinds.open(target)
     except GMemError as error:
         raise OutputExistsError(
             f"{target} exists and is not a bank that can be read ({error}): --overwrite replaces it"
@@ -209,7 +209,7 @@ def _require_already_built(target: Path, listing: Listing, spec: EncoderSpec, ar
 
 def _unchanged(target: Path, listing: Listing, started: float) -> BuildReport:
     """Report a bank that is there already; images without a row are named again, with the stored reasons."""
-    bank = bank_module.open(target)
+    bank = kinds.open(target)
     keys = [item.key for item in listing.items]
     absent = [key for key, row in zip(keys, bank.find_rows(keys).tolist(), strict=True) if row < 0]
     reasons = _stored_reasons(target)

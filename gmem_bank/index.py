@@ -32,7 +32,7 @@ def require_faiss() -> Any:
 
 
 def search_flat(
-    bank: MemoryBank, queries: NDArray[np.float32], k: int
+    bank: MemoryBank, queries: NDArray[np.float32], k: int, among: NDArray[np.int64] | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Return the k active rows of highest cosine to each query, by comparing with every row.
 
@@ -40,6 +40,7 @@ def search_flat(
         bank: where to look.
         queries: (B, D) float32, of any length but zero.
         k: neighbours wanted; at most n.
+        among: (n,) active rows to compare with, ascending; None: all of them.
 
     Returns:
         (B, k) float32 cosines, descending, and (B, k) int64 rows.
@@ -50,7 +51,7 @@ def search_flat(
         ConfigError: k is out of range.
     """
     faiss = require_faiss()
-    rows = bank.rows()
+    rows = bank.rows() if among is None else among
     if queries.ndim != 2 or queries.shape[1] != bank.dim:
         raise EncoderMismatchError(
             f"queries of shape {list(queries.shape)} for a bank of dimension {bank.dim}", path=bank.path
@@ -63,12 +64,10 @@ def search_flat(
     best = np.full((len(queries), k), -np.inf, np.float32)
     found = np.full((len(queries), k), -1, np.int64)
     block = max(k, BLOCK_BYTES // (4 * bank.dim))
-    for start in range(0, len(rows), block):
+    for start, vectors in bank.snippet_blocks(rows, block):
         chunk = rows[start : start + block]
-        vectors = bank.snippets(chunk)
-        if bank.space != "unit":
-            vectors = to_space(vectors, "unit")
-        scores, places = faiss.knn(unit_queries, vectors, min(k, len(chunk)), metric=faiss.METRIC_INNER_PRODUCT)
+        unit = vectors if bank.space == "unit" else to_space(vectors, "unit")
+        scores, places = faiss.knn(unit_queries, unit, min(k, len(chunk)), metric=faiss.METRIC_INNER_PRODUCT)
         best, found = _merge(best, found, scores, chunk[places], k)
     return best, found
 

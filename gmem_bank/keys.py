@@ -40,6 +40,13 @@ def decode(text: bytes, path: Path) -> str:
         raise CorruptError(f"{path}: the key {text[:40]!r} is not UTF-8", path=path) from error
 
 
+def require_offsets(offsets: NDArray[np.int64], size: int, path: Path) -> NDArray[np.int64]:
+    """Return the offsets; raises CorruptError where they do not cut a text of `size` bytes into keys."""
+    if offsets[0] != 0 or offsets[-1] != size or (np.diff(offsets) < 1).any():
+        raise CorruptError(f"{path}: the offsets of the keys are damaged", path=path, tensor="keys.offsets")
+    return offsets
+
+
 def filtered(
     text: NDArray[np.uint8], offsets: NDArray[np.int64], mask: NDArray[np.bool_]
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 MAX_KEY_BYTES = 65_535
+FLIP_SUFFIX = "#flip"
+"""Ends the key of a row whose image was mirrored left to right before it was encoded."""
 
 
 def concept_name_problem(name: str) -> str:

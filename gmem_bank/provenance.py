@@ -131,12 +131,16 @@ class EncoderSpec:
         return f"{self.name} (dim {self.dim}, {self.space} space, {self.fingerprint[:8]})"
 
 
+IMAGE_KINDS = ("folder",)
+"""Kinds of sources whose rows have an image."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """Where rows came from; every row points at one by its position in the bank's list."""
 
     kind: str
-    """"folder" (images below a folder) or "derived" (arithmetic on other rows)."""
+    """"folder" (images below a folder), "array" (a file of snippets) or "derived" (arithmetic on other rows)."""
     path: str | None = None
     """Folder, relative to the bank's folder; absolute when it is on another root; None for derived rows."""
     prefix: str = ""

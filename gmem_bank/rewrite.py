@@ -1,168 +1,202 @@
-"""A new bank file from an old one: append a segment, or keep some of the rows. Nothing that stays is loaded.
+"""The same bank in another place, form or cut: save (convert), shard, compact. No value changes.
 
-Shapes: N rows of the old bank, n rows of a segment.
+Shapes: n rows of a segment, R_k columns, m kept coefficients.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Sequence
+from itertools import groupby, pairwise
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gmem_bank import keys as key_tables
-from gmem_bank import segments
+from gmem_bank import kinds, segments, streams
 from gmem_bank.bank import MemoryBank
-from gmem_bank.provenance import EncoderSpec, Json, Source, relative_to_bank
+from gmem_bank.draft import MAX_SEGMENTS, Draft
+from gmem_bank.editing import EditReport, editing
+from gmem_bank.errors import ConfigError, OutputExistsError
+from gmem_bank.keys import filtered as filtered_keys
+from gmem_bank.keys import require_offsets
 from gmem_bank.storage import Payload, atomic, real_target, write
 from gmem_bank.storage.schema import Header, Segment
 
-BANK_WIDE = ("keys.hash", "keys.row", "concepts.rows", "concepts.offsets", "active")
-"""Entries that belong to no segment and are written anew by every edit."""
-BLOCK_BYTES = 16 << 20
 
-
-def _relocated(bank: MemoryBank, target: Path) -> tuple[EncoderSpec, tuple[Source, ...]]:
-    """Return encoder and sources with their paths relative to where the new bank will lie."""
-    if target.resolve().parent == bank.folder:
-        return bank.encoder, bank.sources
-
-    def move(path: str) -> str:
-        return relative_to_bank(bank.folder / path, target.parent)
-
-    encoder, weights = bank.encoder, bank.encoder.weights_path
-    moved = encoder if weights is None else replace(encoder, weights_path=move(weights))
-    return moved, tuple(s if s.path is None else replace(s, path=move(s.path)) for s in bank.sources)
-
-
-def _history(bank: MemoryBank, entry: Mapping[str, Json]) -> tuple[Mapping[str, Json], ...]:
-    return (*bank.history, {**entry, "parent": bank.fingerprint})
-
-
-def _copied(bank: MemoryBank, *without: str) -> dict[str, Payload]:
-    stored = bank.stored
-    return {name: stored.payload(name) for name in stored.names() if name not in without}
-
-
-def save(bank: MemoryBank, output: str | os.PathLike[str]) -> Header:
-    """Write a bank to another file; source paths are made relative to the new place, history and rows stay.
+def save(bank: MemoryBank, output: str | os.PathLike[str], *, overwrite: bool = True) -> Header:
+    """Write a bank to another file or folder, in the form that the suffix names; rows, values and history stay.
 
     Args:
         bank: an open bank.
-        output: where to; an existing file is replaced atomically.
+        output: .safetensors, .h5 or .gmem (a folder); source paths are made relative to it.
+        overwrite: False refuses where something is there.
 
     Returns:
         The header as written; its fingerprint is the bank's unless a source path changed.
 
     Raises:
-        FormatError: the suffix names no kind of bank file.
+        FormatError: the suffix names no kind of bank.
+        OutputExistsError: something is there, and overwriting was not asked for.
         LockedError, WriteError: another writer, or no room; what was there stands.
     """
     target = real_target(output)
     with atomic.locked(target):
-        encoder, sources = _relocated(bank, target)
-        return write(target, replace(bank.header, encoder=encoder, sources=sources), _copied(bank))
+        if not overwrite and target.exists():
+            raise OutputExistsError(f"{target} exists: choose another name, or give --overwrite", path=target)
+        return write(target, *Draft(bank, target).finish(None))
 
 
-def append_segment(
-    bank: MemoryBank,
-    target: Path,
-    concept: str,
-    keys: Sequence[str],
-    sources: Sequence[Source],
-    source_ids: NDArray[np.int64],
-    snippets: Payload,
-    entry: Mapping[str, Json],
-) -> Header:
-    """Write the bank with one more segment and one more concept; old segments are copied, not loaded."""
-    bank.stored.require_sound(*(name for name in BANK_WIDE if name in bank.stored))
-    segment = Segment(name=str(1 + max(_number(s.name) for s in bank.header.segments)), num_rows=len(keys))
-    encoder, old_sources = _relocated(bank, target)
-    concepts = {name: bank.all_rows_of(name) for name in bank.names}
-    concepts[concept] = np.arange(len(bank), len(bank) + len(keys), dtype=np.int64)
-    header = replace(
-        bank.header, segments=(*bank.header.segments, segment), encoder=encoder, sources=(*old_sources, *sources),
-        concepts=tuple(concepts), history=_history(bank, entry),
+def shard(
+    bank_path: str | os.PathLike[str], output: str | os.PathLike[str], *, rows_per_segment: int | None = None
+) -> EditReport:
+    """Write a bank as a folder with one file a segment.
+
+    Args:
+        bank_path: the bank.
+        output: folder to write, ending in .gmem.
+        rows_per_segment: cut segments that have more rows; None keeps them as they are, and the bank's fingerprint with them.
+
+    Raises:
+        ConfigError: rows_per_segment below 1, or so low that more segments would be made than the format is meant for.
+    """
+    if rows_per_segment is not None and rows_per_segment < 1:
+        raise ConfigError(f"rows_per_segment must be at least 1, got {rows_per_segment}", key="rows_per_segment")
+    with editing(bank_path, "shard", {"rows_per_segment": rows_per_segment}, output=output) as edit:
+        if edit.made is not None:
+            return edit.unchanged()
+        draft = edit.draft()
+        if rows_per_segment is None:
+            return _as_it_is(bank_path, output)
+        parts = [part for segment in draft.segments for part in _cut(draft, segment, rows_per_segment)]
+        if len(parts) > MAX_SEGMENTS:
+            raise ConfigError(
+                f"{rows_per_segment} rows a segment makes {len(parts)} segments, more than {MAX_SEGMENTS}: take more rows",
+                key="rows_per_segment",
+            )
+        draft.replace_segments(_numbered(parts))
+        return edit.finish(draft, num_rows=len(edit.bank), details={"num_segments": len(parts)})
+
+
+def _as_it_is(bank_path: str | os.PathLike[str], output: str | os.PathLike[str]) -> EditReport:
+    bank = kinds.open(bank_path)
+    header = write(real_target(output), *Draft(bank, real_target(output)).finish(None))
+    return EditReport(
+        operation="shard", bank=str(bank_path), output=str(output), num_rows=header.num_rows,
+        details={"num_segments": len(header.segments)}, fingerprint=header.fingerprint,
     )  # fmt: skip
-    table = key_tables.extended_table(
-        bank.stored.array("keys.hash"), bank.stored.array("keys.row"), key_tables.hashes_of(keys), len(bank)
-    )
-    payloads = _copied(bank, *BANK_WIDE)
-    payloads |= segments.segment_payloads(
-        segment.name, key_tables.encode(keys), source_ids + len(old_sources), snippets
-    )
-    payloads |= segments.key_table_payloads(*table) | segments.concept_payloads(concepts)
-    if "active" in bank.stored:
-        payloads["active"] = Payload.of(np.concatenate([bank.stored.array("active"), np.ones(len(keys), np.bool_)]))
-    return write(target, header, payloads)
 
 
-def _number(name: str) -> int:
-    return int(name) if name.isascii() and name.isdigit() else -1
+def _numbered(parts: Sequence[tuple[Segment, dict[str, Payload]]]) -> list[tuple[Segment, dict[str, Payload]]]:
+    return [
+        (Segment(name=str(number), num_rows=segment.num_rows, extras=segment.extras), entries)
+        for number, (segment, entries) in enumerate(parts)
+    ]
 
 
-def concepts_after(bank: MemoryBank, keep: NDArray[np.bool_], *, without: str) -> dict[str, NDArray[np.int64]]:
-    """Return the concepts but one with their rows renumbered after only `keep` (N,) stays; those left empty are gone."""
-    new_row = np.cumsum(keep) - 1
-    rows = {name: bank.all_rows_of(name) for name in bank.names if name != without}
-    kept = {name: new_row[members[keep[members]]] for name, members in rows.items()}
-    return {name: members for name, members in kept.items() if len(members)}
+def _cut(draft: Draft, segment: Segment, rows: int) -> list[tuple[Segment, dict[str, Payload]]]:
+    entries = draft.segment_entries(segment)
+    bounds = [*range(0, segment.num_rows, rows), segment.num_rows]
+    if len(bounds) == 2:
+        return [(segment, entries)]
+    text, offsets = streams.read(entries["keys.bytes"]), streams.read(entries["keys.offsets"])
+    require_offsets(offsets, len(text), draft.bank.path)
+    parts = []
+    for begin, end in pairwise(bounds):
+        own = {
+            what: streams.sliced(payload, begin, end)
+            for what, payload in entries.items()
+            if not what.startswith("keys.") and what != "scale"
+        }
+        own |= {"scale": entries["scale"]} if "scale" in entries else {}
+        mask = (np.arange(segment.num_rows) >= begin) & (np.arange(segment.num_rows) < end)
+        kept_text, kept_offsets = filtered_keys(text, offsets, mask)
+        own |= {"keys.bytes": Payload.of(kept_text), "keys.offsets": Payload.of(kept_offsets)}
+        parts.append((Segment(name="0", num_rows=end - begin, extras=segment.extras), own))
+    return parts
 
 
-def keep_rows(
-    bank: MemoryBank,
-    target: Path,
-    keep: NDArray[np.bool_],
-    concepts: Mapping[str, NDArray[np.int64]],
-    entry: Mapping[str, Json],
-) -> Header:
-    """Write the bank with only some of its rows; a segment that loses none is copied, one that loses all is dropped."""
-    bank.stored.require_sound(*(name for name in BANK_WIDE if name in bank.stored))
-    payloads = _copied(bank, *BANK_WIDE)
-    encoder, sources = _relocated(bank, target)
-    used = np.unique(bank.source_ids(np.flatnonzero(keep)))
-    kept_segments, start = [], 0
-    for segment in bank.header.segments:
-        mask = keep[start : start + segment.num_rows]
-        start += segment.num_rows
-        if not mask.all():
-            payloads = {name: payload for name, payload in payloads.items() if not name.startswith(f"{segment.name}/")}
-        if mask.any():
-            kept_segments.append(Segment(name=segment.name, num_rows=int(mask.sum())))
-        if mask.any() and not (mask.all() and len(used) == len(sources)):
-            payloads |= _filtered(bank, segment, mask, used)
-    payloads |= segments.concept_payloads(concepts)
-    table = key_tables.filtered_table(bank.stored.array("keys.hash"), bank.stored.array("keys.row"), keep)
-    payloads |= segments.key_table_payloads(*table)
-    if "active" in bank.stored:
-        payloads["active"] = Payload.of(np.asarray(bank.stored.array("active"))[keep])
-    header = replace(
-        bank.header, segments=tuple(kept_segments), encoder=encoder, sources=tuple(sources[index] for index in used),
-        concepts=tuple(concepts), history=_history(bank, entry),
-    )  # fmt: skip
-    return write(target, header, payloads)
+def compact(
+    bank_path: str | os.PathLike[str],
+    *,
+    output: str | os.PathLike[str] | None = None,
+    dry_run: bool = False,
+    undo: bool = True,
+) -> EditReport:
+    """Join the segments of a bank; with a file as output a folder of shards becomes one file.
+
+    Neighbouring segments of one type are joined exactly. Where i8 segments have different scales, or types differ, they stay
+    apart, and the report says how many segments are left.
+
+    Args:
+        bank_path: the bank.
+        output: bank to write; default: replace the bank.
+        dry_run: write nothing.
+        undo: keep the bank as it was for `undo`.
+    """
+    with editing(bank_path, "compact", {}, output=output, dry_run=dry_run, undo=undo) as edit:
+        if edit.made is not None:
+            return edit.unchanged()
+        draft = edit.draft()
+        before = len(draft.segments)
+        join_segments(draft)
+        return edit.finish(
+            draft, num_rows=len(edit.bank), details={"segments_before": before, "num_segments": len(draft.segments)}
+        )
 
 
-def _filtered(
-    bank: MemoryBank, segment: Segment, mask: NDArray[np.bool_], used: NDArray[np.int64]
-) -> dict[str, Payload]:
-    """Return a segment's entries with only the rows of `mask`, its sources renumbered by their place in `used`."""
-    name, stored, local = segment.name, bank.stored, np.flatnonzero(mask)
-    stored.require_sound(*(segment.entry(what) for what in ("snippets", "keys.bytes", "keys.offsets", "source")))
-    vectors = stored.array(f"{name}/snippets")
-    step = max(1, BLOCK_BYTES // (vectors.shape[1] * vectors.dtype.itemsize))
-    snippets = Payload(
-        dtype=stored.dtype(f"{name}/snippets"),
-        shape=(len(local), bank.dim),
-        blocks=lambda: (
-            np.ascontiguousarray(vectors[local[i : i + step]]).view(np.uint8).data.cast("B")
-            for i in range(0, len(local), step)
-        ),
-    )
-    key_text = key_tables.filtered(stored.array(f"{name}/keys.bytes"), stored.array(f"{name}/keys.offsets"), mask)
-    source_ids = np.searchsorted(used, stored.array(f"{name}/source")[mask])
-    whole = stored.payload(f"{name}/snippets")
-    return segments.segment_payloads(name, key_text, source_ids, whole if mask.all() else snippets)
+def join_segments(draft: Draft) -> None:
+    """Join neighbouring segments that are alike; where more than MAX_SEGMENTS are left, join all of them as f32."""
+    alike = [list(run) for _, run in groupby(draft.segments, key=lambda s: _alike(draft.segment_entries(s)))]
+    if len(alike) > MAX_SEGMENTS:
+        entries = [_as_f32(draft, segment) for segment in draft.segments]
+        parts = [_joined(draft.segments, entries)]
+    else:
+        parts = [_joined(run, [draft.segment_entries(segment) for segment in run]) for run in alike]
+    draft.replace_segments(_numbered(parts))
+
+
+def join_if_many(draft: Draft) -> None:
+    """Join segments where an edit has made more than MAX_SEGMENTS of them."""
+    if len(draft.segments) > MAX_SEGMENTS:
+        join_segments(draft)
+
+
+def _alike(entries: dict[str, Payload]) -> tuple[Any, ...]:
+    """Return what two segments must share to be joined without a change of value."""
+    kinds_of = tuple((what, entries[what].dtype) for what in ("snippets", "coefficients", "values") if what in entries)
+    return (*kinds_of, streams.read(entries["scale"]).tobytes() if "scale" in entries else b"")
+
+
+def _joined(run: Sequence[Segment], entries: Sequence[dict[str, Payload]]) -> tuple[Segment, dict[str, Payload]]:
+    if len(run) == 1:
+        return run[0], entries[0]
+    own: dict[str, Payload] = {}
+    for what in ("snippets", "coefficients", "values", "index"):
+        if what in entries[0]:
+            columns = max(e[what].shape[1] for e in entries)
+            own[what] = streams.chained([streams.widened(e[what], columns) for e in entries])
+    if "scale" in entries[0]:
+        own["scale"] = entries[0]["scale"]
+    own["source"] = streams.chained([e["source"] for e in entries])
+    own["keys.bytes"] = streams.chained([e["keys.bytes"] for e in entries])
+    own["keys.offsets"] = Payload.of(_joined_offsets([streams.read(e["keys.offsets"]) for e in entries]))
+    return Segment(name="0", num_rows=sum(segment.num_rows for segment in run)), own
+
+
+def _joined_offsets(offsets: Sequence[Any]) -> Any:
+    joined, start = [np.zeros(1, np.int64)], 0
+    for own in offsets:
+        joined.append(own[1:] + start)
+        start += int(own[-1])
+    return np.concatenate(joined)
+
+
+def _as_f32(draft: Draft, segment: Segment) -> dict[str, Payload]:
+    """Return a segment with its rows as f32 snippets or coefficients, exactly those that are read from it now."""
+    entries = draft.segment_entries(segment)
+    own = {what: p for what, p in entries.items() if what in ("keys.bytes", "keys.offsets", "source")}
+    if "snippets" in entries:
+        own["snippets"] = segments.snippets_as_f32(entries["snippets"], draft.bank.header.space)
+    else:
+        own["coefficients"] = segments.coefficients_as_f32(entries, draft.payloads["basis"].shape[0])
+    return own

@@ -6,19 +6,17 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gmem_bank.decoding import EXTENSIONS, read_bytes
 from gmem_bank.errors import SourceError
 from gmem_bank.interface import ImagesFrom
-from gmem_bank.naming import concept_name_problem, key_problem
+from gmem_bank.naming import FLIP_SUFFIX, concept_name_problem, key_problem
 from gmem_bank.provenance import Source, relative_to_bank, sha256_of
 
-if TYPE_CHECKING:
-    pass
-
+BANK_FOLDER = ".gmem"
+"""A folder of this suffix is a bank and no source of images."""
 RUN_MARKER = ".gmem-run"
 """A folder with this file in it is a training run of ours and no source of images."""
 
@@ -45,6 +43,8 @@ class Item:
     """Bytes."""
     modified: int
     """Nanoseconds; tells a resumed build that a file was replaced, and never enters a bank."""
+    flipped: bool = False
+    """True: the twin whose picture is mirrored left to right."""
 
     def read(self) -> bytes:
         """Return the file's bytes; raises SourceError."""
@@ -73,6 +73,13 @@ class Listing:
     def content_digest(self) -> str:
         """Return the digest that encoding these files as they are now would record; reads every file."""
         return digest_of((item.key, content_hash(item)) for item in self.items)
+
+
+def with_flips(listing: Listing) -> Listing:
+    """Return the listing with a mirrored twin after each image, its key ending in "#flip"."""
+    twins = (replace(item, key=item.key + FLIP_SUFFIX, flipped=True) for item in listing.items)
+    pairs = (item for pair in zip(listing.items, twins, strict=True) for item in pair)
+    return replace(listing, items=tuple(pairs))
 
 
 def content_hash(item: Item) -> str:
@@ -168,6 +175,7 @@ def image_path(key: str, source: Source, bank_folder: Path, images: ImagesFrom) 
         )
     if key_problem(key):
         raise SourceError(f"the key {key!r} {key_problem(key)}: no image is read for it", key=key)
+    key = key.removesuffix(FLIP_SUFFIX)
     inside = key.removeprefix(source.prefix)
     recorded = folder / inside
     if images is None:
@@ -194,7 +202,7 @@ def _walk(folder: Path, ignored: list[Skipped]) -> list[Path]:
             )
             folders.clear()
             continue
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not name.endswith(BANK_FOLDER))
         for name in [name for name in folders if _is_cycle(here / name)]:
             folders.remove(name)
             path = _printable((here / name).relative_to(folder).as_posix())

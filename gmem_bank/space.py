@@ -28,8 +28,14 @@ def to_space(snippets: NDArray[np.float32], space: Space) -> NDArray[np.float32]
     """
     if space == "raw":
         return snippets
-    inverse = np.reciprocal(np.maximum(np.sqrt(np.einsum("nd,nd->n", snippets, snippets)), np.float32(TINY_NORM)))
-    return np.asarray(snippets * inverse[:, None], np.float32)
+    return scale_to_unit(snippets.copy())
+
+
+def scale_to_unit(snippets: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Bring (N, D) snippets to length 1 in place, and return them; a row of zeros stays zero."""
+    norms = np.sqrt(np.vecdot(snippets, snippets))
+    snippets *= np.reciprocal(np.maximum(norms, np.float32(TINY_NORM)))[:, None]
+    return snippets
 
 
 def unusable_rows(snippets: NDArray[np.float32], space: Space) -> dict[int, str]:

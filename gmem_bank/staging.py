@@ -233,7 +233,8 @@ def _encode_batch(items: Sequence[Item], start: int, encoder: Encoder) -> Batch:
         data = b""
         try:
             data = item.read()
-            crops.append(preprocess.crop(decode_image(data), spec.preprocessing))
+            crop = preprocess.crop(decode_image(data), spec.preprocessing)
+            crops.append(np.ascontiguousarray(crop[:, ::-1]) if item.flipped else crop)
         except SourceError as error:
             skipped.append(Skipped(path=item.key, reason=error.message.removeprefix(f"{item.path}: ")))
         else:

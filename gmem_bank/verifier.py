@@ -1,29 +1,39 @@
-"""Read every byte of a bank and say whether it is what its header promises.
+"""Read every byte of a bank once and say whether it is what its header promises.
 
-Shapes: N rows, D dimensions.
+One thread hashes a block while another looks at its values, and at a slice of the keys.
+
+Shapes: N rows, b rows of a block, D dimensions, R rank.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from gmem_bank import bank as bank_module
-from gmem_bank import keys as key_tables
-from gmem_bank import segments
-from gmem_bank.bank import MemoryBank
+from gmem_bank import key_checks, kinds, segments
+from gmem_bank.bank import MemoryBank, all_finite
 from gmem_bank.errors import CorruptError, GMemError
-from gmem_bank.naming import key_problem
+from gmem_bank.kinds import FactoredBank
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import Json
+from gmem_bank.storage.payload import NUMPY_DTYPE
+from gmem_bank.storage.stored import BLOCK_BYTES
 
-BLOCK_BYTES = 16 << 20
-BLOCK_KEYS = 65_536
 UNIT_TOLERANCE = {"F32": 1e-4, "F16": 2e-3, "BF16": 2e-2}
 """How far from 1 the norm of a stored unit snippet may be, by type."""
+NORM_STRIDE = 16
+"""f16 and bf16 snippets are brought to length 1 when they are read, so of them every 16th norm is looked at, and each for 0."""
+ORTHONORMAL = 1e-4
+
+ValueCheck = Callable[[NDArray[Any], int], str]
+"""Takes (b, …) stored values and the row of the first; returns what is wrong with them, or ""."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +61,7 @@ def verify(path: str | os.PathLike[str], *, progress: Progress = no_progress) ->
     """Check header, offsets, hashes, finite values, unit norms, keys and concepts.
 
     Args:
-        path: a bank file.
+        path: a bank file or folder.
         progress: told bytes hashed and bytes in all.
 
     Returns:
@@ -60,83 +70,139 @@ def verify(path: str | os.PathLike[str], *, progress: Progress = no_progress) ->
     Raises:
         BankNotFoundError, FormatError, CorruptError: the header cannot be trusted, so nothing else can be checked.
     """
-    bank = bank_module.open(path)
-    problems = _check_hashes(bank, progress)
-    for check in (_check_snippets, _check_keys, _check_concepts):
-        try:
-            problems += check(bank)
-        except GMemError as error:
-            problems.append(str(error))
-    return VerifyReport(
-        bank=str(path), num_rows=len(bank), num_entries=len(bank.stored.names()),
-        bytes=bank.stored.num_bytes, problems=problems,
-    )  # fmt: skip
-
-
-def _check_hashes(bank: MemoryBank, progress: Progress) -> list[str]:
-    total = bank.stored.num_bytes
-    problems, done = [], 0
-    for name in bank.stored.names():
-        digest = hashlib.sha256()
-        for block in bank.stored.blocks(name):
-            digest.update(block)
-            done += len(block)
-            progress(done, total)
-        if digest.hexdigest() != bank.header.hashes[name]:
-            problems.append(f"entry {name!r} does not match its hash: its bytes were changed or damaged")
+    bank = kinds.open(path)
+    stored = bank.stored
+    problems: list[str] = []
+    key_work = _reported(key_checks.check_keys(bank), problems)
+    total, done = stored.num_bytes, 0
+    with ThreadPoolExecutor(1) as hasher:
+        for name in stored.names():
+            for size in _check_entry(bank, name, hasher, problems):
+                done += size
+                next(key_work, None)
+                progress(done, total)
+    for _ in key_work:
+        pass
+    for _ in _reported(_other_checks(bank), problems):
+        pass
     progress(total, total)
-    return problems
+    return VerifyReport(
+        bank=str(path), num_rows=len(bank), num_entries=len(stored.names()), bytes=total, problems=problems
+    )
 
 
-def _check_snippets(bank: MemoryBank) -> list[str]:
-    problems = []
-    for segment in bank.header.segments:
-        name = segment.entry("snippets")
-        stored, dtype = bank.stored.array(name), bank.stored.dtype(name)
-        step = max(1, BLOCK_BYTES // (8 * bank.dim))
-        for start in range(0, segment.num_rows, step):
-            values = segments.widen(stored[start : start + step])
-            if not np.isfinite(values).all():
-                row = start + int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
-                problems.append(f"segment {segment.name}: the snippet of its row {row} is not finite")
-                continue
-            norms = np.linalg.norm(values.astype(np.float64), axis=1)
-            off = np.abs(norms - 1) > UNIT_TOLERANCE[dtype]
-            if bank.space == "unit" and off.any():
-                row = int(np.flatnonzero(off)[0])
-                problems.append(f"segment {segment.name}: row {start + row} has norm {norms[row]:.4f}, expected 1")
-    return problems
+def _reported(checks: Iterator[str], problems: list[str]) -> Iterator[None]:
+    """Run checks step by step; what they yield, and our own errors, are problems."""
+    try:
+        for problem in checks:
+            if problem:
+                problems.append(problem)
+            yield
+    except (GMemError, IndexError, ValueError) as error:
+        problems.append(str(error))
 
 
-def _check_keys(bank: MemoryBank) -> list[str]:
-    problems, hashes = [], np.empty(len(bank), np.uint64)
-    for start in range(0, len(bank), BLOCK_KEYS):
-        rows = np.arange(start, min(start + BLOCK_KEYS, len(bank)))
-        keys = bank.keys(rows)
-        bank.source_ids(rows)
-        problems += [f"the key {key!r} {key_problem(key)}" for key in keys if key_problem(key)]
-        hashes[rows] = key_tables.hashes_of(keys)
-    hashes, rows = key_tables.sorted_table(hashes)
-    alike = np.flatnonzero(hashes[1:] == hashes[:-1])
-    for place in alike.tolist():  # equal hashes are rare and allowed, equal keys are not
-        first, second = bank.keys(rows[place : place + 2])
-        if first == second:
-            problems.append(f"the key {first!r} occurs twice")
-    if not np.array_equal(hashes, bank.stored.array("keys.hash")):
-        problems.append("the table of key hashes does not belong to the keys")
-    if not np.array_equal(rows, bank.stored.array("keys.row")):
-        problems.append("the rows in the table of key hashes do not belong to the keys")
-    return problems
+def _check_entry(bank: MemoryBank, name: str, hasher: ThreadPoolExecutor, problems: list[str]) -> Iterator[int]:
+    """Hash an entry and look at its values; yield the size of each block."""
+    digest, row, faulty = hashlib.sha256(), 0, False
+    check = _value_check(bank, name)
+    shape, dtype = bank.stored.shape(name), np.dtype(NUMPY_DTYPE[bank.stored.dtype(name)])
+    row_bytes = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
+    step = max(1, BLOCK_BYTES // max(1, row_bytes)) * row_bytes or BLOCK_BYTES
+    for block in bank.stored.blocks(name, step):
+        hashed = hasher.submit(digest.update, block)
+        if check is not None and not faulty:
+            values = np.frombuffer(block, dtype).reshape(-1, *shape[1:])
+            reason = check(values, row)
+            row += len(values)
+            faulty = bool(reason)
+            problems += [f"entry {name!r}: {reason}"] if reason else []
+        yield len(block)
+        hashed.result()
+    if digest.hexdigest() != bank.header.hashes[name]:
+        problems.append(f"entry {name!r} does not match its hash: its bytes were changed or damaged")
 
 
-def _check_concepts(bank: MemoryBank) -> list[str]:
-    problems = []
+def _value_check(bank: MemoryBank, name: str) -> ValueCheck | None:
+    owner, _, what = name.partition("/")
+    if not any(segment.name == owner for segment in bank.header.segments):
+        return _finite if name in ("basis", "mean", "singular_values") and bank.header.kind == "factored" else None
+    if what == "snippets":
+        return _unit_check(bank.stored.dtype(name)) if bank.space == "unit" else _finite
+    if what == "index" and isinstance(bank, FactoredBank):
+        return _index_check(bank, owner)
+    if what == "scale":
+        return _scale_check
+    return _finite if what in ("coefficients", "values") else None
+
+
+def _index_check(bank: FactoredBank, owner: str) -> ValueCheck:
+    scale = f"{owner}/scale"
+    rank = bank.stored.shape(scale)[0] if scale in bank.stored else bank.rank
+
+    def check(values: NDArray[Any], row: int) -> str:
+        bad = np.flatnonzero((values >= rank).any(axis=1))
+        return f"its row {row + int(bad[0])} names a coefficient beyond the {rank} there are" if len(bad) else ""
+
+    return check
+
+
+def _scale_check(values: NDArray[Any], row: int) -> str:
+    bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
+    return f"scale {row + int(bad[0])} is not above zero" if len(bad) else ""
+
+
+def _finite(values: NDArray[Any], row: int) -> str:
+    if values.dtype == np.int8 or _all_finite(values):
+        return ""
+    wide = segments.widen(values)
+    bad = ~np.isfinite(wide).reshape(len(wide), -1).all(axis=1)
+    return f"its row {row + int(np.flatnonzero(bad)[0])} is not finite"
+
+
+def _all_finite(values: NDArray[Any]) -> bool:
+    """Say whether stored values are finite: of f16 and bf16, by their exponents, without converting them."""
+    if values.dtype == np.float32:
+        return all_finite(values)
+    exponent = np.uint16(0x7C00 if values.dtype == np.float16 else 0x7F80)
+    bits = values.view(np.uint16)
+    return not bool(((bits & exponent) == exponent).any())
+
+
+def _unit_check(dtype: str) -> ValueCheck:
+    stride, tolerance = 1 if dtype == "F32" else NORM_STRIDE, UNIT_TOLERANCE[dtype]
+
+    def check(values: NDArray[Any], row: int) -> str:
+        reason = _finite(values, row)
+        if reason:
+            return reason
+        if stride > 1 and not values.view(np.uint16).any(axis=1).all():
+            return f"its row {row + int(np.flatnonzero(~values.view(np.uint16).any(axis=1))[0])} is all zeros"
+        first = -row % stride
+        wide = segments.widen(values[first::stride])
+        norms = np.sqrt(np.vecdot(wide, wide))
+        off = np.flatnonzero(np.abs(norms - 1) > tolerance)
+        return (
+            f"its row {row + first + int(off[0]) * stride} has norm {norms[off[0]]:.4f}, expected 1" if len(off) else ""
+        )
+
+    return check
+
+
+def _other_checks(bank: MemoryBank) -> Iterator[str]:
+    yield from _check_concepts(bank)
+    if isinstance(bank, FactoredBank):
+        wide = bank.basis.astype(np.float64)
+        off = float(np.abs(wide @ wide.T - np.eye(len(wide))).max())
+        yield "" if off < ORTHONORMAL else f"the rows of 'basis' are not orthonormal: off by {off:.1e}"
+
+
+def _check_concepts(bank: MemoryBank) -> Iterator[str]:
     for name in bank.names:
         rows = bank.all_rows_of(name)
         if not len(rows) or (np.diff(rows) <= 0).any():
-            problems.append(f"the rows of concept {name!r} are not ascending, or there are none")
+            yield f"the rows of concept {name!r} are not ascending, or there are none"
     if bank.names:
         offsets = bank.stored.array("concepts.offsets")
         if offsets[0] != 0 or (np.diff(offsets) < 0).any() or offsets[-1] != len(bank.stored.array("concepts.rows")):
             raise CorruptError(f"{bank.path}: the offsets of the concepts are damaged", path=bank.path)
-    return problems

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gmem_bank import bank, segments
+from gmem_bank import kinds, segments
 from gmem_bank import keys as key_tables
 from gmem_bank.provenance import EncoderSpec, Source
 from gmem_bank.space import to_space
@@ -60,7 +60,7 @@ def main() -> int:
     )
     folder.mkdir(parents=True, exist_ok=True)
     write(target, header, payloads)
-    opened = bank.open(target)
+    opened = kinds.open(target)
     expected = {
         "keys": KEYS,
         "concepts": {name: rows.tolist() for name, rows in concepts.items()},

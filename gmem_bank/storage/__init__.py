@@ -1,63 +1,43 @@
-"""Where banks lie: one logical content (`schema`), one store per file form."""
+"""Where banks lie: one logical content (`schema`, `rules`), one store per form of file."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
-
-from numpy.typing import NDArray
+from typing import Any
 
 from gmem_bank.errors import FormatError
-from gmem_bank.storage import safetensors_store
-from gmem_bank.storage.safetensors_store import Payload, StoredBank
+from gmem_bank.storage.payload import Payload
 from gmem_bank.storage.schema import Header
+from gmem_bank.storage.stored import StoredBank
 
-__all__ = ["Payload", "Store", "open_stored", "real_target", "require_known_suffix", "write"]
+__all__ = ["Payload", "StoredBank", "open_stored", "real_target", "require_known_suffix", "write"]
 
-_STORES: dict[str, Callable[[str | os.PathLike[str]], Store]] = {".safetensors": StoredBank}
-"""Suffix → what opens such a file."""
+_STORES = {
+    ".safetensors": "safetensors_store", ".h5": "hdf5_store", ".hdf5": "hdf5_store", ".gmem": "folder_store",
+}  # fmt: skip
+"""Suffix → the module that opens and writes such a bank."""
+FOLDER_SUFFIX = ".gmem"
 
 
-class Store(Protocol):
-    """An open bank file, whatever its form: what the rest of the package may ask of it."""
+def _store(path: Path) -> Any:
+    return import_module(f"{__name__}.{_STORES[path.suffix.lower()]}")
 
-    path: Path
-    header: Header
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of the file in bytes."""
-
-    def __contains__(self, name: str) -> bool: ...
-
-    def names(self) -> list[str]:
-        """Return the names of all entries, in the order they lie in the file."""
-
-    def dtype(self, name: str) -> str:
-        """Return an entry's type as the format spells it."""
-
-    def array(self, name: str) -> NDArray[Any]:
-        """Return an entry as a read-only array over a memory map (bfloat16 as uint16 bits)."""
-
-    def blocks(self, name: str) -> Iterator[bytes]:
-        """Yield an entry's bytes without mapping it."""
-
-    def require_sound(self, *names: str) -> None:
-        """Raise CorruptError unless entries match their hashes."""
-
-    def payload(self, name: str) -> Payload:
-        """Return an entry ready to be copied into another file, its hash taken over."""
+def is_folder_form(path: Path) -> bool:
+    """Say whether a path names a bank of the folder form."""
+    return path.suffix.lower() == FOLDER_SUFFIX
 
 
 def require_known_suffix(path: str | os.PathLike[str]) -> Path:
     """Return the path; raises FormatError where its suffix names no store."""
     target = Path(path)
-    if target.is_dir():
-        raise FormatError(f"{target} is a folder: name a file for the bank", path=target)
+    if target.is_dir() and not is_folder_form(target):
+        raise FormatError(f"{target} is a folder: name a file for the bank, or a folder ending in .gmem", path=target)
     if target.suffix.lower() not in _STORES:
-        raise FormatError(f"{target}: a bank file ends in {' or '.join(_STORES)}; rename it", path=target)
+        raise FormatError(f"{target}: a bank ends in {', '.join(_STORES)} (a folder); rename it", path=target)
     return target
 
 
@@ -67,11 +47,15 @@ def real_target(output: str | os.PathLike[str]) -> Path:
     return target.resolve() if target.is_symlink() else target
 
 
-def open_stored(path: str | os.PathLike[str]) -> Store:
-    """Open a bank file; raises BankNotFoundError, FormatError or CorruptError."""
-    return _STORES[require_known_suffix(path).suffix.lower()](path)
+def open_stored(path: str | os.PathLike[str]) -> StoredBank:
+    """Open a bank file or folder; raises BankNotFoundError, FormatError or CorruptError."""
+    target = require_known_suffix(path)
+    stored: StoredBank = _store(target).open_bank(target)
+    return stored
 
 
 def write(path: str | os.PathLike[str], header: Header, payloads: Mapping[str, Payload]) -> Header:
-    """Write a bank file atomically; see `safetensors_store.write`."""
-    return safetensors_store.write(require_known_suffix(path), header, payloads)
+    """Write a bank atomically in the form that its suffix names; see `safetensors_store.write`."""
+    target = require_known_suffix(path)
+    written: Header = _store(target).write(target, header, payloads)
+    return written

@@ -91,8 +91,36 @@ def replacing(path: Path, *, needed: int | None = None) -> Iterator[BinaryIO]:
 
 
 def _discard(temporary: Path) -> None:
+    if temporary.is_dir() and not temporary.is_symlink():
+        shutil.rmtree(temporary, ignore_errors=True)
+        return
     with contextlib.suppress(OSError):
         temporary.unlink()
+
+
+@contextlib.contextmanager
+def making_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder and, if the block ends well, rename it to `path`, which must not exist or be empty.
+
+    Raises:
+        WriteError: the operating system refused; nothing is left.
+    """
+    temporary = temporary_path(path)
+    _discard(temporary)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        sync_folder(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        _discard(temporary)
+        if isinstance(error, WriteError):
+            raise
+        raise explain(error, path) from error
+    except BaseException:
+        _discard(temporary)
+        raise
+    sync_folder(path.parent)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

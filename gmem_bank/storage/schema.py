@@ -1,16 +1,17 @@
 """The bank format, version 1: names, types and rules. Standard library only; docs/FORMAT.md says the same in prose.
 
-A file holds a header (one canonical JSON text) and named entries. This module says which entries a header calls for and
-checks one against the other; where the bytes lie is the business of a store.
+A bank holds a header (one canonical JSON text) and named entries. This module is the header; `rules` says which entries it
+calls for; where the bytes lie is the business of a store.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from gmem_bank.errors import CorruptError, FormatError, FormatVersionError
 from gmem_bank.naming import concept_name_problem
@@ -19,9 +20,7 @@ from gmem_bank.provenance import EncoderSpec, Json, Source, canonical_json, sha2
 FORMAT = "gmem-bank"
 VERSION = (1, 0)
 METADATA_KEY = "gmem"
-KINDS = ("dense",)
-SNIPPET_DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
-"""--dtype on the command line → type in the file."""
+KINDS = ("dense", "factored")
 EMPTY_HASH = "0" * 64
 
 
@@ -90,6 +89,15 @@ class Header:
         """Return the canonical JSON text: equal banks, equal bytes."""
         record = {**self._record(), "fingerprint": self.fingerprint}
         return canonical_json({**record, "checksum": sha256_of(record)})
+
+
+def parse_header_text(text: str) -> Header:
+    """Read a header from its JSON text; raises as `parse_header` does."""
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"the bank's header is not valid JSON: {error}") from error
+    return parse_header(record)
 
 
 def parse_header(record: Json) -> Header:
@@ -203,64 +211,3 @@ def _hashes(value: Json) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(h, str) and len(h) == 64 for h in value.values()):
         raise CorruptError("the bank's hashes are not a table of sha256 digits")
     return value
-
-
-class HasShape(Protocol):
-    """An entry as a store sees it."""
-
-    @property
-    def dtype(self) -> str:
-        """Type name of the container, such as "F32"."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes."""
-
-
-Rule = tuple[str, tuple[str, ...], tuple[int | None, ...]]
-"""Entry name, allowed dtypes, shape (None: any size)."""
-
-
-def required_entries(header: Header) -> Iterator[Rule]:
-    """Yield the entries that a header calls for."""
-    for segment in header.segments:
-        yield segment.entry("snippets"), tuple(SNIPPET_DTYPES.values()), (segment.num_rows, header.dim)
-        yield segment.entry("keys.bytes"), ("U8",), (None,)
-        yield segment.entry("keys.offsets"), ("I64",), (segment.num_rows + 1,)
-        yield segment.entry("source"), ("U32",), (segment.num_rows,)
-    yield "keys.hash", ("U64",), (header.num_rows,)
-    yield "keys.row", ("I64",), (header.num_rows,)
-    if header.concepts:
-        yield "concepts.rows", ("I64",), (None,)
-        yield "concepts.offsets", ("I64",), (len(header.concepts) + 1,)
-
-
-def optional_entries(header: Header) -> Iterator[Rule]:
-    """Yield the entries that a header allows and this version understands."""
-    yield "active", ("BOOL",), (header.num_rows,)
-
-
-def check_entries(header: Header, entries: Mapping[str, HasShape]) -> None:
-    """Check entries against the header.
-
-    Raises:
-        CorruptError: an entry is absent, has another type or shape, or has no hash.
-    """
-    rules = [*required_entries(header), *(rule for rule in optional_entries(header) if rule[0] in entries)]
-    for name, dtypes, shape in rules:
-        if name not in entries:
-            raise CorruptError(f"entry {name!r} is missing", tensor=name)
-        entry = entries[name]
-        fits = len(entry.shape) == len(shape) and all(
-            want is None or size == want for size, want in zip(entry.shape, shape, strict=True)
-        )
-        if entry.dtype not in dtypes or not fits:
-            want_text = "×".join("any" if size is None else str(size) for size in shape)
-            raise CorruptError(
-                f"entry {name!r} is {entry.dtype} of shape {list(entry.shape)}, expected {' or '.join(dtypes)} "
-                f"of shape {want_text}",
-                tensor=name,
-            )
-    if set(header.hashes) != set(entries):
-        odd = sorted(set(header.hashes) ^ set(entries))
-        raise CorruptError(f"entries and hashes differ in {odd[:3]}", tensor=odd[0])

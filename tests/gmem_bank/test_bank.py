@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gmem_bank import ops
+from gmem_bank import derive, ops
 from gmem_bank.bank import MemoryBank
-from gmem_bank.bank import open as open_bank
+from gmem_bank.kinds import open as open_bank
 from gmem_bank.errors import CorruptError, SourceError
 from gmem_bank.segments import narrow, widen
 from gmem_bank.space import to_space
@@ -102,7 +102,7 @@ class TestEdited(TestDenseF32):
         bank = make_bank(snippets=VALUES, parts=(10, 10))
         ops.remove_concept(bank.path, "class1")
         first, second = open_bank(bank.path).keys(np.array([0, 1]))
-        ops.interpolate(bank.path, first, second, steps=2, name="between")
+        derive.interpolate(bank.path, first, second, steps=2, name="between")
         return open_bank(bank.path)
 
     @pytest.fixture
@@ -144,9 +144,9 @@ def test_bf16_narrowing_rounds_to_nearest_even_like_torch() -> None:
 def test_a_value_that_is_not_finite_is_reported_with_its_row(make_bank: BankMaker) -> None:
     """NaN in the file is damage, not data."""
     bank = make_bank(rows=6)
-    entry = bank.stored.container.entries["0/snippets"]
+    entry = bank.stored.place("0/snippets")
     data = bytearray(bank.path.read_bytes())
-    begin = bank.stored.container.data_start + entry.begin + 3 * 8 * 4
+    begin = entry.begin + 3 * 8 * 4
     data[begin : begin + 4] = np.float32(np.nan).tobytes()
     bank.path.write_bytes(data)
     damaged = open_bank(bank.path)
@@ -159,7 +159,7 @@ def test_a_value_that_is_not_finite_is_reported_with_its_row(make_bank: BankMake
 def test_derived_rows_have_no_image(make_bank: BankMaker) -> None:
     """Interpolated rows are not among the image rows and say so when asked for pixels."""
     bank = make_bank(rows=6)
-    ops.interpolate(bank.path, "class0", "class1", steps=3, name="x")
+    derive.interpolate(bank.path, "class0", "class1", steps=3, name="x")
     edited = open_bank(bank.path)
     assert edited.image_rows().tolist() == list(range(6))
     with pytest.raises(SourceError, match="computed from other rows"):

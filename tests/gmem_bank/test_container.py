@@ -12,7 +12,9 @@ from safetensors.numpy import load_file, save
 
 from gmem_bank.errors import CorruptError, FormatError, GMemError
 from gmem_bank.storage import container
-from gmem_bank.storage.safetensors_store import StoredBank
+from gmem_bank.storage import open_stored
+from gmem_bank.storage.safetensors_store import read_container
+from gmem_bank.storage.stored import OpenFile
 from tests.conftest import BankMaker
 
 
@@ -20,7 +22,7 @@ def test_safetensors_package_reads_our_file(make_bank: BankMaker) -> None:
     """Every entry has the same values through the safetensors package."""
     bank = make_bank(parts=(12, 8))
     theirs = load_file(bank.path)
-    assert set(theirs) == set(bank.stored.container.entries)
+    assert set(theirs) == set(bank.stored.names())
     for name, values in theirs.items():
         np.testing.assert_array_equal(values, bank.stored.array(name))
 
@@ -41,7 +43,7 @@ def test_we_parse_a_file_of_the_safetensors_package() -> None:
 def test_data_starts_on_64_bytes_and_entries_are_aligned_to_their_items(make_bank: BankMaker) -> None:
     """Data starts 64-byte aligned and no entry straddles its item size."""
     bank = make_bank(rows=7, keys=[f"k{i}/é{i}" for i in range(7)])
-    parsed = bank.stored.container
+    parsed = read_container(OpenFile(bank.path))
     assert parsed.data_start % 64 == 0
     for entry in parsed.entries.values():
         assert (parsed.data_start + entry.begin) % container.ITEM_SIZE[entry.dtype] == 0
@@ -67,7 +69,7 @@ def test_any_damage_to_a_file_is_a_clear_error_or_harmless(
     path = tmp_path / "damaged.safetensors"
     path.write_bytes(damaged)
     try:
-        StoredBank(path)
+        open_stored(path)
     except GMemError as error:
         assert isinstance(error, FormatError)
         assert str(path) in str(error)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gmem_bank import builder
-from gmem_bank.bank import open as open_bank
+from gmem_bank.kinds import open as open_bank
 from gmem_bank.encoders import available_encoders, load_encoder, reload_encoder
 from gmem_bank.errors import EncoderError, EncoderMismatchError, MissingDependencyError
 from tests.conftest import SHARED

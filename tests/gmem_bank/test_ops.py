@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from gmem_bank import builder, ops
+from gmem_bank import builder, derive, ops
 from gmem_bank.bank import MemoryBank
-from gmem_bank.bank import open as open_bank
+from gmem_bank.kinds import open as open_bank
 from gmem_bank.encoders import load_encoder
 from gmem_bank.errors import (
     ConceptExistsError,
@@ -192,7 +192,7 @@ def test_several_folders_need_a_name_and_different_keys(hog_bank: Path, new_phot
 def test_the_last_rows_cannot_be_removed(make_bank: BankMaker) -> None:
     """A bank keeps at least one row."""
     bank = make_bank(rows=3, keys=["a/1", "a/2", "a/3"])
-    with pytest.raises(GMemError, match="every row"):
+    with pytest.raises(GMemError, match="no row would be left"):
         ops.remove_concept(bank.path, "a")
     with pytest.raises(UnknownKeyError, match="Did you mean 'a'"):
         ops.remove_concept(bank.path, "aa")
@@ -201,8 +201,8 @@ def test_the_last_rows_cannot_be_removed(make_bank: BankMaker) -> None:
 def test_interpolation_writes_the_right_rows(make_bank: BankMaker) -> None:
     """Ends are the two snippets, the middle is half way, concepts stand for their mean, rows have norm 1."""
     bank = make_bank(rows=12, dim=6)
-    ops.interpolate(bank.path, "class0/000.png", "class1/001.png", steps=3)
-    ops.interpolate(bank.path, "class0", "class2", steps=2, method="linear", name="means")
+    derive.interpolate(bank.path, "class0/000.png", "class1/001.png", steps=3)
+    derive.interpolate(bank.path, "class0", "class2", steps=2, method="linear", name="means")
     after = open_bank(bank.path)
     name = "class0_000.png-to-class1_001.png"
     assert after.keys(after.rows_of(name)) == [f"{name}/{step}" for step in range(3)]
@@ -213,15 +213,15 @@ def test_interpolation_writes_the_right_rows(make_bank: BankMaker) -> None:
     mean = bank.snippets(bank.rows_of("class0")).mean(axis=0)
     np.testing.assert_allclose(after.snippets(after.rows_of("means"))[0], mean / np.linalg.norm(mean), atol=1e-6)
     with pytest.raises(ConceptExistsError):
-        ops.interpolate(bank.path, "class0", "class2", name="means")
+        derive.interpolate(bank.path, "class0", "class2", name="means")
     with pytest.raises(UnknownKeyError, match="neither a concept nor a key"):
-        ops.interpolate(bank.path, "class0", "nothing")
+        derive.interpolate(bank.path, "class0", "nothing")
 
 
 def test_history_and_fingerprint_tell_what_happened(make_bank: BankMaker) -> None:
     """Each edit adds one entry with its parent's fingerprint; the fingerprint follows content, not history."""
     bank = make_bank()
-    ops.interpolate(bank.path, "class0", "class1", name="x")
+    derive.interpolate(bank.path, "class0", "class1", name="x")
     edited = open_bank(bank.path)
     assert edited.history[-1]["parent"] == bank.fingerprint != edited.fingerprint
     ops.remove_concept(bank.path, "x")
@@ -237,7 +237,7 @@ def test_a_kill_after_the_rename_makes_the_same_edit_a_no_op(
     for index, outputs in enumerate([(None, None), ("out.safetensors", "removed.safetensors")]):
         path = make_bank(f"made-{index}.safetensors").path
         for edit, arguments, output in (
-            (ops.interpolate, ("class0", "class1"), outputs[0]),
+            (derive.interpolate, ("class0", "class1"), outputs[0]),
             (ops.remove_concept, ("class2",), outputs[1]),
         ):
             first = edit(path, *arguments, output=output)
@@ -250,7 +250,7 @@ def test_a_kill_after_the_rename_makes_the_same_edit_a_no_op(
     assert report.unchanged
     assert len(open_bank("inserted.safetensors")) == 32
     with pytest.raises(OutputExistsError):
-        ops.interpolate(hog_bank, "hat", "dress", output="inserted.safetensors")
+        derive.interpolate(hog_bank, "hat", "dress", output="inserted.safetensors")
 
 
 def test_a_class_folder_inserted_under_its_own_name_is_already_there(photos: Path, hog_bank: Path) -> None:
@@ -310,9 +310,9 @@ def test_open_of_save_is_the_identity_in_bytes_and_values(
 def test_nothing_is_made_from_a_damaged_entry(make_bank: BankMaker, entry: str) -> None:
     """A removal writes entries anew with new hashes: made from damaged ones, verify would call the damage sound."""
     bank = make_bank()
-    place = bank.stored.container.entries[entry]
+    place = bank.stored.place(entry)
     data = bytearray(bank.path.read_bytes())
-    data[bank.stored.container.data_start + place.end - 1] ^= 1
+    data[place.end - 1] ^= 1
     bank.path.write_bytes(data)
     with pytest.raises(GMemError):
         ops.remove_concept(bank.path, "class0")

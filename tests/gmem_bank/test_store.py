@@ -10,18 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gmem_bank.bank import open as open_bank
+from gmem_bank.kinds import open as open_bank
 from gmem_bank.errors import BankNotFoundError, CorruptError, FormatError, FormatVersionError, LockedError, WriteError
 from gmem_bank.provenance import sha256_of
-from gmem_bank.storage import Payload, atomic, write
-from gmem_bank.storage.safetensors_store import StoredBank
+from gmem_bank.storage import Payload, atomic, open_stored, write
 from gmem_bank.storage.schema import parse_header
 from tests.conftest import DATA, BankMaker
 
 
 def rewritten(bank_path: Path, target: Path) -> None:
-    stored = StoredBank(bank_path)
-    write(target, stored.header, {name: stored.payload(name) for name in stored.container.entries})
+    stored = open_stored(bank_path)
+    write(target, stored.header, stored.payloads())
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
@@ -50,12 +49,12 @@ def test_extra_entries_and_fields_of_a_later_minor_version_survive_a_rewrite(
 ) -> None:
     """What this version does not understand is kept."""
     stored = make_bank().stored
-    payloads = {name: stored.payload(name) for name in stored.container.entries}
+    payloads = stored.payloads()
     payloads["thumbnails"] = Payload.of(np.arange(5, dtype=np.uint8))
     header = replace(stored.header, extras={"colour": "blue"}, version=(1, 7))
     write(tmp_path / "later.safetensors", header, payloads)
     rewritten(tmp_path / "later.safetensors", tmp_path / "again.safetensors")
-    again = StoredBank(tmp_path / "again.safetensors")
+    again = open_stored(tmp_path / "again.safetensors")
     assert again.header.extras == {"colour": "blue"}
     assert again.array("thumbnails").tolist() == [0, 1, 2, 3, 4]
 

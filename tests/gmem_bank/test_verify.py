@@ -38,7 +38,7 @@ def test_a_flipped_bit_anywhere_is_found(make_bank: BankMaker, place: float, bit
 def test_wrong_content_with_right_hashes_is_found(make_bank: BankMaker) -> None:
     """A writer with a bug leaves hashes that fit: norms, key tables and concepts are checked themselves."""
     bank = make_bank()
-    payloads = {name: bank.stored.payload(name) for name in bank.stored.container.entries}
+    payloads = bank.stored.payloads()
     wrong = {
         "0/snippets": bank.stored.array("0/snippets") * np.float32(2),
         "keys.hash": np.sort(bank.stored.array("keys.hash") + np.uint64(1)),

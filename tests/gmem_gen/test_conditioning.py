@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gmem_bank
-from gmem_bank import ops
+from gmem_bank import derive, ops
 from gmem_bank.errors import ConfigError, EncoderMismatchError, GMemError, SourceError, UnknownKeyError
 from gmem_gen import conditioning
 from tests.conftest import BankMaker
@@ -96,7 +96,7 @@ def test_a_foreign_bank_is_refused_and_both_are_named(make_bank: BankMaker) -> N
     """Encoder, dimension and space must agree; the bank's own fingerprint need not."""
     bank = make_bank()
     record = conditioning.record_of(bank)
-    ops.interpolate(bank.path, "class0", "class1")
+    derive.interpolate(bank.path, "class0", "class1")
     conditioning.require_same_memory(gmem_bank.open(bank.path), record, "it")
     for other in (make_bank("dim.safetensors", dim=9), make_bank("space.safetensors", space="raw")):
         with pytest.raises(

@@ -1,0 +1,112 @@
+"""Snippets from files of arrays: npy, npz, safetensors, HDF5; read without pickle, keys with them where there are any.
+
+Shapes: n rows, D dimensions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gmem_bank.errors import SourceError
+
+ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors", ".h5", ".hdf5")
+SNIPPET_NAMES = ("snippets", "embeddings", "features", "vectors")
+KEY_NAMES = ("keys", "paths", "names", "ids")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrayRows:
+    """Rows of an array file."""
+
+    path: Path
+    snippets: NDArray[np.float32]
+    """(n, D)."""
+    keys: list[str]
+    """n keys: those of the file, else "0", "1", … with leading zeros."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 over keys and values."""
+        state = hashlib.sha256("\n".join(self.keys).encode())
+        state.update(np.ascontiguousarray(self.snippets).view(np.uint8).data)
+        return state.hexdigest()
+
+
+def is_array_file(path: Path) -> bool:
+    """Say whether a path is an array file by its suffix."""
+    return path.suffix.lower() in ARRAY_SUFFIXES and not path.is_dir()
+
+
+def read_array(path: Path) -> ArrayRows:
+    """Read an array file.
+
+    A file with several arrays must name the right one "snippets" ("embeddings", "features", "vectors"); "keys" ("paths",
+    "names", "ids"), where there is such an array of text, names the rows.
+
+    Raises:
+        SourceError: unreadable, ambiguous, not (n, D) numbers, or keys that do not fit.
+    """
+    try:
+        named = _read_any(path)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise SourceError(f"could not read {path}: {error}", path=path) from error
+    keys = next((named.pop(name) for name in KEY_NAMES if name in named), None)
+    name = next((name for name in SNIPPET_NAMES if name in named), None) or (
+        next(iter(named)) if len(named) == 1 else None
+    )
+    if name is None:
+        raise SourceError(f"{path} has the arrays {sorted(named)[:8]}: name the one to take 'snippets'", path=path)
+    values = named[name]
+    if values.ndim != 2 or not values.size or values.dtype.kind not in "fiu":
+        raise SourceError(
+            f"{path}: array {name!r} is {values.dtype} of shape {list(values.shape)}, expected numbers (n, D)",
+            path=path,
+        )
+    return ArrayRows(path=path, snippets=np.asarray(values, np.float32), keys=_keys(path, keys, len(values)))
+
+
+def _read_any(path: Path) -> dict[str, NDArray[Any]]:
+    suffix = path.suffix.lower()
+    if suffix == ".npy":
+        return {"snippets": np.load(path, allow_pickle=False)}
+    if suffix == ".npz":
+        with np.load(path, allow_pickle=False) as stored:
+            return dict(stored.items())
+    if suffix == ".safetensors":
+        return _read_safetensors(path)
+    import h5py
+
+    with h5py.File(path, "r") as stored:
+        return {name: _plain(item) for name, item in stored.items() if isinstance(item, h5py.Dataset)}
+
+
+def _plain(dataset: Any) -> NDArray[Any]:
+    return np.asarray(dataset.asstr()[()] if dataset.dtype.kind == "O" else dataset[()])
+
+
+def _read_safetensors(path: Path) -> dict[str, NDArray[Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as stored:
+            if "gmem" in (stored.metadata() or {}):
+                raise SourceError(f"{path} is a bank: join it with 'gmem-bank merge'", path=path)
+            return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a dictionary
+    except (SafetensorError, TypeError) as error:
+        raise SourceError(f"could not read {path}: {error}", path=path) from error
+
+
+def _keys(path: Path, stored: NDArray[Any] | None, num_rows: int) -> list[str]:
+    if stored is None:
+        return [f"{row:0{len(str(num_rows - 1))}d}" for row in range(num_rows)]
+    if stored.shape != (num_rows,) or stored.dtype.kind not in "USO":
+        raise SourceError(
+            f"{path}: its keys are {stored.dtype} of shape {list(stored.shape)}, expected {num_rows} texts", path=path
+        )
+    return [key.decode() if isinstance(key, bytes) else str(key) for key in stored.tolist()]

@@ -1,0 +1,229 @@
+"""Merge banks of one encoder into one: dense ones row by row, factored ones on one common basis.
+
+Shapes: N rows, n rows of a bank or segment, D dimensions, R_i rank of a bank, R the common rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gmem_bank import factors, kinds, segments, streams
+from gmem_bank.bank import MemoryBank
+from gmem_bank.draft import Draft, NewRows
+from gmem_bank.editing import Edit, EditReport, editing
+from gmem_bank.encoders import require_same_encoder
+from gmem_bank.errors import ConceptExistsError, ConfigError, EncoderMismatchError, first_three
+from gmem_bank.kinds import FactoredBank
+from gmem_bank.ops import PathLike
+from gmem_bank.rewrite import join_if_many
+from gmem_bank.storage import Payload
+from gmem_bank.storage.rules import COEFFICIENT_DTYPES
+from gmem_bank.storage.schema import Segment
+from gmem_bank.vectors import stored_dtype
+
+ON_DUPLICATE = ("error", "first")
+
+
+def merge(
+    bank_path: PathLike,
+    others: Sequence[PathLike],
+    *,
+    on_duplicate: str = "error",
+    output: PathLike | None = None,
+    dry_run: bool = False,
+    undo: bool = True,
+) -> EditReport:
+    """Add the rows of other banks to a bank; concepts of one name become one, masks and histories are kept.
+
+    Factored banks are brought to one basis, by a QR of all their bases and a new diagonalisation: exact to float32 rounding
+    for f32 coefficients; i8 ones are quantised anew, and the report says what that cost.
+
+    Args:
+        bank_path: the first bank.
+        others: the banks whose rows follow, in order.
+        on_duplicate: what to do with a key that an earlier bank has: "error", or "first" (the earlier row stays).
+        output: bank file to write; default: replace the first bank.
+        dry_run: write nothing, and report what would be done.
+        undo: keep what `undo` needs.
+
+    Raises:
+        EncoderMismatchError: encoders, dimensions, spaces or kinds differ; both are named.
+        ConceptExistsError: a key occurs twice, and `on_duplicate` is "error".
+    """
+    if on_duplicate not in ON_DUPLICATE:
+        raise ConfigError(f"on_duplicate must be {' or '.join(ON_DUPLICATE)}, not {on_duplicate!r}", key="on_duplicate")
+    if not others:
+        raise ConfigError("give at least one bank to merge with the first")
+    banks = [kinds.open(path) for path in others]
+    arguments = {
+        "banks": [{"fingerprint": b.fingerprint, "num_rows": len(b), "history": list(b.history)} for b in banks],
+        "on_duplicate": on_duplicate,
+    }
+    with editing(bank_path, "merge", arguments, output=output, dry_run=dry_run, undo=undo) as edit:
+        if edit.made is not None:
+            return edit.unchanged()
+        for other in banks:
+            _require_alike(edit.bank, other)
+        return _merged(edit, banks, on_duplicate)
+
+
+def _merged(edit: Edit, banks: Sequence[MemoryBank], on_duplicate: str) -> EditReport:
+    draft = edit.draft()
+    origins = [0] * len(draft.segments)  # which bank each segment came from
+    num_dropped = 0
+    for number, other in enumerate(banks, 1):
+        twice = _keys_there([edit.bank, *banks[: number - 1]], other)
+        if len(twice) and on_duplicate == "error":
+            raise ConceptExistsError(
+                f"{other.path} has {len(twice)} keys that an earlier bank has, such as {first_three(other.keys(twice[:4]))}: "
+                "take --on-duplicate first, or remove them",
+                path=other.path, key=other.keys(twice[:1])[0],
+            )  # fmt: skip
+        num_dropped += len(twice)
+        if len(twice) == len(other):
+            continue
+        theirs = Draft(other, edit.target)
+        if len(twice):
+            keep = np.ones(len(other), np.bool_)
+            keep[twice] = False
+            theirs.keep(keep)
+        _absorb(draft, theirs)
+        origins += [number] * len(theirs.segments)
+    details: dict[str, Any] = {"num_banks": 1 + len(banks), "num_duplicates": num_dropped}
+    if isinstance(edit.bank, FactoredBank):
+        details |= _rebase(draft, [edit.bank, *banks], origins)
+    join_if_many(draft)
+    added = draft.num_rows - len(edit.bank)
+    return edit.finish(draft, num_rows=added, num_added=added, details=details)
+
+
+def _require_alike(bank: MemoryBank, other: MemoryBank) -> None:
+    require_same_encoder(other.encoder, bank.encoder)
+    if bank.header.kind != other.header.kind:
+        raise EncoderMismatchError(
+            f"{bank.path} is {bank.header.kind}, {other.path} is {other.header.kind}: only banks of one kind are merged",
+            path=other.path,
+        )
+
+
+def _keys_there(earlier: Sequence[MemoryBank], other: MemoryBank) -> NDArray[np.int64]:
+    """Return the rows of a bank, ascending, whose key an earlier bank has; only keys of equal hash are compared."""
+    hashes, rows = other.stored.array("keys.hash"), other.stored.array("keys.row")
+    found: set[int] = set()
+    for bank in earlier:
+        candidates = np.sort(np.asarray(rows[np.isin(hashes, bank.stored.array("keys.hash"))], np.int64))
+        there = bank.find_rows(other.keys(candidates)) >= 0 if len(candidates) else np.zeros(0, np.bool_)
+        found |= set(candidates[there].tolist())
+    return np.array(sorted(found), np.int64)
+
+
+def _absorb(draft: Draft, theirs: Draft) -> None:
+    """Append all segments of another draft, with its sources, concepts and mask."""
+    first_row, first_source, start = draft.num_rows, len(draft.sources), 0
+    draft.sources += theirs.sources
+    hashes, rows = theirs.table()
+    by_row = np.empty(theirs.num_rows, np.uint64)
+    by_row[rows] = hashes
+    active = theirs.active()
+    for segment in theirs.segments:
+        entries = theirs.segment_entries(segment)
+        span = slice(start, start + segment.num_rows)
+        start += segment.num_rows
+        own = {what: p for what, p in entries.items() if not what.startswith("keys.") and what != "source"}
+        draft.append(
+            NewRows(
+                num_rows=segment.num_rows,
+                vectors=own,
+                key_text=(streams.read(entries["keys.bytes"]), streams.read(entries["keys.offsets"])),
+                hashes=by_row[span],
+                sources=streams.read(entries["source"]).astype(np.int64) + first_source,
+                active=None if active[span].all() else active[span],
+                extras=segment.extras,
+            )
+        )
+    draft.extend_concepts({name: members + first_row for name, members in theirs.concepts().items()})
+
+
+# -- factored banks
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Moments:
+    """What of a bank's coefficients decides the common basis."""
+
+    count: int
+    total: NDArray[np.float64]
+    """(R_i,)."""
+    gram: NDArray[np.float64]
+    """(R_i, R_i)."""
+
+
+def _rebase(draft: Draft, banks: Sequence[MemoryBank], origins: Sequence[int]) -> dict[str, Any]:
+    """Bring every segment to one basis for all banks; return what the report says of it."""
+    factored = [bank for bank in banks if isinstance(bank, FactoredBank)]
+    wide = [
+        segments.coefficients_as_f32(draft.segment_entries(segment), factored[origin].rank)
+        for segment, origin in zip(draft.segments, origins, strict=True)
+    ]
+    used = sorted(set(origins))
+    moments = [_moments([p for p, o in zip(wide, origins, strict=True) if o == number]) for number in used]
+    joined = factors.join(
+        [factored[number].basis for number in used], [factored[number].mean for number in used],
+        [m.count for m in moments], [m.total for m in moments], [m.gram for m in moments],
+    )  # fmt: skip
+    dtype = "f32" if all(stored_dtype(bank) == "f32" for bank in factored) else stored_dtype(factored[0])
+    parts, errors = [], []
+    for segment, origin, payload in zip(draft.segments, origins, wide, strict=True):
+        place = used.index(origin)
+        entries = {w: p for w, p in draft.segment_entries(segment).items() if w.startswith("keys.") or w == "source"}
+        vectors, error = _turned(payload, joined.maps[place], joined.shifts[place], dtype)
+        errors.append(error)
+        parts.append((Segment(name=segment.name, num_rows=segment.num_rows), entries | vectors))
+    draft.replace_segments(parts)
+    draft.set_factors(grown=False, basis=joined.basis, mean=joined.mean, singular_values=joined.singular_values)
+    return {"rank": len(joined.basis), "coefficient_dtype": dtype, "relative_error": max(errors)}
+
+
+def _moments(payloads: Sequence[Payload]) -> _Moments:
+    columns = payloads[0].shape[1]
+    count, total, gram = 0, np.zeros(columns), np.zeros((columns, columns))
+    for payload in payloads:
+        for block in streams.row_blocks(payload):
+            values = block.astype(np.float64)
+            count, total, gram = count + len(values), total + values.sum(axis=0), gram + values.T @ values
+    return _Moments(count=count, total=total, gram=gram)
+
+
+def _turned(
+    payload: Payload, turn: NDArray[np.float64], shift: NDArray[np.float64], dtype: str
+) -> tuple[dict[str, Payload], float]:
+    """Return a segment's coefficients on the new basis as they are stored, and the relative error of storing them so."""
+
+    def turned(block: NDArray[Any]) -> NDArray[np.float32]:
+        return np.asarray(block.astype(np.float64) @ turn + shift, np.float32)
+
+    stored, shape = COEFFICIENT_DTYPES[dtype], (payload.shape[0], turn.shape[1])
+    if dtype == "f32":
+        return {"coefficients": streams.mapped(payload, turned, stored, shape)}, 0.0
+    largest = np.zeros(shape[1], np.float32)
+    for block in streams.row_blocks(payload):
+        largest = np.maximum(largest, np.abs(turned(block)).max(axis=0))
+    scale = np.where(largest > 0, largest / factors.I8_LIMIT, 1.0).astype(np.float32)
+
+    def store(values: NDArray[np.float32]) -> NDArray[Any]:
+        return segments.narrow(values, stored) if dtype == "f16" else factors.quantise_by(values, scale)
+
+    lost = norm = 0.0
+    for block in streams.row_blocks(payload):
+        exact = turned(block)
+        lost += float(
+            np.square(segments.scaled(store(exact), scale if dtype == "i8" else None) - exact, dtype=np.float64).sum()
+        )
+        norm += float(np.square(exact, dtype=np.float64).sum())
+    own = {"coefficients": streams.mapped(payload, lambda b: store(turned(b)), stored, shape)}
+    return own | ({"scale": Payload.of(scale)} if dtype == "i8" else {}), float(np.sqrt(lost / norm)) if norm else 0.0

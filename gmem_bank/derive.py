@@ -1,0 +1,215 @@
+"""New rows by arithmetic on rows that are there: interpolate, compose.
+
+Shapes: n new rows, D dimensions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gmem_bank import manipulate
+from gmem_bank.bank import MemoryBank
+from gmem_bank.draft import NewRows
+from gmem_bank.editing import Edit, EditReport, editing
+from gmem_bank.errors import ConceptExistsError, ConfigError, GMemError, first_three, suggest
+from gmem_bank.ops import PathLike, check_concept_name
+from gmem_bank.provenance import Json, Source
+from gmem_bank.query import snippet_of
+from gmem_bank.rewrite import join_if_many
+from gmem_bank.space import to_space, unusable_rows
+from gmem_bank.vectors import new_vectors
+
+Resolve = Callable[[MemoryBank, str], NDArray[np.float32]]
+"""Turns what the user named into a (D,) snippet: `query.snippet_of`, or one that also takes images."""
+
+
+def interpolate(
+    bank_path: PathLike,
+    first: str,
+    second: str,
+    *,
+    method: str = "slerp",
+    steps: int = 6,
+    name: str | None = None,
+    seed: int = 0,
+    resolve: Resolve = snippet_of,
+    output: PathLike | None = None,
+    dry_run: bool = False,
+    undo: bool = True,
+) -> EditReport:
+    """Write the way from one snippet to another as rows of a new concept.
+
+    Args:
+        bank_path: the bank.
+        first: key of a row, or a concept (its mean snippet), or what else `resolve` takes; t = 0.
+        second: the same; t = 1.
+        method: "linear", "slerp", "concat" or "mask".
+        steps: rows to write, both ends included; at least 2.
+        name: the new concept; default "<first>-to-<second>".
+        seed: for "mask".
+        resolve: what turns `first` and `second` into snippets; default: keys and concepts.
+        output: bank file to write; default: replace the bank.
+        dry_run: write nothing, and report what would be done.
+        undo: keep what `undo` needs.
+
+    Raises:
+        UnknownKeyError: neither a concept nor a key.
+        ConceptExistsError: the name is taken.
+        ConfigError: unknown method, or fewer than two steps.
+    """
+    if method not in manipulate.METHODS:
+        raise ConfigError(f"unknown method {method!r}.{suggest(method, manipulate.METHODS)}", key="method")
+    if steps < 2:
+        raise ConfigError(f"steps must be at least 2 (both ends are written), got {steps}", key="steps")
+    if seed < 0:
+        raise ConfigError(f"seed must be 0 or more, got {seed}", key="seed")
+    concept = check_concept_name(name if name is not None else f"{_label(first)}-to-{_label(second)}")
+    arguments = {"first": first, "second": second, "method": method, "steps": steps, "name": concept, "seed": seed}
+
+    def way(bank: MemoryBank) -> NDArray[np.float32]:
+        return manipulate.interpolate(resolve(bank, first), resolve(bank, second), steps, method, seed=seed)
+
+    hint = f"{method} between {first!r} and {second!r} has no direction: try slerp"
+    return _derived("interpolate", arguments, bank_path, concept, way, hint, output=output, dry_run=dry_run, undo=undo)
+
+
+def compose(
+    bank_path: PathLike,
+    terms: str | Mapping[str, float],
+    *,
+    name: str | None = None,
+    resolve: Resolve = snippet_of,
+    output: PathLike | None = None,
+    dry_run: bool = False,
+    undo: bool = True,
+) -> EditReport:
+    """Write a weighted sum of snippets, Σ wᵢ·sᵢ, as the one row of a new concept.
+
+    Args:
+        bank_path: the bank.
+        terms: "cat + 0.5*neon - dog", or {"cat": 1.0, "neon": 0.5, "dog": -1.0}; items as in `interpolate`.
+        name: the new concept; default: the expression without what a name cannot hold.
+        resolve, output, dry_run, undo: as `interpolate`.
+
+    Raises:
+        ConfigError: the expression cannot be read.
+        UnknownKeyError: an item is neither a concept nor a key.
+        ConceptExistsError: the name is taken.
+        GMemError: the sum has no direction.
+    """
+    weights = parse_terms(terms) if isinstance(terms, str) else dict(terms)
+    if not weights or not all(np.isfinite(weight) for weight in weights.values()):
+        raise ConfigError("give at least one item, with finite weights", key="terms")
+    text = terms if isinstance(terms, str) else " + ".join(f"{weight}*{item}" for item, weight in weights.items())
+    concept = check_concept_name(name if name is not None else _label(re.sub(r"\s+", "", text)))
+
+    def total(bank: MemoryBank) -> NDArray[np.float32]:
+        wide = [weight * resolve(bank, item).astype(np.float64) for item, weight in weights.items()]
+        return np.asarray(np.sum(wide, axis=0)[None], np.float32)
+
+    arguments = {"terms": weights, "name": concept}
+    hint = f"{text!r} has no direction: its items cancel out"
+    return _derived("compose", arguments, bank_path, concept, total, hint, output=output, dry_run=dry_run, undo=undo)
+
+
+_TERM = re.compile(
+    r"\s*(?P<sign>[+-])?\s*"
+    r"(?:(?P<weight>\d+(?:\.\d*)?|\.\d+)\s*\*\s*)?"
+    r"(?P<item>'[^']+'|\"[^\"]+\"|[^\s+*'\"][^\s+*]*)\s*"
+)
+
+
+def parse_terms(text: str) -> dict[str, float]:
+    """Read "cat + 0.5*neon - dog" into item → weight; quotes hold an item with spaces, '+' or '*'.
+
+    A minus stands apart from names ("a - b"), since names may have one inside ("a-b").
+
+    Raises:
+        ConfigError: the expression cannot be read; the place is named.
+    """
+    weights: dict[str, float] = {}
+    position = 0
+    while position < len(text):
+        match = _TERM.match(text, position)
+        if match is None or match["item"] == "-" or (position and match["sign"] is None):
+            raise ConfigError(
+                f'cannot read {text!r} from {text[position : position + 20]!r}: write it as "cat + 0.5*neon - dog"',
+                key="terms",
+            )
+        item = match["item"].strip("'\"")
+        sign = -1.0 if match["sign"] == "-" else 1.0
+        weights[item] = weights.get(item, 0.0) + sign * float(match["weight"] or 1)
+        position = match.end()
+    return weights
+
+
+def _derived(
+    operation: str, arguments: Mapping[str, Json], bank_path: PathLike, concept: str,
+    compute: Callable[[MemoryBank], NDArray[np.float32]], hint: str, **options: object,
+) -> EditReport:  # fmt: skip
+    with editing(bank_path, operation, arguments, **options) as edit:  # type: ignore[arg-type]
+        if edit.made is not None and concept in edit.made.names:
+            return edit.unchanged(concept=concept)
+        require_new_concept(edit.bank, concept)
+        points = compute(edit.bank)
+        if unusable_rows(points, edit.bank.space):
+            raise GMemError(hint)
+        keys = [f"{concept}/{step:0{len(str(len(points) - 1))}d}" for step in range(len(points))]
+        source = Source(kind="derived", prefix=f"{concept}/")
+        return append_rows(edit, concept, keys, to_space(points, edit.bank.space), [source])
+
+
+def append_rows(
+    edit: Edit, concept: str, keys: Sequence[str], snippets: NDArray[np.float32], sources: Sequence[Source],
+    details: Mapping[str, Json] | None = None,
+) -> EditReport:  # fmt: skip
+    """Finish an edit that appends (n, D) snippets in the bank's space as a new concept, all from the first of the sources."""
+    require_new_keys(edit.bank, keys)
+    draft = edit.draft()
+    place = np.full(len(keys), len(draft.sources), np.int64)
+    draft.sources += sources
+    vectors, kept = new_vectors(draft, lambda: [snippets], len(keys))
+    draft.append(NewRows.of(keys, place, vectors), concept)
+    join_if_many(draft)
+    return edit.finish(
+        draft,
+        num_rows=len(keys),
+        concept=concept,
+        num_added=len(keys),
+        keys=list(keys),
+        details=kept | dict(details or {}),
+    )
+
+
+def _label(item: str) -> str:
+    """Return what an item is called in the name of a concept: of a file its name, else no slashes."""
+    path = Path(item)
+    return path.name if len(path.parts) > 1 and path.exists() else item.replace("/", "_").replace("\\", "_")
+
+
+def require_new_keys(bank: MemoryBank, keys: Sequence[str]) -> None:
+    """Raise ConceptExistsError where the bank has one of the keys."""
+    taken = [key for key, row in zip(keys, bank.find_rows(keys), strict=True) if row >= 0]
+    if taken:
+        raise ConceptExistsError(
+            f"{bank.path} already has rows with key {first_three(taken)}: choose another --name", key=taken[0]
+        )
+
+
+def require_new_concept(bank: MemoryBank, concept: str) -> None:
+    """Raise ConceptExistsError where the concept's name is taken."""
+    if concept in bank.names:
+        raise ConceptExistsError(taken_message(bank, concept), path=bank.path, key=concept)
+
+
+def taken_message(bank: MemoryBank, concept: str) -> str:
+    """Return what to say where a concept's name is taken."""
+    return (
+        f"{bank.path} already has a concept {concept!r} ({len(bank.all_rows_of(concept))} rows): choose another --name, or "
+        f"remove it first with 'gmem-bank remove-concept {concept} --bank {bank.path}'"
+    )

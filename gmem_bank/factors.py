@@ -1,0 +1,244 @@
+"""The arithmetic of factored banks: snippet ≈ coefficients · basis + mean, the rows of the basis orthonormal.
+
+Shapes: N rows, B rows asked for, D dimensions, R rank, m kept coefficients, g grown directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gmem_bank.errors import CorruptError, GMemError
+
+I8_LIMIT = 127
+GROW_BELOW = 0.99
+"""Cosine of a new snippet to its reconstruction below which the basis grows, where the bank recorded none of its own."""
+
+
+def reconstruct(
+    coefficients: NDArray[np.float32], basis: NDArray[np.float32], mean: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Return coefficients · basis + mean.
+
+    Args:
+        coefficients: (B, R) float32.
+        basis: (R, D) float32.
+        mean: (D,) float32.
+
+    Returns:
+        (B, D) float32, not yet in any space.
+    """
+    snippets = coefficients @ basis
+    snippets += mean
+    return snippets
+
+
+def inverse_norms(
+    coefficients: NDArray[np.float32], basis: NDArray[np.float32], mean: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Return 1/‖coefficients · basis + mean‖ without forming it: ‖c·B + μ‖² = ‖c‖² + 2c·(Bμ) + ‖μ‖² for orthonormal B.
+
+    Args:
+        coefficients: (B, R) float32.
+        basis: (R, D) float32.
+        mean: (D,) float32.
+
+    Returns:
+        (B,) float32; a norm of zero gives zero, as `to_space` leaves a row of zeros.
+    """
+    wide, centre = coefficients.astype(np.float64), mean.astype(np.float64)
+    squares = np.vecdot(wide, wide) + 2 * wide @ (basis.astype(np.float64) @ centre) + centre @ centre
+    norms = np.sqrt(np.maximum(squares, 0.0))
+    return np.asarray(np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0), np.float32)
+
+
+def quantise(coefficients: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Return (n, R) int8 and the (R,) float32 scales of the columns: value ≈ int8 · scale, off by at most half a scale."""
+    largest = np.abs(coefficients).max(axis=0, initial=0.0)
+    scale = np.where(largest > 0, largest / I8_LIMIT, 1.0).astype(np.float32)
+    return quantise_by(coefficients, scale), scale
+
+
+def quantise_by(coefficients: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.int8]:
+    """Return (n, R) int8 for given (R,) scales: rounded to nearest, ends clipped."""
+    whole: NDArray[np.int8] = np.clip(np.rint(coefficients / scale), -I8_LIMIT, I8_LIMIT).astype(np.int8)
+    return whole
+
+
+def scatter(
+    values: NDArray[np.float32], index: NDArray[np.uint16], rank: int, name: str = "index"
+) -> NDArray[np.float32]:
+    """Return (B, R) coefficients from the kept ones.
+
+    Args:
+        values: (B, m) float32; unused slots hold 0.
+        index: (B, m) columns; unused slots hold 0.
+        rank: R.
+        name: the entry that the index came from, for the message.
+
+    Raises:
+        CorruptError: an index beyond the rank.
+    """
+    if index.size and int(index.max()) >= rank:
+        raise CorruptError(f"entry {name!r} names coefficient {int(index.max())} of {rank}", tensor=name)
+    dense = np.zeros((len(values), rank), np.float32)
+    np.add.at(
+        dense, (np.arange(len(values))[:, None], index.astype(np.int64)), values
+    )  # unused slots add 0 to column 0
+    return dense
+
+
+def project(
+    snippets: NDArray[np.float32], basis: NDArray[np.float32], mean: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Return the (n, R) coefficients of (n, D) snippets: (s - μ)·Bᵀ, products in float64."""
+    centred = snippets.astype(np.float64) - mean
+    return np.asarray(centred @ basis.astype(np.float64).T, np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grown:
+    """A basis that reaches new snippets, and how well."""
+
+    basis: NDArray[np.float32]
+    """(R + g, D): the old rows first, as they were."""
+    coefficients: NDArray[np.float32]
+    """(n, R + g)."""
+    cosines_before: NDArray[np.float64]
+    """(n,) cosine of each snippet to its reconstruction by the old basis: what plain projection would have kept."""
+    cosines_after: NDArray[np.float64]
+    """(n,) the same by the grown basis."""
+
+
+def grow(
+    snippets: NDArray[np.float32], basis: NDArray[np.float32], mean: NDArray[np.float32], *, below: float
+) -> Grown:
+    """Project snippets, and add to the basis the fewest residual directions by which all reach a cosine.
+
+    Directions are taken from the singular vectors of the residuals of those snippets that fall short, largest first.
+
+    Args:
+        snippets: (n, D) float32.
+        basis: (R, D) float32, orthonormal rows.
+        mean: (D,) float32.
+        below: -1 to 1; a snippet whose reconstruction has a lower cosine makes the basis grow. -1 never grows.
+    """
+    wide, centre = basis.astype(np.float64), mean.astype(np.float64)
+    centred = snippets.astype(np.float64) - centre
+    before = _cosines(snippets, centred @ wide.T @ wide + centre)
+    short = before < below
+    room = basis.shape[1] - len(basis)
+    if not short.any() or not room:
+        return Grown(
+            basis=basis, coefficients=project(snippets, basis, mean), cosines_before=before, cosines_after=before
+        )
+    residuals = centred[short] - centred[short] @ wide.T @ wide
+    directions = np.linalg.svd(residuals, full_matrices=False)[2][:room]
+
+    def reached(count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        grown = np.vstack([wide, directions[:count]])
+        return grown, _cosines(snippets, centred @ grown.T @ grown + centre)
+
+    low, high = 1, len(directions)
+    while (
+        low < high
+    ):  # more directions never lower a reconstruction's quality by much, so the fewest is found by halving
+        middle = (low + high) // 2
+        if (reached(middle)[1] >= below).all():
+            high = middle
+        else:
+            low = middle + 1
+    # one more orthogonalisation: the residuals were orthogonal to the basis only up to their own rounding
+    grown = np.linalg.qr(reached(low)[0].T)[0].T
+    grown = np.asarray(np.vstack([basis, _signed(grown[len(basis) :])]), np.float32)
+    after = _cosines(snippets, centred @ grown.astype(np.float64).T @ grown + centre)
+    return Grown(basis=grown, coefficients=project(snippets, grown, mean), cosines_before=before, cosines_after=after)
+
+
+def _cosines(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Return the (n,) cosines between rows; 0 where one has no direction."""
+    first, second = a.astype(np.float64), b.astype(np.float64)
+    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    cosines: NDArray[np.float64] = np.divide(np.vecdot(first, second), norms, out=np.zeros(len(first)), where=norms > 0)
+    return cosines
+
+
+def _signed(directions: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return directions with the sign convention: the entry of largest size of each row is positive."""
+    largest = np.take_along_axis(directions, np.abs(directions).argmax(axis=1)[:, None], axis=1)
+    return np.where(largest < 0, -directions, directions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """One basis for two factored banks, ordered by energy."""
+
+    basis: NDArray[np.float32]
+    """(R, D)."""
+    mean: NDArray[np.float32]
+    """(D,): the mean over all rows of both."""
+    singular_values: NDArray[np.float32]
+    """(R,): of the centred reconstructions of both banks together."""
+    maps: tuple[NDArray[np.float64], ...]
+    """One (R_i, R) matrix a bank: its old coefficients · map + shift = its new ones."""
+    shifts: tuple[NDArray[np.float64], ...]
+    """One (R,) row a bank."""
+
+
+def join(
+    bases: list[NDArray[np.float32]],
+    means: list[NDArray[np.float32]],
+    counts: list[int],
+    sums: list[NDArray[np.float64]],
+    grams: list[NDArray[np.float64]],
+) -> Joined:
+    """Return one basis that spans several, by a QR of all of them and the differences of their means, then eigenvectors.
+
+    Args:
+        bases: per bank (R_i, D).
+        means: per bank (D,).
+        counts: per bank its rows.
+        sums: per bank the (R_i,) sum of its coefficients.
+        grams: per bank the (R_i, R_i) sum of cᵀc over its coefficients.
+
+    Raises:
+        GMemError: nothing is left to span (all rows are the same).
+    """
+    wide, centres = [basis.astype(np.float64) for basis in bases], [mean.astype(np.float64) for mean in means]
+    total = sum(counts)
+    row_means = [s @ b / n + mu for s, b, n, mu in zip(sums, wide, counts, centres, strict=True)]
+    mean = np.sum([n * m for n, m in zip(counts, row_means, strict=True)], axis=0) / total
+    mean = mean.astype(np.float32).astype(np.float64)  # as it will be stored: coefficients are relative to that
+    spanning = np.vstack([*wide, *(mu - mean for mu in centres)])
+    frame = _orthonormal_rows(spanning)
+    if not len(frame):
+        raise GMemError("the banks hold one and the same snippet: there is nothing to factorise")
+    into = [basis @ frame.T for basis in wide]
+    offsets = [(mu - mean) @ frame.T for mu in centres]
+    scatter_matrix = np.zeros((len(frame), len(frame)))
+    for m, o, n, s, g in zip(into, offsets, counts, sums, grams, strict=True):
+        cross = np.outer(s @ m, o)
+        scatter_matrix += m.T @ g @ m + cross + cross.T + n * np.outer(o, o)
+    energies, vectors = np.linalg.eigh(scatter_matrix)
+    order = np.argsort(-energies, kind="stable")
+    kept = order[energies[order] > max(energies.max(), 0.0) * 1e-13]
+    basis = _signed(vectors[:, kept].T @ frame)
+    turn = frame @ basis.T
+    return Joined(
+        basis=basis.astype(np.float32),
+        mean=mean.astype(np.float32),
+        singular_values=np.sqrt(energies[kept]).astype(np.float32),
+        maps=tuple(m @ turn for m in into),
+        shifts=tuple(o @ turn for o in offsets),
+    )
+
+
+def _orthonormal_rows(spanning: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return orthonormal rows with the same span, by a pivoted QR; rows that add nothing are left out."""
+    from scipy.linalg import qr
+
+    q, r, _ = qr(spanning.T, mode="economic", pivoting=True)
+    sizes = np.abs(np.diag(r))
+    return np.asarray(q.T[sizes > max(sizes.max(initial=0.0), 1e-300) * 1e-9])

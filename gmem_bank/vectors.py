@@ -1,0 +1,76 @@
+"""Snippets on their way into a bank: narrowed for a dense one, projected (and the basis grown) for a factored one.
+
+Shapes: n new rows, D dimensions, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gmem_bank import factors, segments
+from gmem_bank.bank import MemoryBank
+from gmem_bank.draft import Draft
+from gmem_bank.kinds import FactoredBank
+from gmem_bank.storage import Payload
+from gmem_bank.storage.rules import COEFFICIENT_DTYPES, SNIPPET_DTYPES
+
+Blocks = Callable[[], Iterable[NDArray[np.float32]]]
+"""Yields (b, D) float32 snippets in the bank's space."""
+
+
+def stored_dtype(bank: MemoryBank) -> str:
+    """Return how a bank stores its last rows: "f32", "f16", "bf16" or "i8"."""
+    names = SNIPPET_DTYPES | COEFFICIENT_DTYPES
+    last, stored = bank.header.segments[-1], bank.stored
+    entry = next(e for e in ("snippets", "values", "coefficients") if last.entry(e) in stored)
+    return next(name for name, dtype in names.items() if dtype == stored.dtype(last.entry(entry)))
+
+
+def new_vectors(
+    draft: Draft, blocks: Blocks, num_rows: int, *, grow_below: float | None = None
+) -> tuple[dict[str, Payload], dict[str, Any]]:
+    """Return what new rows are stored as, in the type of the bank's last segment, and what was lost by it.
+
+    A factored bank's basis grows where projection alone would lose what is new (see `factors.grow`); the draft then gets
+    the grown basis.
+
+    Args:
+        draft: the new bank.
+        blocks: the snippets; read once more each time the payload is.
+        num_rows: n.
+        grow_below: cosine that each new snippet's reconstruction must reach; None takes the bank's own, -1 never grows.
+    """
+    bank = draft.bank
+    if not isinstance(bank, FactoredBank):
+        return {"snippets": segments.snippet_payload(blocks, num_rows, bank.dim, stored_dtype(bank))}, {}
+    snippets = np.concatenate(list(blocks()))
+    target = grow_below if grow_below is not None else float(bank.header.extras.get("grow_below", factors.GROW_BELOW))
+    grown = factors.grow(snippets, bank.basis, bank.mean, below=target)
+    num_grown = len(grown.basis) - bank.rank
+    if num_grown:
+        entries = {"basis": grown.basis}
+        if bank.singular_values is not None:
+            energy = np.linalg.norm(grown.coefficients[:, bank.rank :].astype(np.float64), axis=0)
+            entries["singular_values"] = np.concatenate([bank.singular_values, energy])
+        draft.set_factors(grown=True, **entries)
+    before, after = grown.cosines_before, grown.cosines_after
+    details = {
+        "rank": len(grown.basis), "grown_directions": num_grown, "grow_below": target,
+        "cosine_by_projection": {"mean": float(before.mean()), "min": float(before.min())},
+        "cosine": {"mean": float(after.mean()), "min": float(after.min())},
+    }  # fmt: skip
+    return coefficient_payloads(grown.coefficients, stored_dtype(bank)), details
+
+
+def coefficient_payloads(coefficients: NDArray[np.float32], dtype: str) -> dict[str, Payload]:
+    """Return (n, R) coefficients as the entries of a segment: "f32", "f16", or "i8" with a scale a column."""
+    if dtype == "i8":
+        whole, scale = factors.quantise(coefficients)
+        return {"coefficients": Payload.of(whole), "scale": Payload.of(scale)}
+    return {
+        "coefficients": Payload.of(segments.narrow(coefficients, COEFFICIENT_DTYPES[dtype]), COEFFICIENT_DTYPES[dtype])
+    }

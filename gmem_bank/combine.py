@@ -17,7 +17,7 @@ from gmem_bank.bank import MemoryBank
 from gmem_bank.draft import Draft, NewRows
 from gmem_bank.editing import Edit, EditReport, editing
 from gmem_bank.encoders import require_same_encoder
-from gmem_bank.errors import ConceptExistsError, ConfigError, EncoderMismatchError, first_three
+from gmem_bank.errors import ConceptExistsError, ConfigError, EncoderMismatchError
 from gmem_bank.kinds import FactoredBank
 from gmem_bank.ops import PathLike
 from gmem_bank.rewrite import join_if_many
@@ -80,7 +80,7 @@ def _merged(edit: Edit, banks: Sequence[MemoryBank], on_duplicate: str) -> EditR
         twice = _keys_there([edit.bank, *banks[: number - 1]], other)
         if len(twice) and on_duplicate == "error":
             raise ConceptExistsError(
-                f"{other.path} has {len(twice)} keys that an earlier bank has, such as {first_three(other.keys(twice[:4]))}: "
+                f"{other.path} has {len(twice)} keys that an earlier bank has, such as {', '.join(map(repr, other.keys(twice[:3])))}: "
                 "take --on-duplicate first, or remove them",
                 path=other.path, key=other.keys(twice[:1])[0],
             )  # fmt: skip

@@ -68,6 +68,17 @@ def snippet_of(bank: MemoryBank, item: str) -> NDArray[np.float32]:
     return bank.snippets(row).reshape(-1)
 
 
+def snippet_or_image(bank: MemoryBank, item: str, load: Callable[[], Encoder]) -> NDArray[np.float32]:
+    """Return the (D,) snippet of a concept or key, or else of an image file, encoded on the spot; raises as `snippet_of`."""
+    inside = item in bank.names or bank.find_rows([item])[0] >= 0
+    if inside or not Path(item).is_file():
+        return snippet_of(bank, item)
+    encoder = load()
+    require_same_encoder(encoder.spec, bank.encoder)
+    snippets = encode_in_memory(list_images(item), encoder, batch_size=1, progress=no_progress)[1]
+    return to_space(snippets, bank.space).reshape(-1)
+
+
 def search(
     bank: MemoryBank,
     query: str,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 import gmem_bank
-from gmem_bank.cli import build, edit, inspect, search
+from gmem_bank.cli import build, edit, insert, inspect, search, whole
 from gmem_bank.console import CommandGroup
 
 
@@ -24,7 +24,9 @@ def main(traceback: bool) -> None:
 
 
 for command in (
-    build.build, edit.insert_concept, edit.remove_concept, edit.interpolate, inspect.info, inspect.verify,
-    inspect.list_rows, inspect.history, search.search, build.encoders,
+    build.build, insert.insert_concept, edit.remove_concept, edit.remove, edit.select, edit.rename, edit.mask, edit.unmask,
+    edit.interpolate, edit.compose, edit.undo, whole.merge, whole.dedup, whole.coreset, whole.diff, whole.convert, whole.shard,
+    whole.compact, inspect.info, inspect.verify, inspect.list_rows, inspect.history, inspect.provenance, search.search,
+    build.encoders,
 ):  # fmt: skip
     main.add_command(command)

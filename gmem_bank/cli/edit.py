@@ -1,85 +1,118 @@
-"""gmem-bank insert-concept, remove-concept and interpolate."""
+"""gmem-bank remove-concept, remove, select, mask, unmask, rename, interpolate, compose and undo."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import click
 
 from gmem_bank.console import (
+    bank_argument,
     bank_option,
-    encoder_run_options,
+    device_option,
+    edit_options,
     json_option,
-    list_skipped,
-    note,
-    output_option,
+    print_edit,
     print_json,
-    quiet_option,
+    printable,
+    selection_from,
+    selection_options,
 )
 
 
-@click.command("insert-concept")
-@click.argument("images", nargs=-1, required=True, type=click.Path())
-@bank_option
-@click.option("--name", "-n", default=None, help="The concept's name; default: the folder's name.")
-@click.option(
-    "--weights", default=None, metavar="FOLDER", help="The encoder's weights, where the recorded place is gone."
-)
-@output_option
-@encoder_run_options
-@json_option
-@quiet_option
-def insert_concept(
-    images: tuple[str, ...], bank: str, name: str | None, weights: str | None, output: str | None, device: str,
-    batch_size: int, as_json: bool, quiet: bool,
-) -> None:  # fmt: skip
-    """Add IMAGES (folders, or image files) to a bank as a new concept, without any training.
-
-    The images are encoded by the encoder that made the bank. Rows that are there already stay byte for byte.
-    """
-    import gmem_bank
-    from gmem_bank.progress import ProgressBar
-    from gmem_bank.sources import require_path
-
-    opened = gmem_bank.open(bank)
-    for path in images:
-        require_path(path)
-    encoder = gmem_bank.reload_encoder(opened.encoder, opened.folder, weights=weights, device=device)
-    with ProgressBar("encode", "image", quiet=quiet) as progress:
-        report = gmem_bank.insert_concept(
-            bank, images, encoder, name=name, output=output, batch_size=batch_size, progress=progress
-        )
-    list_skipped(report.skipped)
-    if as_json:
-        print_json(report.to_json())
-    elif report.unchanged:
-        note(f"{report.output} already holds these images as concept {report.concept!r}: nothing to do")
-        click.echo(f"{report.output}: {report.num_rows} rows")
-    else:
-        click.echo(
-            f"{report.output}: +{report.num_added} rows as concept {report.concept!r}, {report.num_rows} rows now"
-        )
-        if report.skipped:
-            click.echo(f"skipped: {len(report.skipped)} files")
+def _edit(output: str | None, dry_run: bool, no_undo: bool) -> dict[str, Any]:
+    return {"output": output, "dry_run": dry_run, "undo": not no_undo}
 
 
 @click.command("remove-concept")
 @click.argument("name")
 @bank_option
-@output_option
-@json_option
-def remove_concept(name: str, bank: str, output: str | None, as_json: bool) -> None:
+@edit_options
+def remove_concept(name: str, bank: str, output: str | None, dry_run: bool, no_undo: bool, as_json: bool) -> None:
     """Delete the concept NAME and its rows from a bank."""
     import gmem_bank
 
-    report = gmem_bank.remove_concept(bank, name, output=output)
-    if as_json:
-        print_json(report.to_json())
-        return
-    if report.unchanged:
-        note(f"concept {name!r} was removed from {report.output} already: nothing to do")
-        return
-    click.echo(f"{report.output}: -{report.num_removed} rows of concept {name!r}, {report.num_rows} rows now")
-    if report.dropped_concepts:
-        click.echo(f"these concepts lost their last row too: {', '.join(report.dropped_concepts)}")
+    report = gmem_bank.remove_concept(bank, name, **_edit(output, dry_run, no_undo))
+    print_edit(report, as_json, f"removal of concept {printable(name)!r}")
+
+
+@click.command()
+@bank_argument
+@selection_options
+@edit_options
+def remove(bank: str, output: str | None, dry_run: bool, no_undo: bool, as_json: bool, **selection: Any) -> None:
+    """Delete rows from BANK: by key, pattern, concept or at random."""
+    import gmem_bank
+
+    report = gmem_bank.remove(bank, selection_from(**selection), **_edit(output, dry_run, no_undo))
+    print_edit(report, as_json, "removal")
+
+
+@click.command()
+@bank_argument
+@selection_options
+@edit_options
+def select(bank: str, output: str | None, dry_run: bool, no_undo: bool, as_json: bool, **selection: Any) -> None:
+    """Keep only some rows of BANK: by key, pattern, concept or at random."""
+    import gmem_bank
+
+    report = gmem_bank.select(bank, selection_from(**selection), **_edit(output, dry_run, no_undo))
+    print_edit(report, as_json, "selection")
+
+
+@click.command()
+@bank_argument
+@selection_options
+@edit_options
+def mask(bank: str, output: str | None, dry_run: bool, no_undo: bool, as_json: bool, **selection: Any) -> None:
+    """Hide rows of BANK: they stay in the file, and nothing reads them until 'unmask'."""
+    import gmem_bank
+
+    report = gmem_bank.mask(bank, selection_from(**selection), **_edit(output, dry_run, no_undo))
+    _print_mask(report, as_json, "hidden")
+
+
+@click.command()
+@bank_argument
+@selection_options
+@edit_options
+def unmask(bank: str, output: str | None, dry_run: bool, no_undo: bool, as_json: bool, **selection: Any) -> None:
+    """Show hidden rows of BANK again; without a selection all of them."""
+    import gmem_bank
+
+    chosen = selection_from(**selection)
+    report = gmem_bank.unmask(bank, None if chosen.empty else chosen, **_edit(output, dry_run, no_undo))
+    _print_mask(report, as_json, "shown again")
+
+
+def _print_mask(report: Any, as_json: bool, done: str) -> None:
+    changed, active = report.details.get("num_changed", 0), report.details.get("num_active")
+    state = f", {active} of {report.num_rows} rows active" if active is not None else ""
+    print_edit(report, as_json, f"{changed} rows {done}{state}")
+
+
+@click.command()
+@click.argument("name")
+@click.argument("to")
+@bank_option
+@edit_options
+def rename(name: str, to: str, bank: str, output: str | None, dry_run: bool, no_undo: bool, as_json: bool) -> None:
+    """Give the concept NAME the name TO; its rows keep their keys."""
+    import gmem_bank
+
+    report = gmem_bank.rename(bank, name, to, **_edit(output, dry_run, no_undo))
+    print_edit(report, as_json, f"concept {printable(name)!r} is {printable(to)!r}")
+
+
+def _resolver(weights: str | None, device: str) -> Any:
+    """Return what turns a key, a concept or an image file into a snippet; the encoder is loaded only for an image."""
+    import gmem_bank
+    from gmem_bank.query import snippet_or_image
+
+    def load(bank: Any) -> Any:
+        return gmem_bank.reload_encoder(bank.encoder, bank.folder, weights=weights, device=device)
+
+    return lambda bank, item: snippet_or_image(bank, item, lambda: load(bank))
 
 
 @click.command()
@@ -95,20 +128,61 @@ def remove_concept(name: str, bank: str, output: str | None, as_json: bool) -> N
 )
 @click.option("--name", "-n", default=None, help="The new concept's name; default: FIRST-to-SECOND.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For --method mask.")
-@output_option
-@json_option
+@click.option(
+    "--weights", default=None, metavar="FOLDER", help="The encoder's weights, where the recorded place is gone."
+)
+@edit_options
+@device_option
 def interpolate(
-    first: str, second: str, bank: str, method: str, steps: int, name: str | None, seed: int, output: str | None,
-    as_json: bool,
+    first: str, second: str, bank: str, method: str, steps: int, name: str | None, seed: int, weights: str | None,
+    output: str | None, dry_run: bool, no_undo: bool, as_json: bool, device: str,
 ) -> None:  # fmt: skip
-    """Write the way from FIRST to SECOND (keys or concepts) as rows of a new concept."""
+    """Write the way from FIRST to SECOND (keys, concepts or image files) as rows of a new concept."""
     import gmem_bank
 
-    report = gmem_bank.interpolate(bank, first, second, method=method, steps=steps, name=name, seed=seed, output=output)
+    report = gmem_bank.interpolate(
+        bank, first, second, method=method, steps=steps, name=name, seed=seed, resolve=_resolver(weights, device),
+        **_edit(output, dry_run, no_undo),
+    )  # fmt: skip
+    print_edit(report, as_json, f"concept {printable(str(report.concept))!r}")
+
+
+@click.command()
+@click.argument("terms")
+@bank_option
+@click.option("--name", "-n", default=None, help="The new concept's name; default: TERMS.")
+@click.option(
+    "--weights", default=None, metavar="FOLDER", help="The encoder's weights, where the recorded place is gone."
+)
+@edit_options
+@device_option
+def compose(
+    terms: str, bank: str, name: str | None, weights: str | None, output: str | None, dry_run: bool, no_undo: bool,
+    as_json: bool, device: str,
+) -> None:  # fmt: skip
+    """Write a weighted sum of snippets, such as "cat + 0.5*neon - dog", as the one row of a new concept.
+
+    Items are concepts, keys or image files; quote those with spaces: "'two words' + cat".
+    """
+    import gmem_bank
+
+    report = gmem_bank.compose(
+        bank, terms, name=name, resolve=_resolver(weights, device), **_edit(output, dry_run, no_undo)
+    )
+    print_edit(report, as_json, f"concept {printable(str(report.concept))!r}")
+
+
+@click.command()
+@bank_argument
+@click.option("--dry-run", is_flag=True, help="Say what would be undone, and write nothing.")
+@json_option
+def undo(bank: str, dry_run: bool, as_json: bool) -> None:
+    """Take back the last edit of BANK: it is then, byte for byte, the bank that it was."""
+    import gmem_bank
+
+    report = gmem_bank.undo(bank, dry_run=dry_run)
     if as_json:
         print_json(report.to_json())
         return
-    if report.unchanged:
-        note(f"{report.output} already holds this way as concept {report.concept!r}: nothing to do")
-        return
-    click.echo(f"{report.output}: +{report.num_added} rows as concept {report.concept!r}, {report.num_rows} rows now")
+    would = "would be undone" if dry_run else "undone"
+    click.echo(f"{report.output}: {report.details['undone']} {would}, {report.num_rows} rows")

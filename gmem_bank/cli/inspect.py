@@ -6,9 +6,7 @@ from typing import Any
 
 import click
 
-from gmem_bank.console import human_bytes, json_option, note, print_json, quiet_option
-
-bank_argument = click.argument("bank", default="bank.safetensors", type=click.Path())
+from gmem_bank.console import bank_argument, human_bytes, json_option, note, print_json, printable, quiet_option
 
 
 @click.command()
@@ -17,6 +15,7 @@ bank_argument = click.argument("bank", default="bank.safetensors", type=click.Pa
 def info(bank: str, as_json: bool) -> None:
     """Say what BANK is; reads its header and the sizes of its concepts."""
     import gmem_bank
+    from gmem_bank.vectors import stored_dtype
 
     opened = gmem_bank.open(bank)
     record: dict[str, Any] = {
@@ -26,9 +25,9 @@ def info(bank: str, as_json: bool) -> None:
         "num_rows": len(opened),
         "num_active": len(opened.rows()),
         "dim": opened.dim,
-        "rank": None,
+        "rank": getattr(opened, "rank", None),
         "space": opened.space,
-        "dtype": opened.stored.dtype(opened.header.segments[0].entry("snippets")).lower(),
+        "dtype": stored_dtype(opened),
         "encoder": {**opened.encoder.to_json(), "fingerprint": opened.encoder.fingerprint},
         "concepts": opened.concept_sizes(),
         "sources": [source.to_json() for source in opened.sources],
@@ -44,8 +43,11 @@ def info(bank: str, as_json: bool) -> None:
     masked = (
         f" ({record['num_rows'] - record['num_active']} masked)" if record["num_active"] < record["num_rows"] else ""
     )
+    rank = f", rank {record['rank']}" if record["rank"] is not None else ""
     click.echo(f"  rows         {record['num_rows']}{masked} in {record['num_segments']} segments")
-    click.echo(f"  snippets     {record['kind']}, dim {record['dim']}, {record['dtype']}, {record['space']} space")
+    click.echo(
+        f"  snippets     {record['kind']}, dim {record['dim']}, {record['dtype']}, {record['space']} space{rank}"
+    )
     click.echo(f"  encoder      {opened.encoder.describe()}")
     shown = ", ".join(f"{name} ({count})" for name, count in list(record["concepts"].items())[:8])
     more = f", … {len(record['concepts']) - 8} more" if len(record["concepts"]) > 8 else ""
@@ -107,9 +109,9 @@ def list_rows(bank: str, concept: str | None, limit: int | None, as_json: bool) 
         return
     if concept is None:
         for name in opened.names:
-            click.echo(f"concept\t{name}\t{len(opened.all_rows_of(name))} rows")
+            click.echo(f"concept\t{printable(name)}\t{len(opened.all_rows_of(name))} rows")
     for row, key, hidden in zip(shown, keys, masked, strict=True):
-        click.echo(f"{row}\t{key}{chr(9) + 'masked' if hidden else ''}")
+        click.echo(f"{row}\t{printable(key)}{chr(9) + 'masked' if hidden else ''}")
     if len(shown) < len(rows):
         note(f"{len(rows) - len(shown)} more rows: raise --limit")
 
@@ -128,3 +130,32 @@ def history(bank: str, as_json: bool) -> None:
     for number, entry in enumerate(entries):
         arguments = " ".join(f"{name}={value}" for name, value in entry.get("arguments", {}).items())
         click.echo(f"{number}\t{entry['operation']}\t{entry.get('num_rows', '')} rows\t{arguments}")
+
+
+@click.command()
+@bank_argument
+@click.argument("keys", nargs=-1)
+@json_option
+def provenance(bank: str, keys: tuple[str, ...], as_json: bool) -> None:
+    """Print what made BANK: its encoder and sources; with KEYS, where each of those rows came from."""
+    import gmem_bank
+
+    opened = gmem_bank.open(bank)
+    rows = opened.rows_for(keys)
+    ids = opened.source_ids(rows).tolist()
+    came = [
+        {"key": key, "row": row, "source": number, **opened.sources[number].to_json()}
+        for key, row, number in zip(keys, rows.tolist(), ids, strict=True)
+    ]
+    if as_json:
+        sources = [source.to_json() for source in opened.sources]
+        encoder = {**opened.encoder.to_json(), "fingerprint": opened.encoder.fingerprint}
+        print_json({"encoder": encoder, "sources": sources, "rows": came})
+        return
+    if not keys:
+        click.echo(f"encoder\t{opened.encoder.describe()}\t{opened.encoder.family}\t{opened.encoder.software}")
+        for number, source in enumerate(opened.sources):
+            place, prefix = source.path or "-", printable(source.prefix) or "-"
+            click.echo(f"source {number}\t{source.kind}\t{place}\t{prefix}\t{source.num_images} images")
+    for item in came:
+        click.echo(f"{printable(item['key'])}\trow {item['row']}\t{item['kind']}\t{item['path'] or '-'}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from gmem_bank.console import encoder_run_options, json_option, print_json, quiet_option
+from gmem_bank.console import encoder_run_options, json_option, print_json, printable, quiet_option
 
 
 @click.command()
@@ -38,4 +38,4 @@ def search(
         if len(results) > 1:
             click.echo(result.query)
         for rank, hit in enumerate(result.hits, 1):
-            click.echo(f"{rank:>3}  {hit.score:+.4f}  {hit.key}  {' '.join(hit.concepts)}".rstrip())
+            click.echo(f"{rank:>3}  {hit.score:+.4f}  {printable(hit.key)}  {' '.join(hit.concepts)}".rstrip())

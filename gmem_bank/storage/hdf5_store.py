@@ -4,7 +4,7 @@ HDF5's own parser is not safe on damaged or hostile files, so a file carries a g
 byte that is not data. Only a file whose structure is the one that was written reaches the parser. Links to other files,
 virtual datasets and filters are refused even then.
 
-The user block holds the magic "GMEM-H5" and a line feed, the length of a JSON record in 8 digits, the record, and zeros.
+The user block holds the magic "GMEM-H5" and a line feed, its own size in 8 digits, a JSON record, and zeros to its end.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 HEADER = "gmem"
 """Dataset that holds the bank's header: canonical JSON as bytes."""
 MAGIC = b"GMEM-H5\n"
+DIGITS = 8
 MIN_BLOCK = 512
 MAX_BLOCK = 1 << 24
 ALIGNMENT = 64
@@ -73,18 +74,16 @@ def _structure_digest(file: OpenFile, block: int, data: Sequence[Sequence[int]])
 
 
 def _check_guard(file: OpenFile) -> None:
-    start = file.pread(len(MAGIC) + 8, 0)
+    start = file.pread(len(MAGIC) + DIGITS, 0)
     if not start.startswith(MAGIC) or not start[len(MAGIC) :].isdigit():
         raise FormatError(
             "not a gmem bank: an HDF5 bank begins with a user block of ours. Make one with 'gmem-bank convert'"
         )
-    length = int(start[len(MAGIC) :])
-    block = _block_size(length)
-    text = file.pread(block, 0)
-    body, padding = text[len(start) : len(start) + length], text[len(start) + length :]
-    if len(text) < block or padding.strip(b"\0"):
+    block = int(start[len(MAGIC) :])
+    text = file.pread(block, 0) if MIN_BLOCK <= block <= MAX_BLOCK else b""
+    if len(text) < MIN_BLOCK or len(text) < block:
         raise CorruptError("the user block is damaged, or the file was cut short")
-    record = _guard_record(body)
+    record = _guard_record(text[len(start) :].rstrip(b"\0"))
     if record["size"] != file.size:
         raise CorruptError(
             f"the file has {file.size} bytes, {record['size']} were written: it was cut short or added to"
@@ -120,10 +119,12 @@ def _is_guard(record: dict[str, Any]) -> bool:
 def _block_size(length: int) -> int:
     """Return the smallest user block (a power of two from 512 bytes) that has room for a record."""
     size = MIN_BLOCK
-    while size < len(MAGIC) + 8 + length:
+    while size < len(MAGIC) + DIGITS + length:
         size *= 2
-        if size > MAX_BLOCK:
-            raise CorruptError("the user block is damaged: its length is absurd")
+    if size > MAX_BLOCK:
+        raise FormatError(
+            f"a bank of that many entries needs a user block of {size:,} bytes: 'gmem-bank compact' it first"
+        )
     return size
 
 
@@ -280,4 +281,4 @@ def _write_guard(stream: BinaryIO, path: Path, block: int, spans: list[list[int]
     file = OpenFile(atomic.temporary_path(path))
     body = _record(file.size, spans, _structure_digest(file, block, spans))
     stream.seek(0)
-    stream.write((MAGIC + b"%08d" % len(body) + body).ljust(block, b"\0"))
+    stream.write((MAGIC + b"%08d" % block + body).ljust(block, b"\0"))

@@ -1,0 +1,144 @@
+"""gmem-bank insert-concept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gmem_bank.console import (
+    bank_option,
+    edit_options,
+    encoder_run_options,
+    list_skipped,
+    note,
+    print_edit,
+    print_json,
+    printable,
+    quiet_option,
+    selection_from,
+    selection_options,
+)
+
+
+@click.command("insert-concept")
+@click.argument("images", nargs=-1, type=click.Path())
+@bank_option
+@click.option("--name", "-n", default=None, help="The concept's name; default: the folder's name.")
+@click.option("--flip", is_flag=True, help="Add a mirrored twin of each image, under its key with '#flip'.")
+@click.option(
+    "--report/--no-report", default=None,
+    help="Compare the new rows with the bank: distances and near-duplicates. Default: up to 50,000 rows; with --report a "
+    "larger bank is sampled.",
+)  # fmt: skip
+@click.option(
+    "--grow-below", type=click.FloatRange(-1, 1), default=None, metavar="COSINE",
+    help="Factored banks: add directions to the basis until each new snippet's reconstruction has this cosine; -1 never.",
+)  # fmt: skip
+@click.option("--same-encoder", is_flag=True, help="Vouch that the bank's encoder made the snippets of an array file.")
+@click.option(
+    "--weights", default=None, metavar="FOLDER", help="The encoder's weights, where the recorded place is gone."
+)
+@selection_options
+@edit_options
+@encoder_run_options
+@quiet_option
+def insert_concept(
+    images: tuple[str, ...], bank: str, name: str | None, flip: bool, report: bool | None, grow_below: float | None,
+    same_encoder: bool, weights: str | None, output: str | None, dry_run: bool, no_undo: bool, as_json: bool, device: str,
+    batch_size: int, quiet: bool, **selection: Any,
+) -> None:  # fmt: skip
+    """Add IMAGES to a bank as a new concept, without any training.
+
+    IMAGES are folders or image files, encoded by the encoder that made the bank; or array files (.npy, .npz, .safetensors,
+    .h5) of snippets that it made elsewhere. Without IMAGES, --key, --keys, --pattern and so on make a concept of rows that are
+    in the bank already. Rows that are there stay byte for byte.
+    """
+    import gmem_bank
+
+    chosen = selection_from(**selection)
+    edit: dict[str, Any] = {"output": output, "dry_run": dry_run, "undo": not no_undo}
+    if images and not chosen.empty:
+        raise click.UsageError("give IMAGES, or rows of the bank (--key, --keys, --pattern, …), not both")
+    if not images and chosen.empty:
+        raise click.UsageError("give IMAGES, or rows of the bank by --key, --keys, --pattern, …")
+    if not images:
+        if name is None:
+            raise click.UsageError("a concept of rows in the bank needs a --name")
+        result = gmem_bank.concept_of_rows(bank, name, chosen, **edit)
+    elif _are_arrays(images):
+        result = _insert_array(bank, images, name, same_encoder, report, edit)
+    else:
+        result = _insert_images(
+            bank, images, weights, device, quiet,
+            {"name": name, "flip": flip, "report": report, "grow_below": grow_below, "batch_size": batch_size, **edit},
+        )  # fmt: skip
+    list_skipped(result.skipped)
+    if as_json:
+        print_json(result.to_json())
+        return
+    print_edit(result, False, f"concept {printable(str(result.concept))!r}")
+    if result.skipped:
+        click.echo(f"skipped: {len(result.skipped)} files")
+    _print_novelty(result.details.get("novelty"))
+    if result.details.get("grown_directions"):
+        before, after = result.details["cosine_by_projection"], result.details["cosine"]
+        click.echo(
+            f"basis: +{result.details['grown_directions']} directions, rank {result.details['rank']} now; cosine of the new rows "
+            f"min {after['min']:.3f}, by projection alone {before['min']:.3f}"
+        )
+
+
+def _are_arrays(images: tuple[str, ...]) -> bool:
+    from gmem_bank.arrays import is_array_file
+
+    arrays = [is_array_file(Path(path)) for path in images]
+    if any(arrays) and (len(images) > 1):
+        raise click.UsageError("give one array file, or any number of folders and images")
+    return arrays[0]
+
+
+def _insert_array(
+    bank: str, images: tuple[str, ...], name: str | None, same_encoder: bool, report: bool | None, edit: dict[str, Any]
+) -> Any:
+    import gmem_bank
+
+    opened = gmem_bank.open(bank)
+    if not same_encoder and not opened.encoder.family.startswith(("precomputed", "imported")):
+        raise click.UsageError(
+            f"{images[0]} does not say which encoder made it, and {bank} is of {opened.encoder.describe()}: vouch for it with "
+            "--same-encoder"
+        )
+    rows = gmem_bank.read_array(Path(images[0]))
+    return gmem_bank.insert_snippets(bank, rows, name=name or Path(images[0]).stem, report=report, **edit)
+
+
+def _insert_images(
+    bank: str, images: tuple[str, ...], weights: str | None, device: str, quiet: bool, options: dict[str, Any]
+) -> Any:
+    import gmem_bank
+    from gmem_bank.progress import ProgressBar
+    from gmem_bank.sources import require_path
+
+    opened = gmem_bank.open(bank)
+    for path in images:
+        require_path(path)
+    encoder = gmem_bank.reload_encoder(opened.encoder, opened.folder, weights=weights, device=device)
+    with ProgressBar("encode", "image", quiet=quiet) as progress:
+        return gmem_bank.insert_concept(bank, images, encoder, progress=progress, **options)
+
+
+def _print_novelty(novelty: dict[str, Any] | None) -> None:
+    if novelty is None:
+        return
+    sample = f"a sample of {novelty['rows_compared']}" if novelty["sampled"] else f"all {novelty['rows_compared']}"
+    own = f"; between rows of the bank: median {novelty['bank']['median']:.3f}" if novelty["bank"] else ""
+    click.echo(
+        f"cosine to the nearest of {sample} rows: median {novelty['new']['median']:.3f}, "
+        f"{novelty['new']['p5']:.3f} to {novelty['new']['p95']:.3f}{own}"
+    )
+    if novelty["num_near_duplicates"]:
+        click.echo(f"near-duplicates (cosine ≥ 0.98): {novelty['num_near_duplicates']}")
+        for pair in novelty["near_duplicates"][:5]:
+            note(f"  {printable(pair['key'])} ~ {printable(pair['nearest'])} ({pair['cosine']:.4f})")

@@ -25,12 +25,6 @@ from gmem_bank.storage.schema import Header
 BLOCK_BYTES = 64 << 20
 
 
-def all_finite(values: NDArray[np.float32]) -> bool:
-    """Say whether all values are finite, by one pass over them where they are."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(values.sum()) or np.isfinite(values).all())
-
-
 class MemoryBank:
     """Rows, keys, mask, concepts and provenance of any kind of bank; a subclass reads the snippets."""
 
@@ -195,12 +189,14 @@ class MemoryBank:
         """
         wanted = self._allowed(rows)
         if len(self.header.segments) == 1:
-            result = self._gather(self.header.segments[0].name, wanted)
+            result, finite = self._gather(self.header.segments[0].name, wanted)
         else:
-            result = np.empty((len(wanted), self.dim), np.float32)
+            result, finite = np.empty((len(wanted), self.dim), np.float32), True
             for name, places, local in self._by_segment(wanted):
-                result[places] = self._gather(name, local)
-        self._require_finite(result, wanted)
+                result[places], sound = self._gather(name, local)
+                finite = finite and sound
+        if not finite:
+            self._name_bad_row(result, wanted)
         return result
 
     def _allowed(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -211,9 +207,7 @@ class MemoryBank:
             raise MaskedRowError(f"row {row} of {self.path} is masked", path=self.path, row=row)
         return wanted
 
-    def _require_finite(self, values: NDArray[np.float32], rows: NDArray[np.int64]) -> None:
-        if all_finite(values):
-            return
+    def _name_bad_row(self, values: NDArray[np.float32], rows: NDArray[np.int64]) -> None:
         row = int(rows[~np.isfinite(values).all(axis=1)][0])
         raise CorruptError(
             f"{self.path}: the snippet of row {row} is not finite: build it again", path=self.path, row=row
@@ -231,7 +225,8 @@ class MemoryBank:
             yield start, self.snippets(rows[start : start + step])
             self._stored.release()
 
-    def _gather(self, segment: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _gather(self, segment: str, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], bool]:
+        """Return the snippets of a segment's rows, a new array in the bank's space, and whether all of it is finite."""
         raise AssertionError(f"{type(self).__name__} does not read snippets: {segment}, {len(rows)} rows")
 
     # -- concepts

@@ -80,7 +80,7 @@ def _merged(edit: Edit, banks: Sequence[MemoryBank], on_duplicate: str) -> EditR
         twice = _keys_there([edit.bank, *banks[: number - 1]], other)
         if len(twice) and on_duplicate == "error":
             raise ConceptExistsError(
-                f"{other.path} has {len(twice)} keys that an earlier bank has, such as {', '.join(map(repr, other.keys(twice[:3])))}: "
+                f"{other.path} has {len(twice)} keys that an earlier bank has, such as {_shown(other, twice)}: "
                 "take --on-duplicate first, or remove them",
                 path=other.path, key=other.keys(twice[:1])[0],
             )  # fmt: skip
@@ -120,6 +120,10 @@ def _keys_there(earlier: Sequence[MemoryBank], other: MemoryBank) -> NDArray[np.
         there = bank.find_rows(other.keys(candidates)) >= 0 if len(candidates) else np.zeros(0, np.bool_)
         found |= set(candidates[there].tolist())
     return np.array(sorted(found), np.int64)
+
+
+def _shown(bank: MemoryBank, rows: NDArray[np.int64]) -> str:
+    return ", ".join(map(repr, bank.keys(rows[:3])))
 
 
 def _absorb(draft: Draft, theirs: Draft) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from gmem_bank import factors, segments
 from gmem_bank.bank import MemoryBank
 from gmem_bank.errors import CorruptError
-from gmem_bank.space import scale_to_unit
+from gmem_bank.space import all_finite, scale_to_unit
 from gmem_bank.storage import StoredBank, open_stored
 
 
@@ -41,13 +41,16 @@ def of(stored: StoredBank) -> MemoryBank:
 class DenseBank(MemoryBank):
     """One stored vector a row."""
 
-    def _gather(self, segment: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        name = f"{segment}/snippets"
-        picked = self._stored.array(name).take(rows, axis=0)
-        if self._stored.dtype(name) == "F32":
-            return picked.astype(np.float32, copy=False)  # as stored: already in the bank's space, bit for bit
-        values = segments.widen(picked)
-        return values if self.space == "raw" else scale_to_unit(values)
+    @cached_property
+    def _gatherers(self) -> dict[str, segments.Gatherer]:
+        names = {segment.name: segment.entry("snippets") for segment in self.header.segments}
+        return {name: segments.Gatherer(self._stored.array(entry)) for name, entry in names.items()}
+
+    def _gather(self, segment: str, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], bool]:
+        values, finite = self._gatherers[segment](rows)
+        if self.space == "raw" or self._stored.dtype(f"{segment}/snippets") == "F32" or not finite:
+            return values, finite  # f32 is in the bank's space as it is stored, bit for bit
+        return scale_to_unit(values), True
 
 
 class FactoredBank(MemoryBank):
@@ -95,17 +98,20 @@ class FactoredBank(MemoryBank):
         for name, places, local in self._by_segment(wanted):
             columns = read_coefficients(self._stored, name, local, self.rank)
             result[places, : columns.shape[1]] = columns
-        self._require_finite(result, wanted)
+        if not all_finite(result):
+            self._name_bad_row(result, wanted)
         return result
 
     def inv_norms(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return (B,) float32 1/‖coefficients · basis + mean‖."""
         return factors.inverse_norms(self.coefficients(rows), self.basis, self.mean)
 
-    def _gather(self, segment: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _gather(self, segment: str, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], bool]:
         columns = read_coefficients(self._stored, segment, rows, self.rank)
         snippets = factors.reconstruct(columns, self.basis[: columns.shape[1]], self.mean)
-        return snippets if self.space == "raw" else scale_to_unit(snippets)
+        if not all_finite(snippets):
+            return snippets, False
+        return (snippets if self.space == "raw" else scale_to_unit(snippets)), True
 
 
 def read_coefficients(stored: StoredBank, segment: str, rows: NDArray[np.int64], rank: int) -> NDArray[np.float32]:

@@ -6,6 +6,7 @@ Shapes: N rows of the bank, n rows of the segment, D dimensions, C concepts.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,12 +15,9 @@ from numpy.typing import NDArray
 
 from gmem_bank import factors, streams
 from gmem_bank.errors import GMemError
-from gmem_bank.space import scale_to_unit
+from gmem_bank.space import MANY, all_finite, scale_to_unit
 from gmem_bank.storage import Payload
 from gmem_bank.storage.rules import SNIPPET_DTYPES
-
-MANY = 1 << 16
-"""Values from which on another library's conversion pays."""
 
 
 def narrow(snippets: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
@@ -45,17 +43,44 @@ def narrow(snippets: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
 
 
 def widen(stored: NDArray[Any]) -> NDArray[np.float32]:
-    """Return f32 from stored f32, f16 or bfloat16 bits (uint16: a float32 without its lower half); exact, whoever does it."""
-    torch = sys.modules.get("torch")
-    if torch is not None and stored.size > MANY and stored.dtype in (np.float16, np.uint16):
-        # twice as fast, and there already where it matters (training); never imported for this
-        own = stored if stored.flags.writeable else stored.copy()
-        tensor = torch.from_numpy(own.view(np.int16) if own.dtype == np.uint16 else own)
-        wide: NDArray[np.float32] = (tensor.view(torch.bfloat16) if own.dtype == np.uint16 else tensor).float().numpy()
-        return wide
+    """Return f32 from stored f32, f16 or bfloat16 bits (uint16: a float32 without its lower half); exact, always a copy."""
     if stored.dtype == np.uint16:
         return (stored.astype(np.uint32) << 16).view(np.float32)
     return stored.astype(np.float32)
+
+
+class Gatherer:
+    """Picks rows of one stored (n, D) array and widens them to f32: by PyTorch, where that is loaded, else by NumPy.
+
+    Both give the same bits. PyTorch uses all its threads and converts f16 twice as fast, and it is there already where speed
+    matters, in training; it is never imported for this.
+
+    Args:
+        stored: (n, D) f32, f16, or bfloat16 bits; a read-only map, which is never written to.
+    """
+
+    def __init__(self, stored: NDArray[Any]) -> None:
+        self._stored = stored
+        self._tensor: Any = None
+
+    def __call__(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], bool]:
+        """Return (B, D) float32, a new array, and whether all of it is finite."""
+        torch = sys.modules.get("torch")
+        if torch is None or len(rows) * self._stored.shape[1] < MANY:
+            values = widen(self._stored.take(rows, axis=0))
+            return values, all_finite(values)
+        picked = self._as_tensor(torch).index_select(0, torch.from_numpy(rows))
+        least, most = picked.aminmax()  # before they are widened: half the memory to look at, and NaN shows in both
+        return picked.float().numpy(), bool(least.isfinite() and most.isfinite())
+
+    def _as_tensor(self, torch: Any) -> Any:
+        if self._tensor is None:
+            is_bf16 = self._stored.dtype == np.uint16
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # "not writable": nothing here writes
+                tensor = torch.from_numpy(self._stored.view(np.int16) if is_bf16 else self._stored)
+            self._tensor = tensor.view(torch.bfloat16) if is_bf16 else tensor
+        return self._tensor
 
 
 def snippet_payload(

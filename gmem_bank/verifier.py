@@ -18,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmem_bank import key_checks, kinds, segments
-from gmem_bank.bank import MemoryBank, all_finite
+from gmem_bank.bank import MemoryBank
 from gmem_bank.errors import CorruptError, GMemError
 from gmem_bank.kinds import FactoredBank
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import Json
+from gmem_bank.space import all_finite
 from gmem_bank.storage.payload import NUMPY_DTYPE
 from gmem_bank.storage.stored import BLOCK_BYTES
 
@@ -153,31 +154,41 @@ def _scale_check(values: NDArray[Any], row: int) -> str:
 
 
 def _finite(values: NDArray[Any], row: int) -> str:
-    if values.dtype == np.int8 or _all_finite(values):
+    if values.dtype == np.int8:
         return ""
-    wide = segments.widen(values)
-    bad = ~np.isfinite(wide).reshape(len(wide), -1).all(axis=1)
+    if values.dtype == np.float32:
+        sound = all_finite(values)
+    else:
+        sound = bool((_row_sizes(values) < _infinity(values)).all())
+    if sound:
+        return ""
+    bad = ~np.isfinite(segments.widen(values)).reshape(len(values), -1).all(axis=1)
     return f"its row {row + int(np.flatnonzero(bad)[0])} is not finite"
 
 
-def _all_finite(values: NDArray[Any]) -> bool:
-    """Say whether stored values are finite: of f16 and bf16, by their exponents, without converting them."""
-    if values.dtype == np.float32:
-        return all_finite(values)
-    exponent = np.uint16(0x7C00 if values.dtype == np.float16 else 0x7F80)
-    bits = values.view(np.uint16)
-    return not bool(((bits & exponent) == exponent).any())
+def _row_sizes(values: NDArray[Any]) -> NDArray[np.uint16]:
+    """Return for (b, …) f16 or bf16 rows the bits of their largest absolute value, shifted up over the sign."""
+    sizes: NDArray[np.uint16] = (values.view(np.uint16).reshape(len(values), -1) << np.uint16(1)).max(axis=1)
+    return sizes
+
+
+def _infinity(values: NDArray[Any]) -> np.uint16:
+    """Return the bits of infinity, shifted up over the sign: no finite value reaches them."""
+    return np.uint16(0xF800 if values.dtype == np.float16 else 0xFF00)
 
 
 def _unit_check(dtype: str) -> ValueCheck:
     stride, tolerance = 1 if dtype == "F32" else NORM_STRIDE, UNIT_TOLERANCE[dtype]
 
     def check(values: NDArray[Any], row: int) -> str:
-        reason = _finite(values, row)
-        if reason:
-            return reason
-        if stride > 1 and not values.view(np.uint16).any(axis=1).all():
-            return f"its row {row + int(np.flatnonzero(~values.view(np.uint16).any(axis=1))[0])} is all zeros"
+        if stride > 1:
+            sizes = _row_sizes(values)
+            if int(sizes.max()) >= _infinity(values):
+                return _finite(values, row)
+            if not sizes.all():
+                return f"its row {row + int(np.flatnonzero(sizes == 0)[0])} is all zeros"
+        elif _finite(values, row):
+            return _finite(values, row)
         first = -row % stride
         wide = segments.widen(values[first::stride])
         norms = np.sqrt(np.vecdot(wide, wide))

@@ -87,12 +87,22 @@ def selection_options(command: Command) -> Command:
     options = (
         click.option("--invert", is_flag=True, help="All other rows instead."),
         click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For --random."),
-        click.option("--random", type=click.IntRange(min=1), metavar="N", help="N of those rows (default: of all) at random."),
-        click.option("--pattern", "-p", "patterns", multiple=True, metavar="GLOB", help="Rows whose key matches: 'cat/*.jpg'."),
-        click.option("--keys", "keys_file", type=click.Path(), metavar="FILE", help="Rows by keys in FILE, a line each; -: stdin."),
+        click.option(
+            "--random", type=click.IntRange(min=1), metavar="N", help="N of those rows (default: of all) at random."
+        ),
+        click.option(
+            "--pattern", "-p", "patterns", multiple=True, metavar="GLOB", help="Rows whose key matches: 'cat/*.jpg'."
+        ),
+        click.option(
+            "--keys",
+            "keys_file",
+            type=click.Path(),
+            metavar="FILE",
+            help="Rows by keys in FILE, a line each; -: stdin.",
+        ),
         click.option("--key", "-k", "keys", multiple=True, help="The row of this key; may be repeated."),
         click.option("--concept", "-c", "concepts", multiple=True, help="Rows of this concept; may be repeated."),
-    )  # fmt: skip
+    )
     for option in options:
         command = option(command)
     return command

@@ -23,6 +23,8 @@ QUERY_ROWS = 2048
 SHOWN = 20
 POINTS_PER_CENTROID = 256
 """Rows a centroid is trained on at most; more change it little."""
+MANY_CENTROIDS = 2048
+"""Up to this many start by k-means++ (Arthur & Vassilvitskii 2007), more by its sampled form AFK-MC² (Bachem et al. 2016)."""
 
 
 def dedup(
@@ -137,7 +139,7 @@ def coreset(
 ) -> EditReport:
     """Keep the rows nearest to the centroids of a k-means clustering of the active rows.
 
-    Centroids are trained by FAISS (spherical in unit space) on at most 256 rows a centroid, drawn by the seed; then one pass
+    Centroids start by k-means++ and are trained by FAISS (spherical in unit space) on at most 256 rows each; then one pass
     over the bank assigns every active row and takes of each cluster the row nearest to its centroid. Where a cluster is empty,
     the row that is farthest from its own centroid is taken instead.
 
@@ -167,7 +169,7 @@ def coreset(
                 f"seed must be 0 or more and iterations 1 or more, got {seed} and {iterations}", key="seed"
             )
         medoids, mean_cosine = find_medoids(edit.bank, num_rows, seed, iterations, progress)
-        return keep_only(edit, medoids, mean_cosine_to_medoid_cluster=round(mean_cosine, 6))
+        return keep_only(edit, medoids, mean_cosine_to_centroid=round(mean_cosine, 6))
 
 
 def find_medoids(
@@ -180,9 +182,12 @@ def find_medoids(
     most = POINTS_PER_CENTROID * k
     training = rows if len(rows) <= most else np.sort(rng.choice(rows, most, replace=False))
     spherical = bank.space == "unit"
+    start_with = (
+        faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS if k <= MANY_CENTROIDS else faiss.ClusteringInitMethod_AFK_MC2
+    )
     kmeans = faiss.Kmeans(
         bank.dim, k, niter=iterations, seed=seed, spherical=spherical, max_points_per_centroid=POINTS_PER_CENTROID,
-        min_points_per_centroid=1,
+        min_points_per_centroid=1, init_method=start_with,
     )  # fmt: skip
     kmeans.train(np.concatenate([snippets for _, snippets in bank.snippet_blocks(training)]))
     nearest = np.full(k, -1, np.int64)

@@ -37,9 +37,15 @@ def open_bank(path: Path, manifest: str = MANIFEST) -> StoredBank:
     try:
         record = _read_manifest(path, manifest)
         header = schema.parse_header(record["header"])
+        try:
+            files = {name: OpenFile(path / name) for name in record["files"]}
+        except BankNotFoundError as error:
+            if _read_manifest(path, manifest) != record:
+                return open_bank(path, manifest)  # an edit came between the manifest and its files
+            raise CorruptError(f"its file {Path(str(error.path)).name} is gone") from error
         places: dict[str, Place] = {}
         for name, size in record["files"].items():
-            file = OpenFile(path / name)
+            file = files[name]
             if file.size != size:
                 raise CorruptError(f"its file {name} has {file.size} bytes, the manifest says {size}")
             own = safetensors_store.places_of(file, safetensors_store.read_container(file))

@@ -18,7 +18,7 @@ from gmem_bank.naming import concept_name_problem
 from gmem_bank.provenance import EncoderSpec, Json, Source, canonical_json, sha256_of
 
 FORMAT = "gmem-bank"
-VERSION = (1, 0)
+VERSION = (1, 1)
 METADATA_KEY = "gmem"
 KINDS = ("dense", "factored")
 EMPTY_HASH = "0" * 64

@@ -1,6 +1,6 @@
-"""A plot as one HTML page that needs nothing else: a map to hover over, and charts as inline SVG.
+"""How a plot is shown: as an HTML page that needs nothing else and answers the pointer, or as a picture.
 
-What comes from a bank (keys, concepts, its name) is only ever escaped text or JSON; no script sees it as markup.
+What comes from a bank (keys, concepts, its name) enters the page as escaped text or as JSON, never as markup.
 
 Shapes: m rows on the map.
 """
@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import json
+import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from gmem_bank.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     from gmem_bank.plotting import Neighbours, Projection, Spectrum
@@ -30,128 +34,74 @@ GREY = "#9a9a9a"
 BINS = 40
 MOST_POINTS = 400
 """Of a curve: more cannot be told apart at its width."""
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 480, 280, 48, 10, 14, 38
-
-
-@dataclass(kw_only=True)
-class Map:
-    """The rows of a projection with all that is shown of them."""
-
-    projection: Projection
-    keys: list[str]
-    concepts: list[str]
-    """Those that a row on the map has, in file order."""
-    members: list[list[int]]
-    """Of each row, the positions in `concepts`; its colour is that of the first."""
-    thumbnails: dict[int, bytes] = field(default_factory=dict)
-    """Place on the map → JPEG."""
-    note: str = ""
-    """What is to be said of the thumbnails."""
-
-    def colours(self) -> list[str]:
-        """Return the colour of each row."""
-        return [colour_of(members) for members in self.members]
-
-
-@dataclass(kw_only=True)
-class Drawing:
-    """What a plot shows: panels in order, those asked for."""
-
-    title: str
-    facts: str
-    panels: Sequence[str]
-    spectrum: Spectrum | None
-    map: Map | None
-    neighbours: Neighbours | None
-
-
-def colour_of(members: Sequence[int]) -> str:
-    """Return the colour of a row of these concepts."""
-    return COLOURS[members[0] % len(COLOURS)] if members else GREY
-
-
-def curve_places(count: int) -> NDArray[np.int64]:
-    """Return the positions of a curve's points that are drawn: all, or 400 at equal distances."""
-    return np.unique(np.linspace(0, count - 1, min(count, MOST_POINTS)).round().astype(np.int64))
-
-
-def histogram(distances: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return the counts and edges of the bins between no distance and the largest."""
-    counts, edges = np.histogram(distances.astype(np.float64), BINS, (0, max(float(distances.max()), 1e-6)))
-    return counts.astype(np.int64), edges
-
-
-def draw_page(drawing: Drawing) -> bytes:
-    """Return the page in UTF-8."""
-    title = html.escape(drawing.title)
-    sections = {"spectrum": _spectrum_figure, "map": _map_section, "neighbours": _neighbours_figure}
-    body = "".join(sections[panel](drawing) for panel in drawing.panels)
-    page = (
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f'<meta http-equiv=Content-Security-Policy content="{POLICY}"><title>{title}</title><style>{STYLE}</style>'
-        f"<body><h1>{title}</h1><p>{html.escape(drawing.facts)}</p><main>{body}</main>"
-    )
-    if drawing.map is not None:
-        page += f"<script type=application/json id=data>{_json(_map_data(drawing.map))}</script><script>{SCRIPT}</script>"
-    return page.encode()
-
-
-def _json(value: object) -> str:
-    """Return JSON that cannot end the element it stands in: ASCII, and no "<"."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-
-
-def _map_data(shown: Map) -> dict[str, object]:
-    """Return what the script draws: x, y and keys of the rows, their concepts, colours, and thumbnails by place."""
-    x, y = (np.round(column.astype(np.float64), 6).tolist() for column in shown.projection.coordinates.T)
-    images = {place: base64.b64encode(data).decode() for place, data in shown.thumbnails.items()}
-    return {
-        "x": x, "y": y, "keys": shown.keys, "members": shown.members, "concepts": shown.concepts, "thumbnails": images,
-        "colours": COLOURS, "grey": GREY,
-    }  # fmt: skip
-
-
-def _map_section(drawing: Drawing) -> str:
-    assert drawing.map is not None
-    caption = html.escape(f"{drawing.map.projection.describe()} {drawing.map.note}")
-    return (
-        f"<figure class=wide><figcaption><b>Map</b> {caption} Hover for the key; scroll to zoom, drag to move, "
-        "double-click to start over. A row has the colour of its first concept.</figcaption><div id=map><canvas></canvas>"
-        "<div id=legend></div></div><div id=tip hidden></div><noscript>The map needs JavaScript.</noscript></figure>"
-    )
-
-
-def _spectrum_figure(drawing: Drawing) -> str:
-    assert drawing.spectrum is not None
-    found = drawing.spectrum
-    count, largest = len(found.values), float(found.values[0]) or 1.0
-    places = curve_places(count)
-    across = places / max(count - 1, 1)
-    lines = [
-        f"<polyline class={name} points='{' '.join(map(_at, across, curve[places]))}'/>"
-        + "".join(f"<circle class={name} r=2.5 {_centre(x, y)}/>" for x, y in zip(across, curve[places], strict=True))
-        * (count <= BINS)
-        for name, curve in (("energy", found.energy), ("sigma", found.values / largest))
-    ]
-    ticks = {place / max(count - 1, 1): f"{place + 1:,}" for place in np.linspace(0, count - 1, min(count, 5), dtype=int)}
-    keys = "<span class=energy>━ cumulative energy</span> <span class=sigma>━ singular value ÷ the largest</span>"
-    body = _axes(ticks, {share: f"{share:.0%}" for share in (0, 0.25, 0.5, 0.75, 1)}, "component") + "".join(lines)
-    return _figure("Spectrum", found.describe(), body, keys)
-
-
-def _neighbours_figure(drawing: Drawing) -> str:
-    assert drawing.neighbours is not None
-    found = drawing.neighbours
-    if not len(found.distances):
-        return _figure("Neighbours", found.describe(), "")
-    counts, edges = histogram(found.distances)
-    bars = [
-        f"<path class=bar d='M{_at(edges[i] / edges[-1], 0)}V{_at(0, count / counts.max()).split(',')[1]}"
-        f"H{_at(edges[i + 1] / edges[-1], 0).split(',')[0]}V{_at(0, 0).split(',')[1]}Z'/>"
-        for i, count in enumerate(counts.tolist())
-    ]
-    middle = float(np.median(found.distances)) / edges[-1]
-    median = f"<polyline class=median points='{_at(middle, 0)} {_at(middle, 1)}'/>"
-    ticks = {share: f"{share * edges[-1]:.3g}" for share in (0, 0.25, 0.5, 0.75, 1)}
-    body = _axes(ticks, {0: "0", 1: f"{counts.max():,}"}, "cosine distance to the nearest other row")
-    return _figure("Neighbours", found.describe(), body + "".join(bars) + median, "<span class=median>┅ median</span>")
+HEADINGS = {"spectrum": "Spectrum", "map": "Map", "neighbours": "Nearest neighbours"}
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+HINT = "Hover for the key, scroll to zoom, drag to move, double-click to start over. The first concept gives the colour."
+LEGEND_ENTRIES = 20
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
+h1{overflow-wrap:anywhere}main{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(26rem,100%),1fr));gap:1rem 2rem}
+figure{margin:0;min-width:0}.map{grid-column:1/-1}figcaption{font-size:14px;margin-bottom:.4rem}canvas{width:100%;height:18rem;display:block}
+#plane{display:flex;gap:1rem;flex-wrap:wrap}#plane canvas{flex:1 1 24rem;width:0;height:36rem;border:1px solid #ddd;cursor:crosshair}
+#legend{flex:0 1 15rem;max-height:36rem;overflow:auto;font-size:14px}#legend label{display:block;overflow-wrap:anywhere}
+#legend i{display:inline-block;width:.8em;height:.8em;border-radius:50%;margin:0 .4em}#legend:empty{display:none}
+#tip{position:fixed;pointer-events:none;background:#fff;border:1px solid #999;box-shadow:0 2px 8px #0003;padding:.4rem .6rem;
+font-size:13px;max-width:20rem;max-height:16rem;overflow:hidden;overflow-wrap:anywhere;white-space:pre-wrap}
+#tip img{display:block;min-width:64px;image-rendering:auto}#tip[hidden]{display:none}
+"""
+SCRIPT = r"""
+const el=id=>document.getElementById(id),D=JSON.parse(el("data").textContent);
+function fit(c){const r=devicePixelRatio||1,g=c.getContext("2d");c.width=c.clientWidth*r;c.height=c.clientHeight*r;
+  g.setTransform(r,0,0,r,0,0);g.font="12px system-ui,sans-serif";return g}
+function make(tag,parent,text){const e=document.createElement(tag);if(text!==undefined)e.textContent=text;parent.append(e);return e}
+function chart(c,d){ // ticks, bars, curves and their names, all in fractions of the axes
+  const g=fit(c),w=c.clientWidth,h=c.clientHeight,X=v=>50+v*(w-70),Y=v=>24+(1-v)*(h-68);
+  g.strokeStyle="#ddd";g.fillStyle="#444";
+  for(const [v,t] of d.y){g.beginPath();g.moveTo(X(0),Y(v));g.lineTo(X(1),Y(v));g.stroke();g.textAlign="right";g.fillText(t,X(0)-6,Y(v)+4)}
+  g.textAlign="center";for(const [v,t] of d.x)g.fillText(t,X(v),Y(0)+16);g.fillText(d.label,X(.5),Y(0)+36);
+  g.fillStyle=D.colours[0];d.bars.forEach((v,i)=>g.fillRect(X(i/d.bars.length),Y(v),(w-70)/d.bars.length-1,Y(0)-Y(v)));
+  g.textAlign="left";let at=X(0);
+  for(const [name,colour,points] of d.curves){g.strokeStyle=g.fillStyle=colour;g.lineWidth=2;g.beginPath();
+    points.forEach(([x,y],i)=>i?g.lineTo(X(x),Y(y)):g.moveTo(X(x),Y(y)));g.stroke();g.lineWidth=1;
+    if(points.length<41)for(const [x,y] of points){g.beginPath();g.arc(X(x),Y(y),3,0,7);g.fill()}
+    g.fillText("\u2014 "+name,at,14);at+=g.measureText("\u2014 "+name).width+16}
+}
+function map(M){
+  const box=el("plane"),C=box.querySelector("canvas"),tip=el("tip"),off=new Set(),n=M.x.length,view={k:1,x:0,y:0};
+  const first=M.members.map(m=>m.length?m[0]:-1),colour=c=>c<0?D.grey:D.colours[c%D.colours.length];
+  const least=a=>a.reduce((m,v)=>Math.min(m,v)),most=a=>a.reduce((m,v)=>Math.max(m,v));
+  const x0=(least(M.x)+most(M.x))/2,y0=(least(M.y)+most(M.y))/2,reach=Math.max(most(M.x)-least(M.x),most(M.y)-least(M.y))||1;
+  const spanX=Math.max(most(M.x)-least(M.x),reach/50),spanY=Math.max(most(M.y)-least(M.y),reach/50);
+  const scale=()=>view.k*Math.min((C.clientWidth-40)/spanX,(C.clientHeight-40)/spanY); // one for both axes
+  const place=(i,s)=>[C.clientWidth/2+view.x+(M.x[i]-x0)*s,C.clientHeight/2+view.y-(M.y[i]-y0)*s];
+  const radius=n>2000?2.5:n>300?3.5:5;let hot=-1,drag=null,pending=false;
+  function draw(){pending=false;const g=fit(C),s=scale();g.globalAlpha=.75;
+    for(let i=0;i<n;i++){if(off.has(first[i]))continue;const [x,y]=place(i,s);g.fillStyle=colour(first[i]);
+      g.beginPath();g.arc(x,y,radius,0,7);g.fill()}
+    if(hot>=0){const [x,y]=place(hot,s);g.globalAlpha=1;g.strokeStyle="#000";g.lineWidth=2;g.beginPath();g.arc(x,y,radius+2,0,7);g.stroke()}}
+  const redraw=()=>{if(!pending){pending=true;requestAnimationFrame(draw)}};
+  function nearest(px,py){let best=-1,limit=144;const s=scale();for(let i=0;i<n;i++){if(off.has(first[i]))continue;
+    const [x,y]=place(i,s),d=(x-px)**2+(y-py)**2;if(d<limit){limit=d;best=i}}return best}
+  function show(i,e){if(i!==hot){hot=i;redraw();tip.replaceChildren();tip.hidden=i<0;if(i>=0){
+      if(M.thumbnails[i]){make("img",tip).src="data:image/jpeg;base64,"+M.thumbnails[i]}
+      make("b",tip,M.keys[i]);make("div",tip,M.members[i].map(c=>M.concepts[c]).join(", ")||"no concept")}}
+    if(i>=0){tip.style.left=Math.max(0,Math.min(e.clientX+14,innerWidth-tip.offsetWidth-8))+"px";
+      tip.style.top=Math.max(0,Math.min(e.clientY+14,innerHeight-tip.offsetHeight-8))+"px"}}
+  C.onpointermove=e=>{if(drag){view.x+=e.clientX-drag[0];view.y+=e.clientY-drag[1];drag=[e.clientX,e.clientY];show(-1,e);redraw()}
+    else show(nearest(e.offsetX,e.offsetY),e)};
+  C.onpointerdown=e=>{drag=[e.clientX,e.clientY];C.setPointerCapture(e.pointerId)};
+  C.onpointerup=C.onpointercancel=()=>{drag=null};C.onpointerleave=e=>show(-1,e);
+  C.ondblclick=()=>{view.k=1;view.x=view.y=0;redraw()};
+  C.addEventListener("wheel",e=>{e.preventDefault();const f=Math.exp(-e.deltaY/400),x=e.offsetX-C.clientWidth/2,y=e.offsetY-C.clientHeight/2;
+    view.k*=f;view.x=x-(x-view.x)*f;view.y=y-(y-view.y)*f;redraw()},{passive:false});
+  const counts=new Map();first.forEach(c=>counts.set(c,(counts.get(c)||0)+1));const boxes=[];
+  const kinds=[...counts.keys()].sort((a,b)=>(a<0)-(b<0)||a-b);
+  if(kinds.length>1){const all=make("button",el("legend"),"all / none");
+    all.onclick=()=>{const on=off.size>0;off.clear();if(!on)kinds.forEach(c=>off.add(c));boxes.forEach(b=>b.checked=on);redraw()}}
+  if(kinds.length>1||kinds[0]>=0)for(const c of kinds){const line=make("label",el("legend")),b=make("input",line);b.type="checkbox";b.checked=true;
+    boxes.push(b);make("i",line).style.background=colour(c);line.append((c<0?"no concept":M.concepts[c])+" ("+counts.get(c)+")");
+    b.onchange=()=>{b.checked?off.delete(c):off.add(c);redraw()}}
+  return draw}
+const painters=[...document.querySelectorAll("canvas[data-chart]")].map(c=>()=>chart(c,D[c.dataset.chart]));
+if(D.map)painters.push(map(D.map));const paint=()=>painters.forEach(f=>f());paint();addEventListener("resize",paint);
+"""

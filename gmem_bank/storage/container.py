@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ ITEM_SIZE = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "U32": 4, "U16":
 FOREIGN_ITEM_SIZE = {"F64": 8, "I32": 4, "I16": 2}
 """Further types of the container: not ours, but an extra entry may have them and survives a rewrite."""
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 32
+"""More than any array has; HDF5's limit too."""
 ALIGNMENT = 64
 PREFIX_BYTES = 8
 
@@ -110,12 +113,12 @@ def _parse_entry(name: str, value: object) -> Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise fail("must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in ITEM_SIZE | FOREIGN_ITEM_SIZE:
-        raise fail(f"unknown dtype {dtype!r}")
-    if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
-        raise fail(f"shape {shape!r} is not a list of sizes")
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZE | FOREIGN_ITEM_SIZE:
+        raise fail(f"unknown dtype {reprlib.repr(dtype)}")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_count(size) for size in shape):
+        raise fail(f"shape {reprlib.repr(shape)} is not a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
-        raise fail(f"data_offsets {offsets!r} is not a pair of offsets")
+        raise fail(f"data_offsets {reprlib.repr(offsets)} is not a pair of offsets")
     begin, end = offsets
     if end - begin != num_bytes(dtype, tuple(shape)):
         raise fail(

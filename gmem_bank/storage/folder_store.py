@@ -72,11 +72,14 @@ def _read_manifest(path: Path, manifest: str) -> dict[str, Json]:
         raise FormatError(f"could not read {path / manifest}: {error}", path=path) from error
     try:
         record = json.loads(text)
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise FormatError("the manifest does not say that this is a gmem bank")
+        rendered = _render(record.get("header"), record.get("files"))
+    except GMemError:  # a ValueError too
+        raise
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"the manifest is not valid JSON: {error}") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise FormatError("the manifest does not say that this is a gmem bank")
-    if text != _render(record.get("header"), record.get("files")):
+    if text != rendered:
         raise CorruptError("the manifest does not match its checksum: it was changed or damaged")
     files = record["files"]
     if not isinstance(files, dict) or not all(

@@ -98,9 +98,10 @@ def _check_guard(file: OpenFile) -> None:
 def _guard_record(body: bytes) -> dict[str, Any]:
     try:
         record = json.loads(body)
+        canonical = canonical_json(record).encode()  # ValueError where it has NaN or half a character
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"the user block is damaged: {error}") from error
-    if not isinstance(record, dict) or body != canonical_json(record).encode() or not _is_guard(record):
+    if not isinstance(record, dict) or body != canonical or not _is_guard(record):
         raise CorruptError("the user block is damaged: it does not say where the data lies")
     return record
 
@@ -138,6 +139,8 @@ def _read_structure(file: OpenFile) -> tuple[dict[str, Place], schema.Header]:
         # through the descriptor: the path may lead to another file by now
         with h5py.File(f"/dev/fd/{file.descriptor}", "r", locking=False) as root:
             places = {name: _place(file, name, dataset) for name, dataset in _datasets(root, "")}
+    except GMemError:  # some are ValueErrors too
+        raise
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise CorruptError(f"HDF5 cannot read it: {error}") from error
     if HEADER not in places or places[HEADER].dtype != "U8":
@@ -185,6 +188,8 @@ def _place(file: OpenFile, name: str, dataset: h5py.Dataset) -> Place:
         or _ODD_TYPES.get(dtype, dataset.dtype.str) != dataset.dtype.str
     ):
         raise FormatError(f"dataset {name!r} has the type {dataset.dtype} ({label}), which no bank has", tensor=name)
+    if dataset.shape is None:
+        raise FormatError(f"dataset {name!r} has no shape, as no bank's has", tensor=name)
     offset, size = dataset.id.get_offset(), int(dataset.nbytes)
     if size and (offset is None or not 0 <= offset <= file.size - size):
         raise CorruptError(f"dataset {name!r} has no place in the file, or beyond its end", tensor=name)

@@ -121,7 +121,11 @@ def parse_header(record: Json) -> Header:
     if missing:
         raise FormatError(f"the bank's header lacks {missing}")
     rest = {name: value for name, value in record.items() if name != "checksum"}
-    if record["checksum"] != sha256_of(rest):
+    try:
+        checksum = sha256_of(rest)
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"the bank's header holds what JSON does not have: {error}") from error
+    if record["checksum"] != checksum:
         raise CorruptError("the bank's header does not match its checksum: it was changed or damaged")
     header = Header(
         version=version,

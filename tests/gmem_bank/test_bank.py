@@ -7,8 +7,8 @@ import pytest
 
 from gmem_bank import derive, ops
 from gmem_bank.bank import MemoryBank
-from gmem_bank.kinds import open as open_bank
 from gmem_bank.errors import CorruptError, SourceError
+from gmem_bank.kinds import open as open_bank
 from gmem_bank.segments import narrow, widen
 from gmem_bank.space import to_space
 from tests.conftest import BankMaker

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from gmem_bank import builder
-from gmem_bank.kinds import open as open_bank
 from gmem_bank.encoders import load_encoder
 from gmem_bank.errors import ConfigError, EncoderError, LockedError, OutputExistsError, SourceError, WriteError
 from gmem_bank.insertion import insert_concept
+from gmem_bank.kinds import open as open_bank
 from gmem_bank.verifier import verify
 
 

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 
 from gmem_bank.errors import CorruptError, FormatError, GMemError
-from gmem_bank.storage import container
-from gmem_bank.storage import open_stored
+from gmem_bank.storage import container, open_stored
 from gmem_bank.storage.safetensors_store import read_container
 from gmem_bank.storage.stored import OpenFile
 from tests.conftest import BankMaker

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from gmem_bank import builder
-from gmem_bank.kinds import open as open_bank
 from gmem_bank.encoders import available_encoders, load_encoder, reload_encoder
 from gmem_bank.errors import EncoderError, EncoderMismatchError, MissingDependencyError
+from gmem_bank.kinds import open as open_bank
 from tests.conftest import SHARED
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)

@@ -12,7 +12,6 @@ from hypothesis.extra import numpy as hnp
 
 from gmem_bank import builder, derive, ops
 from gmem_bank.bank import MemoryBank
-from gmem_bank.kinds import open as open_bank
 from gmem_bank.encoders import load_encoder
 from gmem_bank.errors import (
     ConceptExistsError,
@@ -23,6 +22,7 @@ from gmem_bank.errors import (
     UnknownKeyError,
 )
 from gmem_bank.insertion import insert_concept
+from gmem_bank.kinds import open as open_bank
 from gmem_bank.rewrite import save
 from gmem_bank.verifier import verify
 from tests.conftest import BankMaker

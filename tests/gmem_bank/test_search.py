@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from gmem_bank import builder, index, query
-from gmem_bank.kinds import open as open_bank
 from gmem_bank.encoders import load_encoder
 from gmem_bank.errors import ConfigError, EncoderMismatchError, MissingDependencyError, UnknownKeyError
 from gmem_bank.interface import SupportsSearch
+from gmem_bank.kinds import open as open_bank
 from tests.conftest import BankMaker
 
 

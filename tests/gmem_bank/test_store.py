@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gmem_bank.kinds import open as open_bank
 from gmem_bank.errors import BankNotFoundError, CorruptError, FormatError, FormatVersionError, LockedError, WriteError
+from gmem_bank.kinds import open as open_bank
 from gmem_bank.provenance import sha256_of
 from gmem_bank.storage import Payload, atomic, open_stored, write
 from gmem_bank.storage.schema import parse_header
-from tests.conftest import DATA, BankMaker
+from gmem_bank.verifier import verify
+from tests.conftest import DATA, BankMaker, stored_oracle
 
 
 def rewritten(bank_path: Path, target: Path) -> None:
@@ -31,17 +32,35 @@ def test_open_then_save_is_the_identity_in_bytes(make_bank: BankMaker, tmp_path:
     assert (tmp_path / "again.safetensors").read_bytes() == bank.path.read_bytes()
 
 
-def test_golden_file_of_version_1_0_reads_by_value_and_rewrites_by_byte(tmp_path: Path) -> None:
-    """The committed 1.0 bank keeps its values and its bytes for ever."""
-    golden = DATA / "banks" / "v1.0-dense.safetensors"
+GOLDEN = sorted(path for path in (DATA / "banks").iterdir() if path.suffix != ".json")
+
+
+@pytest.mark.parametrize("golden", GOLDEN, ids=lambda path: path.name)
+def test_golden_banks_of_every_version_read_by_value_and_rewrite_by_byte(golden: Path, tmp_path: Path) -> None:
+    """Committed banks keep their values and their bytes for ever (HDF5, laid out by its library: their values)."""
     bank = open_bank(golden)
-    expected = json.loads(golden.with_suffix(".json").read_text())
+    expected = json.loads((golden.parent / (golden.name.removesuffix(".safetensors") + ".json")).read_text())
     assert bank.keys(np.arange(len(bank))) == expected["keys"]
     assert {name: bank.rows_of(name).tolist() for name in bank.names} == expected["concepts"]
     assert bank.fingerprint == expected["fingerprint"]
-    np.testing.assert_array_equal(bank.snippets(bank.rows()), np.array(expected["snippets"], np.float32))
-    rewritten(golden, tmp_path / "again.safetensors")
-    assert (tmp_path / "again.safetensors").read_bytes() == golden.read_bytes()
+    np.testing.assert_allclose(bank.snippets(bank.rows()), np.array(expected["snippets"]), atol=1e-7)
+    np.testing.assert_allclose(bank.snippets(bank.rows()), stored_oracle(bank), atol=1e-6)
+    assert verify(golden).ok
+    again = tmp_path / f"again{golden.suffix}"
+    rewritten(golden, again)
+    if golden.is_dir():
+        assert {f.name: f.read_bytes() for f in again.iterdir()} == {f.name: f.read_bytes() for f in golden.iterdir()}
+    elif golden.suffix == ".safetensors":
+        assert again.read_bytes() == golden.read_bytes()
+    assert open_bank(again).fingerprint == expected["fingerprint"]
+
+
+def test_there_are_golden_banks_of_every_version_and_form() -> None:
+    """None was deleted."""
+    assert {path.name for path in GOLDEN} == {
+        "v1.0-dense.safetensors", "v1.1-dense.safetensors", "v1.1-dense-bf16.h5", "v1.1-factored-i8.safetensors",
+        "v1.1-factored-f32.h5", "v1.1-sparse-f16.gmem",
+    }  # fmt: skip
 
 
 def test_extra_entries_and_fields_of_a_later_minor_version_survive_a_rewrite(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gmem_bank
-from gmem_bank import derive, ops
+from gmem_bank import derive
 from gmem_bank.errors import ConfigError, EncoderMismatchError, GMemError, SourceError, UnknownKeyError
 from gmem_gen import conditioning
 from tests.conftest import BankMaker

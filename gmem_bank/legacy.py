@@ -394,8 +394,8 @@ def _official_payloads(bank: MemoryBank) -> dict[str, Payload]:
         "M": Payload.of((bank.basis.T * root).astype(np.float32)),
         "S": Payload.of(S),
         "mean": Payload.of(bank.mean),
-        "latent_dim": Payload.of(np.array(bank.rank, np.int64)),
-        "feature_dim": Payload.of(np.array(bank.dim, np.int64)),
+        "latent_dim": replace(Payload.of(np.array([bank.rank])), shape=()),
+        "feature_dim": replace(Payload.of(np.array([bank.dim])), shape=()),
     }
 
 

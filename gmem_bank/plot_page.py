@@ -105,3 +105,215 @@ function map(M){
 const painters=[...document.querySelectorAll("canvas[data-chart]")].map(c=>()=>chart(c,D[c.dataset.chart]));
 if(D.map)painters.push(map(D.map));const paint=()=>painters.forEach(f=>f());paint();addEventListener("resize",paint);
 """
+
+
+@dataclass(kw_only=True)
+class RowMap:
+    """The rows of a projection, with all that is shown of them."""
+
+    projection: Projection
+    keys: list[str]
+    concepts: list[str]
+    """Those of rows on the map, in file order."""
+    members: list[list[int]]
+    """Of each row, positions in `concepts`; the first gives its colour."""
+    thumbnails: dict[int, bytes]
+    """Place on the map → JPEG."""
+    note: str
+    """What is to be said of the thumbnails."""
+
+    def describe(self) -> str:
+        """Return in words what is shown."""
+        return f"{self.projection.describe()} {self.note}".rstrip()
+
+
+@dataclass(kw_only=True)
+class Drawing:
+    """What a plot shows: of the parts, those that are named in `panels`, in that order."""
+
+    title: str
+    facts: str
+    panels: Sequence[str]
+    spectrum: Spectrum | None = None
+    map: RowMap | None = None
+    neighbours: Neighbours | None = None
+
+    def described(self) -> list[tuple[str, str]]:
+        """Return (panel, its figures in words)."""
+        parts = {"spectrum": self.spectrum, "map": self.map, "neighbours": self.neighbours}
+        return [(panel, part.describe()) for panel in self.panels if (part := parts[panel]) is not None]
+
+
+def draw_page(drawing: Drawing) -> bytes:
+    """Return the page in UTF-8."""
+    title, figures = html.escape(drawing.title), ""
+    for panel, words in drawing.described():
+        heading = f"<figure class={panel}><figcaption><b>{HEADINGS[panel]}.</b> {html.escape(words)}"
+        canvas = f"<canvas data-chart={panel} role=img aria-label='{HEADINGS[panel]}'></canvas>"
+        plane = f" {HINT}<div id=plane><canvas></canvas><div id=legend></div></div><div id=tip hidden></div>"
+        figures += f"{heading}{plane if panel == 'map' else '</figcaption>' + canvas}</figure>"
+    page = (
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f'<meta http-equiv=Content-Security-Policy content="{POLICY}"><title>{title}</title><style>{STYLE}</style>'
+        f"<body><h1>{title}</h1><p>{html.escape(drawing.facts)}</p><noscript>The drawings need JavaScript.</noscript>"
+        f"<main>{figures}</main><script type=application/json id=data>{_json(_data(drawing))}</script>"
+        f"<script>{SCRIPT}</script></body></html>"
+    )
+    return page.encode()
+
+
+def _json(value: object) -> str:
+    """Return JSON that cannot end the element it stands in: ASCII, and no "<"."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _data(drawing: Drawing) -> dict[str, object]:
+    """Return what the script draws."""
+    data: dict[str, object] = {"colours": COLOURS, "grey": GREY}
+    if drawing.spectrum is not None:
+        data["spectrum"] = _spectrum_chart(drawing.spectrum)
+    if drawing.neighbours is not None:
+        data["neighbours"] = _neighbours_chart(drawing.neighbours)
+    if (shown := drawing.map) is not None:
+        x, y = (np.round(column.astype(np.float64), 6).tolist() for column in shown.projection.coordinates.T)
+        thumbnails = {place: base64.b64encode(data).decode() for place, data in shown.thumbnails.items()}
+        words = {"keys": shown.keys, "concepts": shown.concepts, "members": shown.members}
+        data["map"] = {"x": x, "y": y, **words, "thumbnails": thumbnails}
+    return data
+
+
+def _spectrum_chart(found: Spectrum) -> dict[str, object]:
+    places, x = curve(found)
+    count, relative = len(found.values), found.values / (found.values[0] or 1.0)
+    marks = np.unique(np.linspace(0, count - 1, 5).astype(int)).tolist()
+    curves = {"cumulative energy": (COLOURS[0], found.energy), "singular value ÷ the largest": (COLOURS[1], relative)}
+    return {
+        "x": [[place / max(count - 1, 1), f"{place + 1:,}"] for place in marks],
+        "y": [[share, f"{share:.0%}"] for share in (0, 0.25, 0.5, 0.75, 1)],
+        "label": "component", "bars": [],
+        "curves": [
+            [name, colour, np.round(np.column_stack([x, y[places]]), 6).tolist()] for name, (colour, y) in curves.items()
+        ],
+    }  # fmt: skip
+
+
+def _neighbours_chart(found: Neighbours) -> dict[str, object]:
+    counts, edges = histogram(found)
+    median = float(np.median(found.distances)) / edges[-1] if len(found.distances) else 0.0
+    return {
+        "x": [[share, f"{share * edges[-1]:.3g}"] for share in (0, 0.25, 0.5, 0.75, 1)],
+        "y": [[0, "0"], [1, f"{counts.max():,}"]],
+        "label": "cosine distance to the nearest other row", "bars": (counts / max(counts.max(), 1)).tolist(),
+        "curves": [["median", COLOURS[3], [[median, 0], [median, 1]]]] if len(found.distances) else [],
+    }  # fmt: skip
+
+
+def curve(found: Spectrum) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return the components that are drawn, 400 at most, and where they stand between the first, 0, and the last, 1."""
+    last = len(found.values) - 1
+    places = np.unique(np.linspace(0, last, min(last + 1, MOST_POINTS)).round().astype(np.int64))
+    return places, places / max(last, 1)
+
+
+def histogram(found: Neighbours) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return counts and edges of the bins between no distance and the largest."""
+    distances = found.distances.astype(np.float64)
+    counts, edges = np.histogram(distances, BINS, (0.0, max(float(distances.max(initial=0.0)), 1e-6)))
+    return counts.astype(np.int64), edges
+
+
+def require_matplotlib() -> None:
+    """Raise MissingDependencyError, which names the extra, where matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            "drawing a .png needs matplotlib: pip install matplotlib (the extra gmem[plot]); a page, .html, does not",
+            extra="plot",
+        ) from error
+
+
+def draw_picture(drawing: Drawing) -> bytes:
+    """Return the panels side by side as a PNG, the same bytes for the same drawing; raises MissingDependencyError."""
+    require_matplotlib()
+    import warnings
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    described = drawing.described()
+    widths = [7 if panel == "map" else 5 for panel, _ in described]
+    figure = Figure(figsize=(sum(widths), 5.6), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    figure.suptitle(f"{drawing.title}\n{drawing.facts}", fontsize=10, parse_math=False)
+    painters = {"spectrum": _paint_spectrum, "map": _paint_map, "neighbours": _paint_neighbours}
+    axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
+    for ax, width, (panel, words) in zip(axes, widths, described, strict=True):
+        painters[panel](ax, getattr(drawing, panel))
+        ax.set_title("\n".join(textwrap.wrap(words, width * 11)), fontsize=8, loc="left", color="#444")
+        ax.spines[["top", "right"]].set_visible(False)
+    stream = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # an emoji in a name is drawn as a box
+        canvas.print_png(stream, metadata={"Software": None})
+    return stream.getvalue()
+
+
+def _paint_spectrum(ax: Any, found: Spectrum) -> None:
+    places, _ = curve(found)
+    marker = "o" if len(places) <= BINS else None
+    ax.plot(places + 1, found.energy[places], color=COLOURS[0], marker=marker, ms=4, label="cumulative energy")
+    relative = found.values[places] / (found.values[0] or 1.0)
+    ax.plot(places + 1, relative, color=COLOURS[1], marker=marker, ms=4, label="singular value ÷ the largest")
+    ax.set(xlabel="component", ylim=(-0.02, 1.05))
+    ax.grid(axis="y", color="#ddd")
+    ax.legend(fontsize=8)
+
+
+def _paint_neighbours(ax: Any, found: Neighbours) -> None:
+    counts, edges = histogram(found)
+    ax.stairs(counts, edges, fill=True, color=COLOURS[0])
+    if len(found.distances):
+        ax.axvline(float(np.median(found.distances)), color=COLOURS[3], ls="--", label="median")
+        ax.legend(fontsize=8)
+    ax.set(xlabel="cosine distance to the nearest other row", ylabel="probes", xlim=(0, edges[-1]))
+
+
+def _paint_map(ax: Any, shown: RowMap) -> None:
+    from matplotlib.lines import Line2D
+
+    coordinates = shown.projection.coordinates
+    colours = [COLOURS[members[0] % len(COLOURS)] if members else GREY for members in shown.members]
+    size = 6 if len(colours) > 2000 else 14 if len(colours) > 300 else 30
+    ax.scatter(*coordinates.T, s=size, c=colours, alpha=0.8, linewidths=0)
+    ax.set(aspect="equal", adjustable="datalim", xticks=[], yticks=[])
+    _paint_thumbnails(ax, shown, colours)
+    first = sorted({members[0] for members in shown.members if members})
+    names = [_short(shown.concepts[index]) for index in first[:LEGEND_ENTRIES]]
+    dots = [Line2D([], [], ls="", marker="o", color=COLOURS[i % len(COLOURS)]) for i in first[:LEGEND_ENTRIES]]
+    if len(first) > LEGEND_ENTRIES:
+        dots.append(Line2D([], [], ls=""))
+        names.append(f"… {len(first) - LEGEND_ENTRIES} more")
+    if names:
+        legend = ax.legend(dots, [" "] * len(dots), fontsize=7, ncols=1, loc="upper left", bbox_to_anchor=(1, 1))
+        for text, name in zip(legend.get_texts(), names, strict=True):
+            text.set_parse_math(False)  # a concept may be called "$x" or "_x", which mean something to matplotlib
+            text.set_text(name)
+
+
+def _paint_thumbnails(ax: Any, shown: RowMap, colours: Sequence[str]) -> None:
+    from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+    from PIL import Image
+
+    for place, data in shown.thumbnails.items():
+        pixels = np.asarray(Image.open(io.BytesIO(data)))
+        frame = {"edgecolor": colours[place], "linewidth": 1.5}
+        image = OffsetImage(pixels, zoom=0.5)
+        at = shown.projection.coordinates[place]
+        ax.add_artist(AnnotationBbox(image, at, pad=0, bboxprops=frame))
+
+
+def _short(name: str) -> str:
+    """Return a name in one line of 24 characters at most."""
+    plain = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
+    return plain if len(plain) <= 24 else plain[:23] + "…"

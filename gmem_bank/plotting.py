@@ -293,10 +293,29 @@ def plot(
     """
     target, panels = Path(output), tuple(dict.fromkeys([what] if isinstance(what, str) else what))
     write = _writer(target, panels)
-    told = [_part(progress, index, len(panels) + 1) for index in range(len(panels) + 1)]
-    spread = spectrum(bank, progress=told[panels.index("spectrum")]) if "spectrum" in panels else None
-    near = neighbour_distances(bank, seed=seed) if "neighbours" in panels else None
-    placed = None
+    drawing = plot_page.Drawing(title=bank.path.name, facts=_facts(bank), panels=panels)
+    num_missing = 0
+    if "spectrum" in panels:
+        drawing.spectrum = spectrum(bank)
+    if "neighbours" in panels:
+        drawing.neighbours = neighbour_distances(bank, seed=seed)
     if "map" in panels:
-        tell = told[panels.index("map")]
-        placed = project(bank, method=method, num_rows=num_rows, seed=seed, progress=tell)
+        placed = project(bank, method=method, num_rows=num_rows, seed=seed)
+        most = (MOST_IN_PICTURE if target.suffix.lower() == ".png" else MOST_ON_PAGE) if thumbnails else 0
+        drawing.map, num_missing = _with_images(bank, placed, most, progress)
+    atomic.write_bytes(target, write(drawing))
+    return _report(target, bank, drawing, num_missing)
+
+
+def _writer(target: Path, panels: Sequence[str]) -> Callable[[plot_page.Drawing], bytes]:
+    """Return what writes a file of this name; raises ConfigError or MissingDependencyError before any work is done."""
+    writers = {".html": plot_page.draw_page, ".png": plot_page.draw_picture}
+    if target.suffix.lower() not in writers:
+        raise ConfigError(f"{target}: a plot is a .png or a .html file, by its suffix", path=target, key="output")
+    if not panels or not set(panels) <= set(PANELS):
+        raise ConfigError(f"what must be some of {', '.join(PANELS)}; got {', '.join(panels) or 'none'}", key="what")
+    if target.suffix.lower() == ".png":
+        plot_page.require_matplotlib()
+    if "neighbours" in panels:
+        require_faiss()
+    return writers[target.suffix.lower()]

@@ -36,7 +36,11 @@ def to_space(snippets: NDArray[np.float32], space: Space) -> NDArray[np.float32]
 
 def scale_to_unit(snippets: NDArray[np.float32]) -> NDArray[np.float32]:
     """Bring (N, D) snippets to length 1 in place, and return them; a row of zeros stays zero."""
-    norms = np.sqrt(np.vecdot(snippets, snippets))
+    with np.errstate(over="ignore", invalid="ignore"):
+        norms = np.sqrt(np.vecdot(snippets, snippets))
+    if not norms.max(initial=0.0) < np.inf:  # values whose squares f32 does not hold; one that is not finite makes its row NaN
+        _scale_wide(snippets, np.flatnonzero(~np.isfinite(norms)))
+        norms[~np.isfinite(norms)] = 1.0
     inverse = np.reciprocal(np.maximum(norms, np.float32(TINY_NORM)))[:, None]
     torch = sys.modules.get("torch")
     if torch is not None and snippets.size > MANY:
@@ -44,6 +48,12 @@ def scale_to_unit(snippets: NDArray[np.float32]) -> NDArray[np.float32]:
     else:
         snippets *= inverse
     return snippets
+
+
+def _scale_wide(snippets: NDArray[np.float32], rows: NDArray[np.int64]) -> None:
+    with np.errstate(invalid="ignore"):
+        wide = snippets[rows].astype(np.float64)
+        snippets[rows] = wide / np.sqrt(np.vecdot(wide, wide))[:, None]
 
 
 def all_finite(values: NDArray[np.float32]) -> bool:

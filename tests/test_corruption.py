@@ -817,7 +817,7 @@ def test_a_header_that_promises_rows_beyond_the_file_is_refused(make_bank: BankM
 @pytest.mark.parametrize(
     "value", [float("nan"), float("inf"), "\ud800", json.loads("[" * 900 + "]" * 900), 10**30, -0.0], ids=repr
 )
-@pytest.mark.parametrize("field", ["extra", "history", "encoder", "dim", "fingerprint"])
+@pytest.mark.parametrize("field", ["extra", "history", "encoder", "dim", "space"])
 def test_values_that_json_does_not_have_are_refused(
     make_bank: BankMaker, tmp_path: Path, field: str, value: object
 ) -> None:

@@ -114,7 +114,7 @@ def _is_guard(record: dict[str, Any]) -> bool:
     if not all(isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span) for span in spans):
         return False
     bounds = [0, *(place for span in spans for place in span), size]
-    return bounds == sorted(bounds)
+    return bounds == sorted(bounds) and size < 2**63
 
 
 def _block_size(length: int) -> int:
@@ -191,7 +191,9 @@ def _place(file: OpenFile, name: str, dataset: h5py.Dataset) -> Place:
     if dataset.shape is None:
         raise FormatError(f"dataset {name!r} has no shape, as no bank's has", tensor=name)
     offset, size = dataset.id.get_offset(), int(dataset.nbytes)
-    if size and (offset is None or not 0 <= offset <= file.size - size):
+    # of data that was never written, the library gives an offset (-1 and the user block), but no storage
+    unwritten = offset is None or dataset.id.get_storage_size() != size
+    if size and (unwritten or not 0 <= offset <= file.size - size):
         raise CorruptError(f"dataset {name!r} has no place in the file, or beyond its end", tensor=name)
     begin = int(offset) if size else 0
     return Place(file=file, dtype=dtype, shape=tuple(dataset.shape), begin=begin, end=begin + size)

@@ -53,12 +53,16 @@ if TYPE_CHECKING:
     from gmem_bank.insertion import insert_snippets as insert_snippets
     from gmem_bank.interface import Bank as Bank
     from gmem_bank.kinds import open as open  # noqa: A004
+    from gmem_bank.legacy import import_official as import_official
+    from gmem_bank.legacy_export import export_official as export_official
     from gmem_bank.ops import mask as mask
     from gmem_bank.ops import remove as remove
     from gmem_bank.ops import remove_concept as remove_concept
     from gmem_bank.ops import rename as rename
     from gmem_bank.ops import select as select
     from gmem_bank.ops import unmask as unmask
+    from gmem_bank.parquet import export_parquet as export_parquet
+    from gmem_bank.plotting import plot as plot
     from gmem_bank.progress import ProgressBar as ProgressBar
     from gmem_bank.provenance import EncoderSpec as EncoderSpec
     from gmem_bank.reduce import coreset as coreset
@@ -105,7 +109,11 @@ _DOOR = {
     "insertion": ("concept_of_rows", "insert_concept", "insert_snippets"),
     "interface": ("Bank",),
     "kinds": ("open",),
+    "legacy": ("import_official",),
+    "legacy_export": ("export_official",),
     "ops": ("mask", "remove", "remove_concept", "rename", "select", "unmask"),
+    "parquet": ("export_parquet",),
+    "plotting": ("plot",),
     "progress": ("ProgressBar",),
     "provenance": ("EncoderSpec",),
     "reduce": ("coreset", "dedup"),

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmem_bank.errors import CorruptError, GMemError
+from gmem_bank.space import TINY_NORM
 
 I8_LIMIT = 127
 GROW_BELOW = 0.99
@@ -51,7 +52,8 @@ def inverse_norms(
     wide, centre = coefficients.astype(np.float64), mean.astype(np.float64)
     squares = np.vecdot(wide, wide) + 2 * wide @ (basis.astype(np.float64) @ centre) + centre @ centre
     norms = np.sqrt(np.maximum(squares, 0.0))
-    return np.asarray(np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0), np.float32)
+    shortest = np.maximum(norms, TINY_NORM)  # as `to_space` has it, and within f32
+    return np.asarray(np.divide(1.0, shortest, out=np.zeros_like(norms), where=norms > 0), np.float32)
 
 
 def quantise(coefficients: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

@@ -108,7 +108,8 @@ class FactoredBank(MemoryBank):
 
     def _gather(self, segment: str, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], bool]:
         columns = read_coefficients(self._stored, segment, rows, self.rank)
-        snippets = factors.reconstruct(columns, self.basis[: columns.shape[1]], self.mean)
+        with np.errstate(over="ignore", invalid="ignore"):
+            snippets = factors.reconstruct(columns, self.basis[: columns.shape[1]], self.mean)
         if not all_finite(snippets):
             return snippets, False
         return (snippets if self.space == "raw" else scale_to_unit(snippets)), True
@@ -127,10 +128,9 @@ def read_coefficients(stored: StoredBank, segment: str, rows: NDArray[np.int64],
                 f"{stored.path}: entry '{segment}/index' names a coefficient without a scale", path=stored.path
             )
         scale = scale[index]
-    wide = segments.scaled(values, scale)
-    if index is None:
-        return wide
-    return factors.scatter(wide, index, rank, f"{segment}/index")
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is named by who asked
+        wide = segments.scaled(values, scale)
+        return wide if index is None else factors.scatter(wide, index, rank, f"{segment}/index")
 
 
 _KINDS: dict[str, type[MemoryBank]] = {"dense": DenseBank, "factored": FactoredBank}

@@ -8,18 +8,21 @@ Shapes: m rows on the map.
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import io
 import json
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gmem_bank.errors import MissingDependencyError
+from gmem_bank.bank import MemoryBank
+from gmem_bank.errors import MissingDependencyError, SourceError
+from gmem_bank.progress import Progress
 
 if TYPE_CHECKING:
     from gmem_bank.plotting import Neighbours, Projection, Spectrum
@@ -36,13 +39,18 @@ MOST_POINTS = 400
 """Of a curve: more cannot be told apart at its width."""
 HEADINGS = {"spectrum": "Spectrum", "map": "Map", "neighbours": "Nearest neighbours"}
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-HINT = "Hover for the key, scroll to zoom, drag to move, double-click to start over. The first concept gives the colour."
+HINT = (
+    "Hover for the key, scroll to zoom, drag to move, double-click to start over. The first concept gives the colour."
+)
 LEGEND_ENTRIES = 20
+THUMBNAIL_SIDE = 64
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
-h1{overflow-wrap:anywhere}main{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(26rem,100%),1fr));gap:1rem 2rem}
+h1{overflow-wrap:anywhere}main{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(26rem,100%),1fr));gap:1rem 2rem;
+grid-auto-flow:dense}
 figure{margin:0;min-width:0}.map{grid-column:1/-1}figcaption{font-size:14px;margin-bottom:.4rem}canvas{width:100%;height:18rem;display:block}
-#plane{display:flex;gap:1rem;flex-wrap:wrap}#plane canvas{flex:1 1 24rem;width:0;height:36rem;border:1px solid #ddd;cursor:crosshair}
+#plane{display:flex;gap:1rem;flex-wrap:wrap}
+#plane canvas{flex:1 1 24rem;width:0;height:36rem;border:1px solid #ddd;cursor:crosshair}
 #legend{flex:0 1 15rem;max-height:36rem;overflow:auto;font-size:14px}#legend label{display:block;overflow-wrap:anywhere}
 #legend i{display:inline-block;width:.8em;height:.8em;border-radius:50%;margin:0 .4em}#legend:empty{display:none}
 #tip{position:fixed;pointer-events:none;background:#fff;border:1px solid #999;box-shadow:0 2px 8px #0003;padding:.4rem .6rem;
@@ -53,11 +61,12 @@ SCRIPT = r"""
 const el=id=>document.getElementById(id),D=JSON.parse(el("data").textContent);
 function fit(c){const r=devicePixelRatio||1,g=c.getContext("2d");c.width=c.clientWidth*r;c.height=c.clientHeight*r;
   g.setTransform(r,0,0,r,0,0);g.font="12px system-ui,sans-serif";return g}
-function make(tag,parent,text){const e=document.createElement(tag);if(text!==undefined)e.textContent=text;parent.append(e);return e}
+function make(tag,parent,text=""){const e=document.createElement(tag);e.textContent=text;parent.append(e);return e}
 function chart(c,d){ // ticks, bars, curves and their names, all in fractions of the axes
   const g=fit(c),w=c.clientWidth,h=c.clientHeight,X=v=>50+v*(w-70),Y=v=>24+(1-v)*(h-68);
   g.strokeStyle="#ddd";g.fillStyle="#444";
-  for(const [v,t] of d.y){g.beginPath();g.moveTo(X(0),Y(v));g.lineTo(X(1),Y(v));g.stroke();g.textAlign="right";g.fillText(t,X(0)-6,Y(v)+4)}
+  g.textAlign="right";
+  for(const [v,t] of d.y){g.beginPath();g.moveTo(X(0),Y(v));g.lineTo(X(1),Y(v));g.stroke();g.fillText(t,X(0)-6,Y(v)+4)}
   g.textAlign="center";for(const [v,t] of d.x)g.fillText(t,X(v),Y(0)+16);g.fillText(d.label,X(.5),Y(0)+36);
   g.fillStyle=D.colours[0];d.bars.forEach((v,i)=>g.fillRect(X(i/d.bars.length),Y(v),(w-70)/d.bars.length-1,Y(0)-Y(v)));
   g.textAlign="left";let at=X(0);
@@ -75,10 +84,10 @@ function map(M){
   const scale=()=>view.k*Math.min((C.clientWidth-40)/spanX,(C.clientHeight-40)/spanY); // one for both axes
   const place=(i,s)=>[C.clientWidth/2+view.x+(M.x[i]-x0)*s,C.clientHeight/2+view.y-(M.y[i]-y0)*s];
   const radius=n>2000?2.5:n>300?3.5:5;let hot=-1,drag=null,pending=false;
-  function draw(){pending=false;const g=fit(C),s=scale();g.globalAlpha=.75;
+  function draw(){pending=false;const g=fit(C),s=scale();g.globalAlpha=.75;g.strokeStyle="#000";
     for(let i=0;i<n;i++){if(off.has(first[i]))continue;const [x,y]=place(i,s);g.fillStyle=colour(first[i]);
       g.beginPath();g.arc(x,y,radius,0,7);g.fill()}
-    if(hot>=0){const [x,y]=place(hot,s);g.globalAlpha=1;g.strokeStyle="#000";g.lineWidth=2;g.beginPath();g.arc(x,y,radius+2,0,7);g.stroke()}}
+    if(hot>=0){const [x,y]=place(hot,s);g.globalAlpha=1;g.lineWidth=2;g.beginPath();g.arc(x,y,radius+2,0,7);g.stroke()}}
   const redraw=()=>{if(!pending){pending=true;requestAnimationFrame(draw)}};
   function nearest(px,py){let best=-1,limit=144;const s=scale();for(let i=0;i<n;i++){if(off.has(first[i]))continue;
     const [x,y]=place(i,s),d=(x-px)**2+(y-py)**2;if(d<limit){limit=d;best=i}}return best}
@@ -92,14 +101,16 @@ function map(M){
   C.onpointerdown=e=>{drag=[e.clientX,e.clientY];C.setPointerCapture(e.pointerId)};
   C.onpointerup=C.onpointercancel=()=>{drag=null};C.onpointerleave=e=>show(-1,e);
   C.ondblclick=()=>{view.k=1;view.x=view.y=0;redraw()};
-  C.addEventListener("wheel",e=>{e.preventDefault();const f=Math.exp(-e.deltaY/400),x=e.offsetX-C.clientWidth/2,y=e.offsetY-C.clientHeight/2;
+  C.addEventListener("wheel",e=>{e.preventDefault();const f=Math.exp(-e.deltaY/400);
+    const x=e.offsetX-C.clientWidth/2,y=e.offsetY-C.clientHeight/2;
     view.k*=f;view.x=x-(x-view.x)*f;view.y=y-(y-view.y)*f;redraw()},{passive:false});
   const counts=new Map();first.forEach(c=>counts.set(c,(counts.get(c)||0)+1));const boxes=[];
   const kinds=[...counts.keys()].sort((a,b)=>(a<0)-(b<0)||a-b);
   if(kinds.length>1){const all=make("button",el("legend"),"all / none");
     all.onclick=()=>{const on=off.size>0;off.clear();if(!on)kinds.forEach(c=>off.add(c));boxes.forEach(b=>b.checked=on);redraw()}}
-  if(kinds.length>1||kinds[0]>=0)for(const c of kinds){const line=make("label",el("legend")),b=make("input",line);b.type="checkbox";b.checked=true;
-    boxes.push(b);make("i",line).style.background=colour(c);line.append((c<0?"no concept":M.concepts[c])+" ("+counts.get(c)+")");
+  if(kinds.length>1||kinds[0]>=0)for(const c of kinds){const line=make("label",el("legend")),b=make("input",line);
+    b.type="checkbox";b.checked=true;boxes.push(b);
+    make("i",line).style.background=colour(c);line.append((c<0?"no concept":M.concepts[c])+" ("+counts.get(c)+")");
     b.onchange=()=>{b.checked?off.delete(c):off.add(c);redraw()}}
   return draw}
 const painters=[...document.querySelectorAll("canvas[data-chart]")].map(c=>()=>chart(c,D[c.dataset.chart]));
@@ -117,14 +128,18 @@ class RowMap:
     """Those of rows on the map, in file order."""
     members: list[list[int]]
     """Of each row, positions in `concepts`; the first gives its colour."""
-    thumbnails: dict[int, bytes]
+    thumbnails: dict[int, bytes] = field(default_factory=dict)
     """Place on the map → JPEG."""
-    note: str
-    """What is to be said of the thumbnails."""
+    num_images: int = 0
+    """Rows on the map that came from an image, counted where thumbnails are wanted."""
+    num_missing: int = 0
+    """Of those, rows whose image is not there, or not readable, any more."""
 
     def describe(self) -> str:
         """Return in words what is shown."""
-        return f"{self.projection.describe()} {self.note}".rstrip()
+        missing = f", {self.num_missing:,} missing or unreadable" if self.num_missing else ""
+        images = f" {len(self.thumbnails):,} of {self.num_images:,} images shown{missing}."
+        return self.projection.describe() + (images if self.num_images else "")
 
 
 @dataclass(kw_only=True)
@@ -144,19 +159,75 @@ class Drawing:
         return [(panel, part.describe()) for panel in self.panels if (part := parts[panel]) is not None]
 
 
+def add_thumbnails(shown: RowMap, bank: MemoryBank, progress: Progress, most: int, gap: float = 0.0) -> None:
+    """Read images of rows on the map, `most` at most, `gap` of its extent apart, and count those that are missing."""
+    rows = shown.projection.rows
+    places = np.flatnonzero(np.isin(rows, bank.image_rows())).tolist()
+    there = [place for place in places if _has_image(bank, int(rows[place]))]
+    chosen = [there[index] for index in spread(shown.projection.coordinates[there], most, gap)]
+    for done, place in enumerate(chosen, 1):
+        with contextlib.suppress(SourceError):
+            shown.thumbnails[place] = _thumbnail(bank.read_image(int(rows[place])))
+        progress(done, len(chosen))
+    shown.num_images = len(places)
+    shown.num_missing = len(places) - len(there) + len(chosen) - len(shown.thumbnails)
+
+
+def _has_image(bank: MemoryBank, row: int) -> bool:
+    try:
+        return not len(bank.missing_images(np.array([row])))
+    except (SourceError, OSError):  # a key that is no path, or too long for one
+        return False
+
+
+def _thumbnail(pixels: NDArray[np.uint8]) -> bytes:
+    from PIL import Image
+
+    image, stream = Image.fromarray(pixels), io.BytesIO()
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    image.save(stream, "JPEG", quality=75)
+    return stream.getvalue()
+
+
+def spread(coordinates: NDArray[np.float32], most: int, gap: float = 0.0) -> list[int]:
+    """Return positions of up to `most` of (m, 2) points, each the farthest from those before it.
+
+    Args:
+        coordinates: (m, 2).
+        most: where m is no larger, and no gap is asked for, all are taken.
+        gap: stop where the next would be nearer to one of those before it than this share of the extent.
+    """
+    if len(coordinates) <= most and not gap:
+        return list(range(len(coordinates)))
+    points = coordinates.astype(np.float64)
+    nearest = np.full(len(points), np.inf)
+    chosen: list[int] = []
+    following = int(np.square(points - points.mean(axis=0)).sum(axis=1).argmin()) if len(points) else 0
+    limit = (gap * np.ptp(points, axis=0).max()) ** 2 if len(points) else 0.0
+    while len(chosen) < min(most, len(points)) and (not chosen or nearest[following] >= limit):
+        chosen.append(following)
+        nearest = np.minimum(nearest, np.square(points - points[following]).sum(axis=1))
+        nearest[chosen] = -1.0  # of equal points each is taken once
+        following = int(nearest.argmax())
+    return chosen
+
+
 def draw_page(drawing: Drawing) -> bytes:
     """Return the page in UTF-8."""
     title, figures = html.escape(drawing.title), ""
+    data = _data(drawing)
     for panel, words in drawing.described():
         heading = f"<figure class={panel}><figcaption><b>{HEADINGS[panel]}.</b> {html.escape(words)}"
-        canvas = f"<canvas data-chart={panel} role=img aria-label='{HEADINGS[panel]}'></canvas>"
+        canvas = (
+            f"<canvas data-chart={panel} role=img aria-label='{HEADINGS[panel]}'></canvas>" if panel in data else ""
+        )
         plane = f" {HINT}<div id=plane><canvas></canvas><div id=legend></div></div><div id=tip hidden></div>"
         figures += f"{heading}{plane if panel == 'map' else '</figcaption>' + canvas}</figure>"
     page = (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f'<meta http-equiv=Content-Security-Policy content="{POLICY}"><title>{title}</title><style>{STYLE}</style>'
         f"<body><h1>{title}</h1><p>{html.escape(drawing.facts)}</p><noscript>The drawings need JavaScript.</noscript>"
-        f"<main>{figures}</main><script type=application/json id=data>{_json(_data(drawing))}</script>"
+        f"<main>{figures}</main><script type=application/json id=data>{_json(data)}</script>"
         f"<script>{SCRIPT}</script></body></html>"
     )
     return page.encode()
@@ -167,13 +238,9 @@ def _json(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def _data(drawing: Drawing) -> dict[str, object]:
+def _data(drawing: Drawing) -> dict[str, Any]:
     """Return what the script draws."""
-    data: dict[str, object] = {"colours": COLOURS, "grey": GREY}
-    if drawing.spectrum is not None:
-        data["spectrum"] = _spectrum_chart(drawing.spectrum)
-    if drawing.neighbours is not None:
-        data["neighbours"] = _neighbours_chart(drawing.neighbours)
+    data: dict[str, Any] = {"colours": COLOURS, "grey": GREY, **charts(drawing)}
     if (shown := drawing.map) is not None:
         x, y = (np.round(column.astype(np.float64), 6).tolist() for column in shown.projection.coordinates.T)
         thumbnails = {place: base64.b64encode(data).decode() for place, data in shown.thumbnails.items()}
@@ -182,44 +249,44 @@ def _data(drawing: Drawing) -> dict[str, object]:
     return data
 
 
-def _spectrum_chart(found: Spectrum) -> dict[str, object]:
-    places, x = curve(found)
-    count, relative = len(found.values), found.values / (found.values[0] or 1.0)
-    marks = np.unique(np.linspace(0, count - 1, 5).astype(int)).tolist()
-    curves = {"cumulative energy": (COLOURS[0], found.energy), "singular value ÷ the largest": (COLOURS[1], relative)}
-    return {
-        "x": [[place / max(count - 1, 1), f"{place + 1:,}"] for place in marks],
-        "y": [[share, f"{share:.0%}"] for share in (0, 0.25, 0.5, 0.75, 1)],
-        "label": "component", "bars": [],
-        "curves": [
-            [name, colour, np.round(np.column_stack([x, y[places]]), 6).tolist()] for name, (colour, y) in curves.items()
-        ],
-    }  # fmt: skip
+def charts(drawing: Drawing) -> dict[str, Any]:
+    """Return panel → chart, where there is something to draw: ticks, heights of bars and curves, all from 0 to 1."""
+    found: dict[str, Any] = {}
+    if drawing.spectrum is not None and drawing.spectrum.values.any():
+        found["spectrum"] = _spectrum_chart(drawing.spectrum)
+    if drawing.neighbours is not None and len(drawing.neighbours.distances):
+        found["neighbours"] = _neighbours_chart(drawing.neighbours.distances)
+    return found
 
 
-def _neighbours_chart(found: Neighbours) -> dict[str, object]:
-    counts, edges = histogram(found)
-    median = float(np.median(found.distances)) / edges[-1] if len(found.distances) else 0.0
-    return {
-        "x": [[share, f"{share * edges[-1]:.3g}"] for share in (0, 0.25, 0.5, 0.75, 1)],
-        "y": [[0, "0"], [1, f"{counts.max():,}"]],
-        "label": "cosine distance to the nearest other row", "bars": (counts / max(counts.max(), 1)).tolist(),
-        "curves": [["median", COLOURS[3], [[median, 0], [median, 1]]]] if len(found.distances) else [],
-    }  # fmt: skip
-
-
-def curve(found: Spectrum) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return the components that are drawn, 400 at most, and where they stand between the first, 0, and the last, 1."""
+def _spectrum_chart(found: Spectrum) -> dict[str, Any]:
     last = len(found.values) - 1
     places = np.unique(np.linspace(0, last, min(last + 1, MOST_POINTS)).round().astype(np.int64))
-    return places, places / max(last, 1)
+    x, relative = places / max(last, 1), found.values / found.values[0]
+    curves = {"cumulative energy": found.energy, "singular value ÷ the largest": relative}
+    return {
+        "x": [[place / max(last, 1), f"{place + 1:,}"] for place in sorted({last * part // 4 for part in range(5)})],
+        "y": [[share, f"{share:.0%}"] for share in (0, 0.25, 0.5, 0.75, 1)],
+        "label": "component",
+        "bars": [],
+        "curves": [
+            [name, colour, np.round(np.column_stack([x, y[places]]), 6).tolist()]
+            for (name, y), colour in zip(curves.items(), COLOURS[:2], strict=True)
+        ],
+    }
 
 
-def histogram(found: Neighbours) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return counts and edges of the bins between no distance and the largest."""
-    distances = found.distances.astype(np.float64)
-    counts, edges = np.histogram(distances, BINS, (0.0, max(float(distances.max(initial=0.0)), 1e-6)))
-    return counts.astype(np.int64), edges
+def _neighbours_chart(distances: NDArray[np.float32]) -> dict[str, Any]:
+    most = max(float(distances.max()), 1e-6)
+    counts, _ = np.histogram(distances.astype(np.float64), BINS, (0.0, most))
+    median = float(np.median(distances)) / most
+    return {
+        "x": [[share, f"{share * most:.3g}"] for share in (0, 0.25, 0.5, 0.75, 1)],
+        "y": [[0, "0"], [1, f"{counts.max():,}"]],
+        "label": "cosine distance to the nearest other row",
+        "bars": np.round(counts / counts.max(), 6).tolist(),
+        "curves": [["median", COLOURS[3], [[median, 0], [median, 1]]]],
+    }
 
 
 def require_matplotlib() -> None:
@@ -244,49 +311,53 @@ def draw_picture(drawing: Drawing) -> bytes:
     described = drawing.described()
     widths = [7 if panel == "map" else 5 for panel, _ in described]
     figure = Figure(figsize=(sum(widths), 5.6), dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    figure.suptitle(f"{drawing.title}\n{drawing.facts}", fontsize=10, parse_math=False)
-    painters = {"spectrum": _paint_spectrum, "map": _paint_map, "neighbours": _paint_neighbours}
+    FigureCanvasAgg(figure)
+    heading = [line for text in (drawing.title, drawing.facts) for line in textwrap.wrap(text, sum(widths) * 12)]
+    figure.suptitle("\n".join(heading), fontsize=10, parse_math=False)
+    drawn = charts(drawing)
     axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
     for ax, width, (panel, words) in zip(axes, widths, described, strict=True):
-        painters[panel](ax, getattr(drawing, panel))
-        ax.set_title("\n".join(textwrap.wrap(words, width * 11)), fontsize=8, loc="left", color="#444")
-        ax.spines[["top", "right"]].set_visible(False)
+        if panel == "map":
+            _paint_map(ax, drawing.map)
+        elif panel in drawn:
+            _paint_chart(ax, drawn[panel])
+        else:
+            ax.set_axis_off()
+        ax.set_title("\n".join(textwrap.wrap(words, width * 14)), fontsize=8, loc="left", color="#444")
     stream = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # an emoji in a name is drawn as a box
-        canvas.print_png(stream, metadata={"Software": None})
+        figure.savefig(stream, format="png", metadata={"Software": None})
     return stream.getvalue()
 
 
-def _paint_spectrum(ax: Any, found: Spectrum) -> None:
-    places, _ = curve(found)
-    marker = "o" if len(places) <= BINS else None
-    ax.plot(places + 1, found.energy[places], color=COLOURS[0], marker=marker, ms=4, label="cumulative energy")
-    relative = found.values[places] / (found.values[0] or 1.0)
-    ax.plot(places + 1, relative, color=COLOURS[1], marker=marker, ms=4, label="singular value ÷ the largest")
-    ax.set(xlabel="component", ylim=(-0.02, 1.05))
+def _paint_chart(ax: Any, chart: dict[str, Any]) -> None:
+    bars = np.arange(len(chart["bars"])) / max(len(chart["bars"]), 1)
+    ax.bar(bars, chart["bars"], 0.95 / max(len(bars), 1), align="edge", color=COLOURS[0])
+    for name, colour, points in chart["curves"]:
+        marker = "o" if len(points) <= BINS else None
+        ax.plot(*zip(*points, strict=True), color=colour, marker=marker, ms=4, label=name, clip_on=False)
+    for axis in "xy":
+        ticks, labels = zip(*chart[axis], strict=True)
+        ax.set(**{f"{axis}ticks": ticks, f"{axis}ticklabels": labels, f"{axis}lim": (0, 1)})
+    ax.set_xlabel(chart["label"])
+    ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="#ddd")
+    ax.set_axisbelow(True)
     ax.legend(fontsize=8)
 
 
-def _paint_neighbours(ax: Any, found: Neighbours) -> None:
-    counts, edges = histogram(found)
-    ax.stairs(counts, edges, fill=True, color=COLOURS[0])
-    if len(found.distances):
-        ax.axvline(float(np.median(found.distances)), color=COLOURS[3], ls="--", label="median")
-        ax.legend(fontsize=8)
-    ax.set(xlabel="cosine distance to the nearest other row", ylabel="probes", xlim=(0, edges[-1]))
-
-
-def _paint_map(ax: Any, shown: RowMap) -> None:
+def _paint_map(ax: Any, shown: RowMap | None) -> None:
     from matplotlib.lines import Line2D
 
+    assert shown is not None
     coordinates = shown.projection.coordinates
     colours = [COLOURS[members[0] % len(COLOURS)] if members else GREY for members in shown.members]
     size = 6 if len(colours) > 2000 else 14 if len(colours) > 300 else 30
     ax.scatter(*coordinates.T, s=size, c=colours, alpha=0.8, linewidths=0)
     ax.set(aspect="equal", adjustable="datalim", xticks=[], yticks=[])
+    ax.margins(0.08)  # a thumbnail reaches beyond its point
+    ax.spines[:].set_color("#ccc")
     _paint_thumbnails(ax, shown, colours)
     first = sorted({members[0] for members in shown.members if members})
     names = [_short(shown.concepts[index]) for index in first[:LEGEND_ENTRIES]]

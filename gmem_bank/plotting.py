@@ -6,7 +6,7 @@ Shapes: n active rows, m rows on the map, D dimensions, R singular values, p pro
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +28,8 @@ SHARES = {"rank_90": 0.90, "rank_95": 0.95, "rank_99": 0.99}
 QUANTILES = {"min": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
 FEWEST_TSNE = 4
 """Below this many rows there are no neighbourhoods to keep, and PCA shows all there is."""
+THUMBNAILS = {".html": (2000, 0.0), ".png": (60, 0.08)}
+"""How many at most, and how far apart at least, as a share of the map: in a picture they lie on it all at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,11 @@ class Neighbours:
         places = QUANTILES if len(self.distances) else {}
         return {name: round(float(np.quantile(self.distances, q)), 6) for name, q in places.items()}
 
+    def to_json(self) -> dict[str, Json]:
+        """Return the figures as a JSON object."""
+        compared = {"num_probes": len(self.distances), "num_compared": self.num_compared, "sampled": self.sampled}
+        return {**compared, **self.quantiles()}
+
     def describe(self) -> str:
         """Return the figures in words."""
         if not len(self.distances):
@@ -95,8 +102,8 @@ class Projection:
     def describe(self) -> str:
         """Return in words what is shown."""
         few = len(self.rows) < self.num_active
-        shown = f"{len(self.rows):,} of {self.num_active:,} active rows, drawn" if few else "All active rows, placed"
-        return f"{shown} with seed {self.seed}, by {METHODS[self.method]}."
+        drawn = f"{len(self.rows):,} of {self.num_active:,} active rows, drawn at random"
+        return f"{drawn if few else 'All active rows'}, by {METHODS[self.method]} (seed {self.seed})."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,14 +130,13 @@ class PlotReport:
         return asdict(self)
 
 
-def spectrum(bank: MemoryBank, *, progress: Progress = no_progress) -> Spectrum:
+def spectrum(bank: MemoryBank) -> Spectrum:
     """Return the singular values of the centred snippets: those a factored bank recorded, or those of the active rows.
 
     Rows are streamed; memory does not grow with their number. Values below some 1e-3 of the largest hold rounding.
 
     Args:
         bank: any bank with an active row.
-        progress: told rows read and rows in all.
 
     Returns:
         R = min(n, D) values, or as many as a factored bank recorded.
@@ -147,7 +153,7 @@ def spectrum(bank: MemoryBank, *, progress: Progress = no_progress) -> Spectrum:
         values = np.linalg.svd(wide - wide.mean(axis=0), compute_uv=False)
         values[values <= 1e-12 * np.linalg.norm(wide)] = 0.0  # what the rounding of the mean leaves of equal rows
     else:
-        values = np.sqrt(np.maximum(np.linalg.eigvalsh(_centred_gram(bank, rows, progress)[1])[::-1], 0.0))
+        values = np.sqrt(np.maximum(np.linalg.eigvalsh(_centred_gram(bank, rows)[1])[::-1], 0.0))
     squares = np.cumsum(values**2)
     energy = squares / squares[-1] if values.any() else np.ones_like(values)
     return Spectrum(values=values, energy=energy, stored=stored is not None)
@@ -160,27 +166,22 @@ def _active_rows(bank: MemoryBank) -> NDArray[np.int64]:
     return rows
 
 
-def _centred_gram(
-    bank: MemoryBank, rows: NDArray[np.int64], progress: Progress
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _centred_gram(bank: MemoryBank, rows: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the (D,) mean and the (D, D) Gram matrix of the centred snippets, in one pass."""
     shift = np.zeros(bank.dim, np.float32)
     total, gram = np.zeros(bank.dim), np.zeros((bank.dim, bank.dim))
     for start, block in bank.snippet_blocks(rows):
         if start == 0:  # without the shift a large mean would drown the small directions in float32
             shift = block.mean(axis=0, dtype=np.float64).astype(np.float32)
-        block -= shift
-        total += block.sum(axis=0, dtype=np.float64)
-        gram += block.T @ block
-        progress(start + len(block), len(rows))
+        shifted = np.subtract(block, shift, out=block)
+        total += shifted.sum(axis=0, dtype=np.float64)
+        gram += shifted.T @ shifted
     centre = total / len(rows)
     gram -= len(rows) * np.outer(centre, centre)
     return shift + centre, gram
 
 
-def neighbour_distances(
-    bank: MemoryBank, *, num_probes: int = 2000, sample: int = 50_000, seed: int = 0
-) -> Neighbours:
+def neighbour_distances(bank: MemoryBank, *, num_probes: int = 2000, sample: int = 50_000, seed: int = 0) -> Neighbours:
     """Return the cosine distance of probes to the nearest other active row.
 
     Args:
@@ -210,9 +211,7 @@ def _drawn(rows: NDArray[np.int64], most: int, rng: np.random.Generator) -> NDAr
     return rows if len(rows) <= most else np.sort(rng.choice(rows, most, replace=False))
 
 
-def project(
-    bank: MemoryBank, *, method: str = "pca", num_rows: int = 5000, seed: int = 0, progress: Progress = no_progress
-) -> Projection:
+def project(bank: MemoryBank, *, method: str = "pca", num_rows: int = 5000, seed: int = 0) -> Projection:
     """Return active rows in the plane, the same for the same seed.
 
     Args:
@@ -220,7 +219,6 @@ def project(
         method: "pca" (streamed) or "tsne" (the rows are held in memory; minutes from some 20,000 on).
         num_rows: m at most; of more active rows this many are drawn.
         seed: draws them, and drives t-SNE.
-        progress: told rows read and rows in all.
 
     Raises:
         ConfigError: every row is masked, an unknown method, or a number out of range.
@@ -231,17 +229,17 @@ def project(
     active = _active_rows(bank)
     rows = _drawn(active, num_rows, np.random.Generator(np.random.PCG64(seed)))
     method = method if len(rows) >= FEWEST_TSNE else "pca"
-    coordinates = _principal(bank, rows, progress)
+    coordinates = _principal(bank, rows)
     if method == "tsne":
         coordinates = _tsne(bank.snippets(rows), bank.space, coordinates, seed)
     return Projection(rows=rows, coordinates=coordinates, method=method, num_active=len(active), seed=seed)
 
 
-def _principal(bank: MemoryBank, rows: NDArray[np.int64], progress: Progress) -> NDArray[np.float32]:
+def _principal(bank: MemoryBank, rows: NDArray[np.int64]) -> NDArray[np.float32]:
     """Return (m, 2) coordinates along the first two principal components; the second is 0 where D is 1."""
     from scipy.linalg import eigh
 
-    mean, gram = _centred_gram(bank, rows, progress)
+    mean, gram = _centred_gram(bank, rows)
     top = eigh(gram, subset_by_index=(max(bank.dim - 2, 0), bank.dim - 1))[1][:, ::-1]
     top = top * np.where(top.max(axis=0) < -top.min(axis=0), -1, 1)  # so that the sign does not depend on LAPACK
     coordinates = np.zeros((len(rows), 2), np.float32)
@@ -250,12 +248,10 @@ def _principal(bank: MemoryBank, rows: NDArray[np.int64], progress: Progress) ->
     return coordinates
 
 
-def _tsne(
-    snippets: NDArray[np.float32], space: str, start: NDArray[np.float32], seed: int
-) -> NDArray[np.float32]:
+def _tsne(snippets: NDArray[np.float32], space: str, start: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
     """Return (m, 2) t-SNE coordinates of (m, D) snippets, begun at the principal components."""
     from sklearn.manifold import TSNE
-    from threadpoolctl import threadpool_limits
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     deviation = float(start[:, 0].std())
     small = start * np.float32(1e-4 / deviation if deviation > 0 else 1.0)  # as scikit-learn does for init="pca"
@@ -284,7 +280,7 @@ def plot(
         what: panels, in order: "spectrum", "map", "neighbours".
         method, num_rows, seed: of the map, as in `project`; the seed also draws the probes.
         thumbnails: show images on the map where they are still there: 60 in a picture, 2,000 on a page at most.
-        progress: told hundredths of a panel done and in all.
+        progress: told images read for thumbnails and images in all.
 
     Raises:
         ConfigError: another suffix, an unknown panel or method, a number out of range, or every row is masked.
@@ -294,28 +290,69 @@ def plot(
     target, panels = Path(output), tuple(dict.fromkeys([what] if isinstance(what, str) else what))
     write = _writer(target, panels)
     drawing = plot_page.Drawing(title=bank.path.name, facts=_facts(bank), panels=panels)
-    num_missing = 0
     if "spectrum" in panels:
         drawing.spectrum = spectrum(bank)
     if "neighbours" in panels:
         drawing.neighbours = neighbour_distances(bank, seed=seed)
     if "map" in panels:
         placed = project(bank, method=method, num_rows=num_rows, seed=seed)
-        most = (MOST_IN_PICTURE if target.suffix.lower() == ".png" else MOST_ON_PAGE) if thumbnails else 0
-        drawing.map, num_missing = _with_images(bank, placed, most, progress)
+        concepts, members = _concepts_of(bank, placed.rows)
+        drawing.map = plot_page.RowMap(
+            projection=placed, keys=bank.keys(placed.rows), concepts=concepts, members=members
+        )
+        if thumbnails:
+            plot_page.add_thumbnails(drawing.map, bank, progress, *THUMBNAILS[target.suffix.lower()])
     atomic.write_bytes(target, write(drawing))
-    return _report(target, bank, drawing, num_missing)
+    return _report(target, bank, drawing)
 
 
 def _writer(target: Path, panels: Sequence[str]) -> Callable[[plot_page.Drawing], bytes]:
     """Return what writes a file of this name; raises ConfigError or MissingDependencyError before any work is done."""
     writers = {".html": plot_page.draw_page, ".png": plot_page.draw_picture}
-    if target.suffix.lower() not in writers:
+    suffix = target.suffix.lower()
+    if suffix not in writers:
         raise ConfigError(f"{target}: a plot is a .png or a .html file, by its suffix", path=target, key="output")
     if not panels or not set(panels) <= set(PANELS):
         raise ConfigError(f"what must be some of {', '.join(PANELS)}; got {', '.join(panels) or 'none'}", key="what")
-    if target.suffix.lower() == ".png":
+    if suffix == ".png":
         plot_page.require_matplotlib()
     if "neighbours" in panels:
         require_faiss()
-    return writers[target.suffix.lower()]
+    return writers[suffix]
+
+
+def _facts(bank: MemoryBank) -> str:
+    masked = len(bank) - len(bank.rows())
+    hidden = f" ({masked:,} masked)" if masked else ""
+    rows = f"{len(bank):,} row{'s' * (len(bank) != 1)}"
+    return f"{rows}{hidden}, {bank.header.kind}, {bank.space} space, encoder {bank.encoder.describe()}"
+
+
+def _concepts_of(bank: MemoryBank, rows: NDArray[np.int64]) -> tuple[list[str], list[list[int]]]:
+    """Return the concepts that any of (m,) rows has, in file order, and the positions in that list of each row's own."""
+    place = np.full(len(bank), -1)
+    place[rows] = np.arange(len(rows))
+    concepts: list[str] = []
+    members: list[list[int]] = [[] for _ in rows]
+    for name in bank.names:
+        places = place[bank.all_rows_of(name)]
+        for index in places[places >= 0].tolist():
+            members[index].append(len(concepts))
+        concepts += [name] * bool((places >= 0).any())
+    return concepts, members
+
+
+def _report(target: Path, bank: MemoryBank, drawing: plot_page.Drawing) -> PlotReport:
+    shown, found, near = drawing.map, drawing.spectrum, drawing.neighbours
+    measured = None if found is None else {"num_values": len(found.values), "stored": found.stored, **found.ranks()}
+    return PlotReport(
+        output=str(target),
+        num_active=len(bank.rows()),
+        num_shown=0 if shown is None else len(shown.keys),
+        sampled=shown is not None and len(shown.keys) < shown.projection.num_active,
+        method=None if shown is None else shown.projection.method,
+        num_thumbnails=0 if shown is None else len(shown.thumbnails),
+        num_missing_images=0 if shown is None else shown.num_missing,
+        spectrum=measured,
+        neighbours=None if near is None else near.to_json(),
+    )

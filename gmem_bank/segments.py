@@ -36,7 +36,7 @@ def narrow(snippets: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
         bits = np.ascontiguousarray(snippets, np.float32).view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
     with np.errstate(over="ignore"):
-        half = snippets.astype("<f2")
+        half = snippets.astype("<f2", order="C")
     if not np.isfinite(half).all():
         raise GMemError("a snippet has values beyond 65504, the largest f16: store it as f32 or bf16 with --dtype")
     return half

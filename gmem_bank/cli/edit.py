@@ -6,18 +6,8 @@ from typing import Any
 
 import click
 
-from gmem_bank.console import (
-    bank_argument,
-    bank_option,
-    device_option,
-    edit_options,
-    json_option,
-    print_edit,
-    print_json,
-    printable,
-    selection_from,
-    selection_options,
-)
+from gmem_bank.cli.options import edit_options, print_edit, selection_from, selection_options
+from gmem_bank.console import bank_argument, bank_option, device_option, json_option, print_json, printable
 
 
 def _edit(output: str | None, dry_run: bool, no_undo: bool) -> dict[str, Any]:

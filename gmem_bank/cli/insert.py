@@ -7,19 +7,8 @@ from typing import Any
 
 import click
 
-from gmem_bank.console import (
-    bank_option,
-    edit_options,
-    encoder_run_options,
-    list_skipped,
-    note,
-    print_edit,
-    print_json,
-    printable,
-    quiet_option,
-    selection_from,
-    selection_options,
-)
+from gmem_bank.cli.options import edit_options, print_edit, selection_from, selection_options
+from gmem_bank.console import bank_option, encoder_run_options, list_skipped, note, print_json, printable, quiet_option
 
 
 @click.command("insert-concept")

@@ -7,17 +7,8 @@ from typing import Any
 
 import click
 
-from gmem_bank.console import (
-    bank_argument,
-    edit_options,
-    human_bytes,
-    json_option,
-    note,
-    print_edit,
-    print_json,
-    printable,
-    quiet_option,
-)
+from gmem_bank.cli.options import edit_options, print_edit
+from gmem_bank.console import bank_argument, human_bytes, json_option, note, print_json, printable, quiet_option
 
 
 @click.command()

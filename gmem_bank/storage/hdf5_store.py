@@ -109,7 +109,7 @@ def _guard_record(body: bytes) -> dict[str, Any]:
 def _is_guard(record: dict[str, Any]) -> bool:
     """Say whether a record has the size of a file and spans of data in it, one after the other."""
     size, spans = record.get("size"), record.get("data")
-    if type(size) is not int or not isinstance(spans, list):
+    if type(size) is not int or not isinstance(spans, list) or not isinstance(record.get("sha256"), str):
         return False
     if not all(isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span) for span in spans):
         return False

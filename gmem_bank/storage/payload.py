@@ -39,10 +39,10 @@ class Payload:
     @classmethod
     def of(cls, array: NDArray[Any], dtype: str | None = None) -> Payload:
         """Wrap an array in memory; `dtype` names the stored type where NumPy's does not tell (BF16 bits)."""
-        contiguous = np.ascontiguousarray(array).reshape(array.shape)  # ascontiguousarray turns 0-d into 1-d
+        contiguous = np.ascontiguousarray(array)  # 0-d becomes 1-d: of one item, as it should be in the file
         return cls(
             dtype=dtype or _NAME_OF[contiguous.dtype],
-            shape=contiguous.shape,
+            shape=array.shape,
             blocks=lambda: [contiguous.view(np.uint8).data.cast("B")] if contiguous.size else [],
         )
 

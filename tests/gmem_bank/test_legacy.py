@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 
-from gmem_bank import legacy
+from gmem_bank import legacy_export, official
 from gmem_bank.errors import (
     BankNotFoundError,
     ConfigError,
@@ -30,7 +30,8 @@ from gmem_bank.errors import (
 )
 from gmem_bank.kinds import DenseBank, FactoredBank
 from gmem_bank.kinds import open as open_bank
-from gmem_bank.legacy import export_official, import_official, to_official
+from gmem_bank.legacy import import_official
+from gmem_bank.legacy_export import export_official, to_official
 from gmem_bank.ops import mask, remove
 from gmem_bank.provenance import EncoderSpec, sha256_of_file
 from gmem_bank.selection import Selection
@@ -135,8 +136,11 @@ def test_a_dense_file_is_narrowed(full: Path, golden: dict[str, np.ndarray], dty
 def test_tensors_of_other_floats_are_read(dtype: torch.dtype) -> None:
     """Any type of floats, and any order of the values in memory, is brought to float32."""
     values = torch.from_numpy(np.random.default_rng(0).standard_normal((9, 5))).to(dtype)
-    import_official(saved(values.t().contiguous().t()))
+    path = saved(values.t().contiguous().t())
+    import_official(path)
     np.testing.assert_array_equal(snippets(), values.float().numpy())
+    import_official(path, dtype="f16", overwrite=True)
+    np.testing.assert_array_equal(snippets(), values.float().half().float().numpy())
 
 
 def test_a_factored_file_gives_the_published_reconstruction(dmd: Path, golden: dict[str, np.ndarray]) -> None:
@@ -174,6 +178,23 @@ def test_a_factored_file_in_unit_space_and_f16(dmd: Path, golden: dict[str, np.n
     wide = golden["dmd.recon"].astype(np.float64)
     assert open_bank("bank.safetensors").stored.dtype("0/coefficients") == "F16"
     np.testing.assert_allclose(snippets(), wide / np.linalg.norm(wide, axis=1, keepdims=True), atol=1e-3)
+
+
+def test_a_factored_file_in_i8(dmd: Path, golden: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each coefficient is off by half a scale at most, the scale being the 127th part of the largest in its column."""
+    import_official(dmd, "exact.safetensors")
+    exact = open_bank("exact.safetensors")
+    assert isinstance(exact, FactoredBank)
+    wide = exact.coefficients(exact.rows())
+    for module in (official, legacy_export):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 4 * 16 * 7)
+    import_official(dmd, dtype="i8")
+    bank = open_bank("bank.safetensors")
+    assert isinstance(bank, FactoredBank)
+    scale = np.abs(wide).max(axis=0) / 127
+    np.testing.assert_allclose(bank.stored.array("0/scale"), scale, rtol=1e-6)
+    assert (np.abs(bank.coefficients(bank.rows()) - wide) <= scale * 0.5001).all()
+    assert verify(bank.path).ok
 
 
 def test_a_singular_value_of_zero_is_dropped() -> None:
@@ -238,7 +259,8 @@ def test_rows_come_in_blocks(monkeypatch: pytest.MonkeyPatch, full: Path, dmd: P
     import_official(full, "a.safetensors")
     import_official(dmd, "b.safetensors")
     export_official(open_bank("b.safetensors"), "c.safetensors")
-    monkeypatch.setattr(legacy, "BLOCK_BYTES", 4 * 96 * 7)
+    for module in (official, legacy_export):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 4 * 96 * 7)
     import_official(full, "a7.safetensors")
     import_official(dmd, "b7.safetensors")
     export_official(open_bank("b7.safetensors"), "c7.safetensors")
@@ -362,6 +384,8 @@ BAD = {
     "latent_dim below": (changed(latent_dim=4), "latent_dim is 4, but C and M have 5 columns"),
     "latent_dim above": (changed(latent_dim=6), "latent_dim is 6"),
     "latent_dim is text": (changed(latent_dim="5"), "latent_dim is '5'"),
+    "latent_dim is two": (changed(latent_dim=torch.tensor([5, 5])), "latent_dim is tensor"),
+    "latent_dim is a float": (changed(latent_dim=torch.tensor(5.0)), "latent_dim is tensor"),
     "feature_dim": (changed(feature_dim=13), "feature_dim is 13"),
     "feature_dim is true": (changed(feature_dim=True), "feature_dim is True"),
     "M not finite": (lambda: poisoned("M", np.nan, 3, 1), "M has values"),
@@ -502,7 +526,7 @@ def test_a_structure_that_lies_about_its_values_is_refused(full: Path) -> None:
     with pytest.raises(FormatError, match="nothing in it was executed"):
         import_official(rezipped(full, zipfile.ZIP_STORED, taller))
     with pytest.raises(FormatError, match="more parts than a bank"):
-        import_official(saved({f"k{number}": "x" * 1000 for number in range(2000)}))
+        import_official(saved({f"k{number}": f"{number:01000}" for number in range(2000)}))
     with pytest.raises(FormatError, match="more parts than a bank"):
         import_official(saved({f"k{number}": torch.ones(1) for number in range(80)}))
 
@@ -518,7 +542,7 @@ def test_paths_and_settings_that_cannot_be(full: Path, dmd: Path) -> None:
         import_official(full, "bank.pt")
     with pytest.raises(ConfigError, match="space"):
         import_official(full, space="cosine")  # type: ignore[arg-type]
-    for path, dtype in ((full, "i8"), (dmd, "bf16"), (dmd, "i8")):
+    for path, dtype in ((full, "i8"), (dmd, "bf16"), (dmd, "f64")):
         with pytest.raises(ConfigError, match="dtype must be one of"):
             import_official(path, dtype=dtype)
     for prefix in ("", "..", "/etc"):
@@ -640,6 +664,8 @@ def test_an_export_becomes_a_pth_by_one_line_and_comes_back(dmd: Path, full: Pat
     np.testing.assert_allclose(published(record), golden["dmd.recon"], atol=1e-6)
     import_official("f.pth", "b.safetensors")
     np.testing.assert_allclose(snippets("b.safetensors"), snippets("a.safetensors"), atol=1e-6)
+    import_official(saved(load_torch("f.safetensors"), "as-it-is.pth"), "g.safetensors")
+    np.testing.assert_array_equal(snippets("g.safetensors"), snippets("b.safetensors"))
     first, second = open_bank("a.safetensors"), open_bank("b.safetensors")
     np.testing.assert_allclose(second.basis, first.basis, atol=1e-6)  # type: ignore[attr-defined]
     np.testing.assert_allclose(second.singular_values, first.singular_values, rtol=1e-5)  # type: ignore[attr-defined]

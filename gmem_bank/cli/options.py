@@ -1,0 +1,85 @@
+"""What the editing commands share: which rows, what every edit takes, how its report is printed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from gmem_bank.console import Command, json_option, note, print_json, printable
+
+
+def edit_options(command: Command) -> Command:
+    """Add what every edit takes: --output, --dry-run, --no-undo, --json."""
+    command = json_option(command)
+    command = click.option(
+        "--no-undo", is_flag=True, help="Keep nothing to go back to, and delete what was kept: for deletion on request."
+    )(command)
+    command = click.option("--dry-run", is_flag=True, help="Say what would be done, and write nothing.")(command)
+    return click.option(
+        "--output", "-o", default=None, metavar="FILE", help="Write a new bank here; without it the bank is replaced."
+    )(command)
+
+
+def selection_options(command: Command) -> Command:
+    """Add what selects rows: --concept, --key, --keys, --pattern, --random, --seed, --invert."""
+    options = (
+        click.option("--invert", is_flag=True, help="All other rows instead."),
+        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For --random."),
+        click.option(
+            "--random", type=click.IntRange(min=1), metavar="N", help="N of those rows (default: of all) at random."
+        ),
+        click.option(
+            "--pattern", "-p", "patterns", multiple=True, metavar="GLOB", help="Rows whose key matches: 'cat/*.jpg'."
+        ),
+        click.option(
+            "--keys",
+            "keys_file",
+            type=click.Path(),
+            metavar="FILE",
+            help="Rows by keys in FILE, a line each; -: stdin.",
+        ),
+        click.option("--key", "-k", "keys", multiple=True, help="The row of this key; may be repeated."),
+        click.option("--concept", "-c", "concepts", multiple=True, help="Rows of this concept; may be repeated."),
+    )
+    for option in options:
+        command = option(command)
+    return command
+
+
+def selection_from(
+    concepts: tuple[str, ...], keys: tuple[str, ...], keys_file: str | None, patterns: tuple[str, ...],
+    random: int | None, seed: int, invert: bool,
+) -> Any:  # fmt: skip
+    """Return the Selection that the options name; raises click.UsageError for an unreadable file of keys."""
+    from gmem_bank.selection import Selection
+
+    if keys_file is not None:
+        try:
+            with click.open_file(keys_file, encoding="utf-8") as stream:
+                keys = (*keys, *(line.rstrip("\r\n") for line in stream if line.strip()))
+        except (OSError, UnicodeDecodeError) as error:
+            raise click.UsageError(f"--keys {keys_file}: {error}") from error
+    return Selection(concepts=concepts, keys=keys, patterns=patterns, random=random, seed=seed, invert=invert)
+
+
+def print_edit(report: Any, as_json: bool, what: str) -> None:
+    """Print what an edit did: JSON, or one line with the rows that came and went."""
+    if as_json:
+        print_json(report.to_json())
+        return
+    if report.unchanged:
+        note(f"{report.output}: {what} was done already, or there is nothing to do")
+        click.echo(f"{report.output}: {report.num_rows} rows")
+        return
+    changes = [
+        f"+{report.num_added} rows" * bool(report.num_added),
+        f"-{report.num_removed} rows" * bool(report.num_removed),
+    ]
+    done = ", ".join(change for change in changes if change) or "no row added or removed"
+    would = "would be " if report.dry_run else ""
+    click.echo(
+        f"{report.output}: {would}{done} ({what}), {would}{report.num_rows} rows{'' if report.dry_run else ' now'}"
+    )
+    if report.dropped_concepts:
+        click.echo(f"these concepts lose their last row too: {', '.join(map(printable, report.dropped_concepts))}")

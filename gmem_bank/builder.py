@@ -73,6 +73,7 @@ def build(
     *,
     dtype: str = "f32",
     batch_size: int = DEFAULT_BATCH_SIZE,
+    num_workers: int | None = None,
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> BuildReport:
@@ -86,6 +87,7 @@ def build(
         output: bank file to write.
         dtype: "f32", "f16" or "bf16": how snippets are stored.
         batch_size: images per call of the encoder; part of what a resumed build must share with the interrupted one.
+        num_workers: processes that decode images; 0 decodes in this one, None takes one a core where it pays.
         overwrite: replace an existing bank that was built differently.
         progress: told images done and images in all.
 
@@ -114,7 +116,14 @@ def build(
         if built and not staging.exists():
             return _unchanged(target, listing, started)
         # A kill may have come between the bank and its report: then the batches are still there, and give the report.
-        encoded = encode_listings([listing], encoder, staging_folder=staging, batch_size=batch_size, progress=progress)
+        encoded = encode_listings(
+            [listing],
+            encoder,
+            staging_folder=staging,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            progress=progress,
+        )
         if not built:
             _write_new(target, encoded, listing, spec, arguments)
         report = _report(

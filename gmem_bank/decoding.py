@@ -87,6 +87,11 @@ def _formats() -> tuple[str, ...]:
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Decode the bytes of an image file; see `read_image`."""
+    return np.array(decode_picture(data, max_pixels=max_pixels), np.uint8)
+
+
+def decode_picture(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode the bytes of an image file to a Pillow image in RGB; see `read_image`."""
     import warnings
 
     from PIL import Image, UnidentifiedImageError
@@ -99,7 +104,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uin
             with Image.open(BytesIO(data), formats=_formats()) as image:
                 if image.width * image.height > max_pixels:
                     raise SourceError(f"{image.width}×{image.height} is more than {max_pixels:,} pixels")
-                return np.array(_to_rgb(image), np.uint8)
+                return _to_rgb(image)
     except SourceError:
         raise
     except UnidentifiedImageError as error:  # its own text holds a memory address
@@ -119,7 +124,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         layered = upright.convert("RGBA")
         white = Image.new("RGBA", layered.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layered).convert("RGB")
-    return upright.convert("RGB")
+    return upright if upright.mode == "RGB" else upright.convert("RGB")
 
 
 def _to_8_bit(samples: NDArray[np.generic], mode: str) -> NDArray[np.uint8]:

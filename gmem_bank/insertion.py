@@ -54,6 +54,7 @@ def insert_concept(
     report: bool | None = None,
     grow_below: float | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
+    num_workers: int | None = None,
     output: PathLike | None = None,
     dry_run: bool = False,
     undo: bool = True,
@@ -74,6 +75,7 @@ def insert_concept(
         grow_below: factored banks only: cosine that each new snippet's reconstruction must reach, else the basis grows; None
             takes the bank's own, -1 never grows it.
         batch_size: images per call of the encoder.
+        num_workers: as in `build`.
         output: bank file to write; default: replace the bank.
         dry_run: list the images and check names, but encode and write nothing.
         undo: keep what `undo` needs; False also deletes what was kept for earlier edits.
@@ -98,7 +100,9 @@ def insert_concept(
         require_new_keys(edit.bank, planned)
         if dry_run:
             return edit.unchanged(concept=concept, num_added=len(planned), unchanged=False, keys=planned)
-        encoded = encode_listings(listings, encoder, staging_folder=staging, batch_size=batch_size, progress=progress)
+        encoded = encode_listings(
+            listings, encoder, staging_folder=staging, batch_size=batch_size, num_workers=num_workers, progress=progress
+        )
         result = _append_encoded(edit, concept, listings, encoded, report, grow_below)
         encoded.staging.discard()
     return result

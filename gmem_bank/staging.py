@@ -8,7 +8,6 @@ Shapes: B images of a batch, D dimensions.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -19,8 +18,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gmem_bank.decoding import decode_image
-from gmem_bank.encoders import Encoder, preprocess
+from gmem_bank.decode_pool import Decoded, DecodePool, default_workers
+from gmem_bank.decode_worker import decode_one
+from gmem_bank.encoders import Encoder
 from gmem_bank.errors import EncoderError, SourceError
 from gmem_bank.progress import Progress
 from gmem_bank.provenance import Json, canonical_json
@@ -29,6 +29,8 @@ from gmem_bank.space import Space, to_space, unusable_rows
 from gmem_bank.storage import atomic
 
 PLAN = "plan.json"
+WORTH_WORKERS = 256
+"""Images from which on starting processes (0.2 s) pays."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,10 @@ class Staging:
         }
         data = save({"snippets": np.ascontiguousarray(batch.snippets)}, metadata={"batch": canonical_json(record)})
         atomic.write_bytes(self._path(index), data)
+
+    def has(self, index: int) -> bool:
+        """Say whether a finished batch is there; it may still turn out damaged."""
+        return self._path(index).is_file()
 
     def load(self, index: int) -> Batch | None:
         """Return a finished batch, or None where it is absent or damaged (it is then encoded again)."""
@@ -137,6 +143,7 @@ def encode_listings(
     staging_folder: Path,
     batch_size: int,
     progress: Progress,
+    num_workers: int | None = None,
 ) -> Encoded:
     """Encode every image of the listings, taking up where an earlier run with the same plan stopped.
 
@@ -146,6 +153,8 @@ def encode_listings(
         staging_folder: where finished batches are kept.
         batch_size: images per call of the encoder; part of the plan.
         progress: told images done and images in all.
+        num_workers: processes that decode images ahead of the encoder; 0 decodes in this one, None takes one a core where there
+            are enough images to be worth their start.
 
     Raises:
         SourceError: not one image could be used, or keys occur twice.
@@ -159,15 +168,8 @@ def encode_listings(
     skipped: list[Skipped] = []
     num_resumed = 0
     starts = range(0, len(items), batch_size)
-    for index, start in enumerate(starts):
-        batch = staging.load(index)
-        stop = min(start + batch_size, len(items))
-        if batch is None:
-            progress(start, len(items))  # before the work, so that a rate counts this run's images only
-            batch = _encode_batch(items[start:stop], start, encoder)
-            staging.save(index, batch)
-        else:
-            num_resumed += stop - start
+    for batch, stop, resumed in _batches(items, batch_size, staging, encoder, num_workers, progress):
+        num_resumed += resumed
         places.extend(batch.places)
         hashes.extend(batch.hashes)
         skipped.extend(batch.skipped)
@@ -188,6 +190,41 @@ def encode_listings(
         staging=staging,
         num_batches=len(starts),
     )
+
+
+def _batches(
+    items: Sequence[Item],
+    batch_size: int,
+    staging: Staging,
+    encoder: Encoder,
+    num_workers: int | None,
+    progress: Progress,
+) -> Iterator[tuple[Batch, int, int]]:
+    """Yield (batch, images up to its end, images of it that an earlier run had done) in order; new ones are kept on disk."""
+    starts = range(0, len(items), batch_size)
+    finished = [staging.has(index) for index in range(len(starts))]
+    missing = [items[start : start + batch_size] for start, done in zip(starts, finished, strict=True) if not done]
+    with DecodePool(encoder.spec.preprocessing, _num_workers(num_workers, missing)) as pool:
+        decoded = pool.batches(missing)
+        for index, start in enumerate(starts):
+            own = items[start : start + batch_size]
+            batch = staging.load(index) if finished[index] else None
+            if batch is not None:
+                yield batch, start + len(own), len(own)
+                continue
+            progress(start, len(items))  # before the work, so that a rate counts this run's images only
+            images = (
+                [decode_one(item, encoder.spec.preprocessing) for item in own] if finished[index] else next(decoded)
+            )
+            batch = _encode_batch(own, images, start, encoder)
+            staging.save(index, batch)
+            yield batch, start + len(own), 0
+
+
+def _num_workers(asked: int | None, batches: Sequence[Sequence[Item]]) -> int:
+    if asked is not None:
+        return asked
+    return default_workers() if sum(map(len, batches)) >= WORTH_WORKERS else 0
 
 
 def _plan(listings: Sequence[Listing], encoder: Encoder, batch_size: int) -> Json:
@@ -215,7 +252,8 @@ def encode_in_memory(
     """
     batches = []
     for start in range(0, len(listing.items), batch_size):
-        batches.append(_encode_batch(listing.items[start : start + batch_size], start, encoder))
+        own = listing.items[start : start + batch_size]
+        batches.append(_encode_batch(own, [decode_one(i, encoder.spec.preprocessing) for i in own], start, encoder))
         progress(min(start + batch_size, len(listing.items)), len(listing.items))
     skipped = [entry for batch in batches for entry in batch.skipped]
     items = [listing.items[place] for batch in batches for place in batch.places]
@@ -226,20 +264,16 @@ def encode_in_memory(
     return items, np.concatenate([batch.snippets for batch in batches]), skipped
 
 
-def _encode_batch(items: Sequence[Item], start: int, encoder: Encoder) -> Batch:
+def _encode_batch(items: Sequence[Item], decoded: Sequence[Decoded], start: int, encoder: Encoder) -> Batch:
     spec = encoder.spec
-    crops, places, skipped, hashes = [], [], [], []
-    for place, item in enumerate(items, start):
-        data = b""
-        try:
-            data = item.read()
-            crop = preprocess.crop(decode_image(data), spec.preprocessing)
-            crops.append(np.ascontiguousarray(crop[:, ::-1]) if item.flipped else crop)
-        except SourceError as error:
-            skipped.append(Skipped(path=item.key, reason=error.message.removeprefix(f"{item.path}: ")))
-        else:
-            places.append(place)
-        hashes.append(hashlib.sha256(data).hexdigest() if data else "")
+    hashes = [digest for digest, _ in decoded]
+    crops = [found for _, found in decoded if not isinstance(found, str)]
+    places = [start + place for place, (_, found) in enumerate(decoded) if not isinstance(found, str)]
+    skipped = [
+        Skipped(path=item.key, reason=found)
+        for item, (_, found) in zip(items, decoded, strict=True)
+        if isinstance(found, str)
+    ]
     if not crops:
         return Batch(places=[], hashes=hashes, snippets=np.zeros((0, spec.dim), np.float32), skipped=skipped)
     snippets = _checked(encoder.encode(np.stack(crops)), len(crops), encoder)

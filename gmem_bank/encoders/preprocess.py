@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -61,19 +62,26 @@ def center_crop(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """
     from PIL import Image
 
-    picture = Image.fromarray(image)
+    return crop_picture(Image.fromarray(image), size)
+
+
+def crop_picture(picture: Image.Image, size: int) -> NDArray[np.uint8]:
+    """Return what `center_crop` does, of a Pillow image in RGB."""
+    from PIL import Image
+
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), resample=Image.Resampling.BOX)
     scale = size / min(picture.size)
-    new_size = (max(size, round(picture.width * scale)), max(size, round(picture.height * scale)))
-    pixels = np.asarray(picture.resize(new_size, resample=Image.Resampling.BICUBIC))
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return np.array(pixels[top : top + size, left : left + size])
+    width, height = max(size, round(picture.width * scale)), max(size, round(picture.height * scale))
+    left, top = (width - size) // 2, (height - size) // 2
+    resized = picture.resize((width, height), resample=Image.Resampling.BICUBIC)
+    return np.array(resized.crop((left, top, left + size, top + size)))
 
 
-def crop(image: NDArray[np.uint8], preprocessing: Mapping[str, Any]) -> NDArray[np.uint8]:
-    """Return the (S, S, 3) uint8 crop that an encoder's preprocessing record asks for."""
-    return center_crop(image, int(preprocessing["crop_size"]))
+def crop(image: NDArray[np.uint8] | Image.Image, preprocessing: Mapping[str, Any]) -> NDArray[np.uint8]:
+    """Return the (S, S, 3) uint8 crop of an (H, W, 3) array or a Pillow image that a preprocessing record asks for."""
+    size = int(preprocessing["crop_size"])
+    return center_crop(image, size) if isinstance(image, np.ndarray) else crop_picture(image, size)
 
 
 def preprocessing_problem(preprocessing: Mapping[str, Any]) -> str:

@@ -1,0 +1,66 @@
+"""A process that decodes images for another: `python -m gmem_bank.decode_worker`, started by `decode_pool`.
+
+It reads a JSON line for each job on stdin and answers on stdout with a JSON line and the raw pixels; at the end of its input
+it ends. Neither side unpickles anything, no memory is shared, and nothing of the caller's program is imported again.
+
+Shapes: n images of a job, S×S pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gmem_bank.decoding import decode_picture
+from gmem_bank.encoders.preprocess import crop
+from gmem_bank.errors import SourceError
+from gmem_bank.sources import Item
+
+
+def decode_one(item: Item, preprocessing: dict[str, Any]) -> tuple[str, NDArray[np.uint8] | str]:
+    """Return the sha256 of an image's bytes ("" where there are none) and its (S, S, 3) crop, or why there is none."""
+    data = b""
+    try:
+        data = item.read()
+        pixels = crop(decode_picture(data), preprocessing)
+    except SourceError as error:
+        return _sha256(data), error.message.removeprefix(f"{item.path}: ")
+    return _sha256(data), np.ascontiguousarray(pixels[:, ::-1]) if item.flipped else pixels
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest() if data else ""
+
+
+def answer(line: bytes, output: BinaryIO) -> None:
+    """Do one job: {"items": [[key, path, flipped], …], "preprocessing": {…}}; write [[sha256, reason or null], …] and crops."""
+    job = json.loads(line)
+    results = [
+        decode_one(Item(key=key, path=Path(path), size=0, modified=0, flipped=flipped), job["preprocessing"])
+        for key, path, flipped in job["items"]
+    ]
+    facts = [[digest, found if isinstance(found, str) else None] for digest, found in results]
+    output.write(json.dumps(facts).encode() + b"\n")
+    for _, found in results:
+        if not isinstance(found, str):
+            output.write(found.data)
+    output.flush()
+
+
+def main() -> int:
+    """Answer jobs until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever started this; then the input ends
+    for line in sys.stdin.buffer:
+        answer(line, sys.stdout.buffer)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,6 +12,7 @@ import hashlib
 import json
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +25,7 @@ from gmem_bank.errors import SourceError
 from gmem_bank.sources import Item
 
 
-def decode_one(item: Item, preprocessing: dict[str, Any]) -> tuple[str, NDArray[np.uint8] | str]:
+def decode_one(item: Item, preprocessing: Mapping[str, Any]) -> tuple[str, NDArray[np.uint8] | str]:
     """Return the sha256 of an image's bytes ("" where there are none) and its (S, S, 3) crop, or why there is none."""
     data = b""
     try:

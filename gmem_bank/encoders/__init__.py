@@ -8,7 +8,6 @@ Shapes: B images, S×S pixels, D dimensions.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from gmem_bank.encoders.names import HUB_MODELS
 from gmem_bank.encoders.preprocess import preprocessing_problem
 from gmem_bank.errors import EncoderError, EncoderMismatchError, GMemError, suggest
 from gmem_bank.provenance import DECIDING_FIELDS, EncoderSpec
@@ -69,25 +69,26 @@ class EncoderInfo:
     """Extra that it needs: pip install 'gmem[extra]'."""
 
 
-def _dinov2(size: str, *, registers: bool = False) -> EncoderInfo:
-    name = ("dinov2" if size == "base" and not registers else f"dinov2-{size}") + (
-        "-with-registers" if registers else ""
-    )
-    repo = f"facebook/dinov2-with-registers-{size}" if registers else f"facebook/dinov2-{size}"
-    return EncoderInfo(
-        name=name,
-        description=f"{repo} with GMem's preprocessing",
-        target="gmem_bank.encoders.hf:make_dinov2",
-        extra="hf",
-    )
-
-
 _REFERENCE = "gmem_bank.encoders.reference"
+_HUB = "gmem_bank.encoders.hf:make_hub_model"
 _BUILT_IN = {
     info.name: info
     for info in (
-        *(_dinov2(size) for size in ("base", "small", "large", "giant")),
-        *(_dinov2(size, registers=True) for size in ("base", "small", "large", "giant")),
+        *(
+            EncoderInfo(
+                name=name,
+                description=f"{model.repository}" + (" with GMem's preprocessing" if model.preset == "gmem" else ""),
+                target=_HUB,
+                extra="hf",
+            )
+            for name, model in HUB_MODELS.items()
+        ),
+        EncoderInfo(
+            name="hf:",
+            description="any vision model of transformers: hf:REPOSITORY or hf:FOLDER",
+            target=_HUB,
+            extra="hf",
+        ),
         EncoderInfo(
             name="hog", description="histogram of oriented gradients (no download)", target=f"{_REFERENCE}:make_hog"
         ),
@@ -100,7 +101,9 @@ _BUILT_IN = {
             target=f"{_REFERENCE}:make_random_projection",
         ),
     )
-} | {"dinov2-with-registers": dataclasses.replace(_dinov2("base", registers=True), name="dinov2-with-registers")}
+}
+PREFIXES = ("hf:",)
+"""Names that go on with what the user chooses."""
 
 
 def available_encoders() -> dict[str, EncoderInfo]:
@@ -124,7 +127,7 @@ def load_encoder(
     """Load an encoder by name.
 
     Args:
-        name: one of `available_encoders()`.
+        name: one of `available_encoders()`; "hf:" goes on with a repository or folder.
         weights: local folder with the weights, where the encoder has any.
         device: "auto" (CUDA where there is one), "cpu", "cuda", …
         space: "unit" or "raw", recorded in the spec.
@@ -135,7 +138,8 @@ def load_encoder(
         MissingDependencyError: the encoder needs an extra that is not installed.
     """
     known = available_encoders()
-    if name not in known:
+    listed = next((prefix for prefix in PREFIXES if name.startswith(prefix) and name != prefix), name)
+    if listed not in known or name in PREFIXES:
         raise EncoderError(
             f"unknown encoder {name!r}.{suggest(name, known)} 'gmem-bank encoders' lists them all", key=name
         )
@@ -147,12 +151,12 @@ def load_encoder(
         space=space,
         parameters=dict(parameters or {}),
     )
-    encoder = _factory(known[name])(name, options)
+    encoder = _factory(known[listed])(name, options)
     if not isinstance(encoder, Encoder):
-        raise EncoderError(f"encoder {name!r} of {known[name].origin} lacks 'spec' or 'encode'", key=name)
+        raise EncoderError(f"encoder {name!r} of {known[listed].origin} lacks 'spec' or 'encode'", key=name)
     problem = preprocessing_problem(encoder.spec.preprocessing)
     if problem:
-        raise EncoderError(f"encoder {name!r} of {known[name].origin}: {problem}", key=name)
+        raise EncoderError(f"encoder {name!r} of {known[listed].origin}: {problem}", key=name)
     return encoder
 
 

@@ -1,11 +1,11 @@
-"""Vision models of the transformers library: weights from a local folder, the hub cache or the hub, safetensors only.
+"""Vision models of the transformers library: DINOv2, DINOv3, CLIP, SigLIP 2, and any other by hf:REPOSITORY-OR-FOLDER.
 
-Shapes: B images, S×S pixels of the crop, D dimensions.
+Shapes: B images, S×S pixels of the crop, T tokens, D dimensions.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,38 +14,41 @@ import torch
 from numpy.typing import NDArray
 
 from gmem_bank.encoders import EncoderOptions, preprocess, refuse_unknown
+from gmem_bank.encoders.names import POOLINGS, PRESETS, HubModel, model_named
+from gmem_bank.encoders.native import native_preprocessing
+from gmem_bank.encoders.precision import TORCH_DTYPES, choose_dtype
+from gmem_bank.encoders.weights import hub_folder, local_folder, model_sha256, read_config, revision_of
 from gmem_bank.errors import EncoderError, MissingDependencyError
-from gmem_bank.provenance import EncoderSpec, sha256_of, sha256_of_file
+from gmem_bank.provenance import EncoderSpec
 
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
-CONFIG = "config.json"
-# Fields of config.json that name things without changing a number.
-CONFIG_LABELS = (
-    "_name_or_path",
-    "architectures",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "id2label",
-    "label2id",
-)
 UNUSED_WEIGHTS = ("mask_token",)  # read only while an encoder is pre-trained
-DINOV2_TYPES = ("dinov2", "dinov2_with_registers")
+WITH_TEXT = ("clip", "siglip", "siglip_model")
+DEFAULTS: dict[str, Any] = {
+    "input_size": None, "pooling": None, "layer": -1, "preset": None, "dtype": "auto", "revision": None,
+}  # fmt: skip
+"""Parameters of every encoder here; None: the model's own."""
 
 
 class TransformersEncoder:
-    """CLS token of a transformers vision model.
+    """A transformers vision model with one pooling.
 
     Args:
-        model: the network, in eval mode, on its device.
-        spec: what decides the numbers.
+        model: the network, in eval mode, on its device, in float32.
+        spec: what decides the numbers; its parameters name pooling, layer and dtype.
+        tokenize: turns texts into the inputs of the text tower; None for a model without one.
     """
 
-    def __init__(self, model: torch.nn.Module, spec: EncoderSpec) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: Any,
+        spec: EncoderSpec,
+        tokenize: Callable[[Sequence[str]], Mapping[str, Any]] | None = None,
+    ) -> None:
         self._spec = spec
+        self._model = model
+        self._tokenize = tokenize
         self._device = next(model.parameters()).device
+        self._dtype = TORCH_DTYPES[str(spec.parameters["dtype"])]
 
     @property
     def spec(self) -> EncoderSpec:
@@ -53,65 +56,211 @@ class TransformersEncoder:
         return self._spec
 
     def encode(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return (B, D) float32 normalised CLS tokens of (B, S, S, 3) uint8 images (not yet in any space)."""
+        """Return (B, D) float32 embeddings of (B, S, S, 3) uint8 images (not yet in any space)."""
+        return self._encode(images, self._dtype)
+
+    def cosine_to_fp32(self, images: NDArray[np.uint8]) -> float:
+        """Return the mean cosine between what `encode` gives for (B, S, S, 3) images and what float32 would give."""
+        own, exact = self.encode(images).astype(np.float64), self._encode(images, torch.float32).astype(np.float64)
+        norms = np.linalg.norm(own, axis=1) * np.linalg.norm(exact, axis=1)
+        return float(np.mean(np.vecdot(own, exact) / norms))
+
+    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return (B, D) float32 embeddings of texts, comparable with those of images.
+
+        Raises:
+            EncoderError: the model has no text tower, or its images are not pooled into the space of its texts.
+        """
+        if self._tokenize is None or self._spec.parameters["pooling"] != "projected":
+            raise EncoderError(
+                f"encoder {self._spec.describe()} does not understand text: CLIP and SigLIP 2 do, with pooling 'projected'"
+            )
         with torch.inference_mode():
+            inputs = {name: values.to(self._device) for name, values in self._tokenize(texts).items()}
+            return _numbers(self._model.get_text_features(**inputs))
+
+    def _encode(self, images: NDArray[np.uint8], dtype: torch.dtype) -> NDArray[np.float32]:
+        lower = dtype != torch.float32
+        with (
+            torch.inference_mode(),
+            torch.autocast(self._device.type, dtype if lower else torch.bfloat16, enabled=lower),
+        ):
             pixels = preprocess.to_input(torch.from_numpy(images).to(self._device), self._spec.preprocessing)
-            # pooler_output is the CLS token after the final norm: x_norm_clstoken of the original code.
-            tokens = self._model(pixel_values=pixels).last_hidden_state[:, 0]
-            return tokens.float().cpu().numpy()  # type: ignore[no-any-return]
+            return _numbers(self._pooled(pixels))
+
+    def _pooled(self, pixels: torch.Tensor) -> Any:
+        pooling, layer = str(self._spec.parameters["pooling"]), int(self._spec.parameters["layer"])
+        if pooling == "projected":
+            return self._model.get_image_features(pixel_values=pixels)
+        tower = getattr(self._model, "vision_model", self._model)
+        output = tower(pixel_values=pixels, output_hidden_states=layer != -1)
+        if pooling == "pooler":
+            return output.pooler_output
+        states = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+        if states.ndim == 4:  # a convolutional network: (B, D, H, W)
+            return states.mean(dim=(2, 3))
+        return pool(states, pooling, num_special_tokens(self._model.config))
 
 
-def repository_of(name: str) -> str:
-    """Return the hub repository of a dinov2 name: "dinov2" is facebook/dinov2-base."""
-    registers = name.endswith("-with-registers")
-    size = name.removesuffix("-with-registers").removeprefix("dinov2").lstrip("-") or "base"
-    return f"facebook/dinov2-with-registers-{size}" if registers else f"facebook/dinov2-{size}"
-
-
-def make_dinov2(name: str, options: EncoderOptions) -> TransformersEncoder:
-    """Load a DINOv2 encoder.
+def pool(tokens: torch.Tensor, pooling: str, num_special: int) -> torch.Tensor:
+    """Return (B, D), or (B, 2D) for "cls+mean", of (B, T, D) tokens.
 
     Args:
-        name: "dinov2", "dinov2-small", "dinov2-large-with-registers", …
-        options: weights folder, device, space; parameter `input_size` (default 224).
+        tokens: (B, T, D), class and register tokens first.
+        pooling: "cls", "mean" (of the patch tokens) or "cls+mean" (one after the other).
+        num_special: how many tokens come before those of the patches.
+    """
+    mean = tokens[:, num_special:].mean(dim=1)
+    if pooling == "mean":
+        return mean
+    return tokens[:, 0] if pooling == "cls" else torch.cat([tokens[:, 0], mean], dim=1)
+
+
+def num_special_tokens(config: Any) -> int:
+    """Return how many tokens of a model's output are no patches: the class token and registers; 0 for SigLIP, which has none."""
+    vision = getattr(config, "vision_config", config)
+    if str(getattr(vision, "model_type", "")).startswith("siglip"):
+        return 0
+    return 1 + int(getattr(vision, "num_register_tokens", 0) or 0)
+
+
+def _numbers(output: Any) -> NDArray[np.float32]:
+    """Return (B, D) float32 of a tensor, or of the output object that newer versions of the library wrap it in."""
+    values = output if isinstance(output, torch.Tensor) else output.pooler_output
+    numbers: NDArray[np.float32] = values.float().cpu().numpy()
+    return numbers
+
+
+def make_hub_model(name: str, options: EncoderOptions) -> TransformersEncoder:
+    """Load an encoder of the transformers library.
+
+    Args:
+        name: a name of `names.HUB_MODELS`, or "hf:REPOSITORY" or "hf:FOLDER".
+        options: weights folder, device, space; parameters `input_size` (pixels), `pooling` ("cls", "mean", "cls+mean", "pooler",
+            "projected"), `layer` (-1: the last, normalised; else the output of a block), `preset` ("gmem", "native"), `dtype`
+            ("auto", "fp32", "bf16", "fp16"), `revision` (of the hub).
 
     Raises:
         MissingDependencyError: transformers is not installed.
-        EncoderError: the weights are absent, are not safetensors, or are not of a DINOv2 model.
+        EncoderError: the weights are absent, are not safetensors, or are not of a model of that name.
     """
-    repository = repository_of(name)
-    parameters = refuse_unknown(name, options.parameters, {"input_size": preprocess.GMEM_INPUT, "pooling": "cls"})
-    if parameters["pooling"] != "cls":
-        raise EncoderError(f"encoder {name!r} pools the CLS token only, not {parameters['pooling']!r}", key="pooling")
-    transformers = _require_transformers()
-    folder = _local_folder(options.weights) if options.weights else _cached_folder(repository)
-    config, weights_sha256 = _read_config(folder), _weights_sha256(folder)
-    if config.get("model_type") not in DINOV2_TYPES:
-        raise EncoderError(
-            f"{folder} holds a {config.get('model_type')!r} model, encoder {name!r} needs {' or '.join(DINOV2_TYPES)}",
-            path=folder,
-        )
-    patch = int(config.get("patch_size", 14))
-    if int(parameters["input_size"]) % patch:
-        raise EncoderError(f"input_size {parameters['input_size']} is not a multiple of the model's patch size {patch}")
-    model = _load(transformers, folder).to(_device(options.device)).eval()
-    spec = EncoderSpec(
-        name=name,
-        family=f"transformers:{config['model_type']}",
-        dim=int(config["hidden_size"]),
-        space=options.space,
-        weights_sha256=sha256_of(
-            {"config": {k: v for k, v in config.items() if k not in CONFIG_LABELS}, "weights": weights_sha256}
-        ),
-        preprocessing=preprocess.gmem_preprocessing(int(parameters["input_size"])),
-        parameters=parameters,
-        weights_path=None if options.weights is None else options.weights.as_posix(),
-        software=f"transformers {transformers.__version__}",
+    model_facts = model_named(name)
+    parameters = refuse_unknown(name, options.parameters, DEFAULTS)
+    transformers = require_transformers()
+    weights = options.weights
+    if weights is None and name.startswith("hf:") and Path(model_facts.repository).is_dir():
+        weights = Path(model_facts.repository)  # recorded as a folder, which can move with the bank
+        name = f"hf:{weights.resolve().name}"
+    folder = (
+        local_folder(weights) if weights is not None else hub_folder(model_facts.repository, parameters["revision"])
     )
-    return TransformersEncoder(model, spec)
+    config = read_config(folder)
+    _require_type(name, folder, config, model_facts)
+    vision = config.get("vision_config", config)
+    parameters = _resolved(name, model_facts, parameters, config)
+    record = _preprocessing(folder, vision, parameters)
+    device = choose_device(options.device)
+    width = int(vision.get("hidden_size") or 0)
+    parameters["dtype"] = choose_dtype(str(parameters["dtype"]), device, width)
+    digest = model_sha256(folder, config)
+    model = _load(transformers, folder).to(device).eval()
+    labels = {"revision": revision_of(folder)} if revision_of(folder) else {}
+    spec = EncoderSpec(
+        name=name, family=f"transformers:{config['model_type']}", dim=_dim(model, parameters, record), space=options.space,
+        weights_sha256=digest, preprocessing=record, parameters={n: v for n, v in parameters.items() if n != "revision"},
+        weights_path=None if weights is None else weights.as_posix(),
+        software=f"transformers {transformers.__version__}", labels=labels,
+    )  # fmt: skip
+    return TransformersEncoder(model, spec, _tokenizer(transformers, folder, config))
 
 
-def _require_transformers() -> Any:
+def _require_type(name: str, folder: Path, config: Mapping[str, Any], facts: HubModel) -> None:
+    found = config.get("model_type")
+    if facts.model_types and found not in facts.model_types:
+        raise EncoderError(
+            f"{folder} holds a {found!r} model, encoder {name!r} needs {' or '.join(facts.model_types)}", path=folder
+        )
+    vision = config.get("vision_config", config)
+    if not isinstance(vision, dict) or not {"patch_size", "image_size", "num_channels"} & set(vision):
+        raise EncoderError(f"{folder} holds a {found!r} model, which does not look at images", path=folder)
+
+
+def _resolved(name: str, facts: HubModel, parameters: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters with the model's own values in place of None."""
+    own = {"pooling": "projected" if config["model_type"] in WITH_TEXT else facts.pooling, "preset": facts.preset}
+    resolved = {n: own.get(n) if value is None else value for n, value in parameters.items()}
+    for parameter, known in (("pooling", POOLINGS), ("preset", PRESETS)):
+        if resolved[parameter] not in known:
+            raise EncoderError(
+                f"{parameter} must be one of {', '.join(known)}, not {resolved[parameter]!r}", key=parameter
+            )
+    if resolved["pooling"] == "projected" and config["model_type"] not in WITH_TEXT:
+        raise EncoderError(
+            f"encoder {name!r} has no projection: pooling 'projected' is for CLIP and SigLIP 2", key="pooling"
+        )
+    if type(resolved["layer"]) is not int or (
+        resolved["layer"] != -1 and resolved["pooling"] in ("pooler", "projected")
+    ):
+        raise EncoderError(f"layer must be a whole number, and -1 with pooling {resolved['pooling']!r}", key="layer")
+    return resolved
+
+
+def _preprocessing(folder: Path, vision: Mapping[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return the record, and put the input's size into the parameters."""
+    size = parameters["input_size"]
+    if parameters["preset"] == "native":
+        record = native_preprocessing(folder, int(vision.get("image_size", 224)))
+        if size not in (None, record["crop_size"]):
+            raise EncoderError(
+                f"the preset 'native' gives {record['crop_size']} pixels: input_size {size!r} goes with 'gmem'",
+                key="input_size",
+            )
+        parameters["input_size"] = record["crop_size"]
+        return record
+    size = preprocess.GMEM_INPUT if size is None else size
+    patch = int(vision.get("patch_size", 1))
+    if type(size) is not int or size < 1 or size % patch:
+        raise EncoderError(f"input_size {size!r} is not a multiple of the model's patch size {patch}", key="input_size")
+    parameters["input_size"] = size
+    return preprocess.gmem_preprocessing(size)
+
+
+def _dim(model: torch.nn.Module, parameters: Mapping[str, Any], record: dict[str, Any]) -> int:
+    """Return D by a look at what comes out for a black image; raises EncoderError where nothing does."""
+    side = int(record["crop_size"])
+    spec = EncoderSpec(name="", family="", dim=1, space="raw", preprocessing=record, parameters=dict(parameters))
+    try:
+        return int(TransformersEncoder(model, spec).encode(np.zeros((1, side, side, 3), np.uint8)).shape[1])
+    except (AttributeError, IndexError, RuntimeError, ValueError, TypeError) as error:
+        wanted = (
+            f"pooling {parameters['pooling']!r}, layer {parameters['layer']}, {record.get('input_size', side)} pixels"
+        )
+        raise EncoderError(f"the model does not work with {wanted}: {error}") from error
+
+
+def _tokenizer(
+    transformers: Any, folder: Path, config: Mapping[str, Any]
+) -> Callable[[Sequence[str]], Mapping[str, Any]] | None:
+    """Return the tokenizer of a model with a text tower, loaded on first use."""
+    if config["model_type"] not in WITH_TEXT:
+        return None
+    loaded: list[Any] = []
+
+    def tokenize(texts: Sequence[str]) -> Mapping[str, Any]:
+        if not loaded:
+            try:
+                loaded.append(transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True))
+            except Exception as error:  # whatever an absent or damaged file makes the library raise
+                raise EncoderError(f"{folder} has no usable tokenizer: {error}", path=folder) from error
+        padding = "max_length" if config["model_type"] != "clip" else True  # SigLIP was trained on padded texts only
+        inputs: Mapping[str, Any] = loaded[0](list(texts), padding=padding, truncation=True, return_tensors="pt")
+        return inputs
+
+    return tokenize
+
+
+def require_transformers() -> Any:
+    """Return the transformers module, silenced; raises MissingDependencyError."""
     try:
         import transformers
     except ImportError as error:
@@ -123,48 +272,6 @@ def _require_transformers() -> Any:
     return transformers
 
 
-def _local_folder(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise EncoderError(f"no folder {folder}: --weights takes a folder with {CONFIG} and {WEIGHTS}", path=folder)
-    return folder
-
-
-def _cached_folder(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = [CONFIG, WEIGHTS, WEIGHTS_INDEX, "model-*.safetensors"]
-    try:
-        return Path(snapshot_download(repository, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises its own, its transport's and the system's errors
-        raise EncoderError(
-            f"the weights of {repository} are not in the hub cache and could not be fetched ({type(error).__name__}). "
-            f"On a machine with a network run 'hf download {repository}' and copy the cache (HF_HOME), or give a folder "
-            f"with {CONFIG} and {WEIGHTS}: --weights FOLDER. A new bank can also be built without weights: --encoder hog",
-            key=repository,
-        ) from error
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EncoderError(f"{folder} has no readable {CONFIG}: {error}", path=folder) from error
-    if not isinstance(config, dict):
-        raise EncoderError(f"{folder / CONFIG} is not a JSON object", path=folder)
-    return config
-
-
-def _weights_sha256(folder: Path) -> str:
-    if (folder / WEIGHTS).is_file():
-        return sha256_of_file(folder / WEIGHTS)
-    shards = sorted(folder.glob("model-*.safetensors"))
-    if (folder / WEIGHTS_INDEX).is_file() and shards:
-        return sha256_of([sha256_of_file(shard) for shard in shards])
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    reason = f" (it has {pickles[0]}, a pickle, which can run code and is never read)" if pickles else ""
-    raise EncoderError(f"{folder} has no {WEIGHTS}{reason}: convert the weights to safetensors", path=folder)
-
-
 def _load(transformers: Any, folder: Path) -> torch.nn.Module:
     try:
         model, info = transformers.AutoModel.from_pretrained(
@@ -173,13 +280,14 @@ def _load(transformers: Any, folder: Path) -> torch.nn.Module:
         )  # fmt: skip
     except Exception as error:  # whatever a damaged folder makes the library raise
         raise EncoderError(f"could not load the model in {folder}: {error}", path=folder) from error
-    missing = sorted(key for key in info["missing_keys"] if not key.endswith(UNUSED_WEIGHTS))
+    missing = sorted(key for key in info["missing_keys"] if not key.endswith(UNUSED_WEIGHTS) and "pooler" not in key)
     if missing:
         raise EncoderError(f"the weights in {folder} lack {len(missing)} tensors, such as {missing[0]}", path=folder)
     return model  # type: ignore[no-any-return]
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """Return the device of a name, "auto" being CUDA where there is one; raises EncoderError."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gmem_bank.encoders import native
+
 if TYPE_CHECKING:
     import torch
     from PIL import Image
@@ -80,17 +82,21 @@ def crop_picture(picture: Image.Image, size: int) -> NDArray[np.uint8]:
 
 def crop(image: NDArray[np.uint8] | Image.Image, preprocessing: Mapping[str, Any]) -> NDArray[np.uint8]:
     """Return the (S, S, 3) uint8 crop of an (H, W, 3) array or a Pillow image that a preprocessing record asks for."""
-    size = int(preprocessing["crop_size"])
-    return center_crop(image, size) if isinstance(image, np.ndarray) else crop_picture(image, size)
+    from PIL import Image
+
+    picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    if preprocessing.get("crop", "adm") == "native":
+        return native.crop_native(picture, preprocessing)
+    return crop_picture(picture, int(preprocessing["crop_size"]))
 
 
 def preprocessing_problem(preprocessing: Mapping[str, Any]) -> str:
-    """Return why a record cannot be followed, or "": it needs `crop_size`, and `crop`, where given, must be "adm"."""
+    """Return why a record cannot be followed, or "": it needs `crop_size`; `crop`, where given, is "adm" or "native"."""
     size = preprocessing.get("crop_size")
     if type(size) is not int or size < 1:
         return f"spec.preprocessing['crop_size'] must be a positive integer, got {size!r}"
-    if preprocessing.get("crop", "adm") != "adm":
-        return f"spec.preprocessing['crop'] must be 'adm', got {preprocessing['crop']!r}"
+    if preprocessing.get("crop", "adm") not in ("adm", "native"):
+        return f"spec.preprocessing['crop'] must be 'adm' or 'native', got {preprocessing['crop']!r}"
     return ""
 
 
@@ -99,16 +105,20 @@ def to_input(images: torch.Tensor, preprocessing: Mapping[str, Any]) -> torch.Te
 
     Args:
         images: (B, S, S, 3) uint8 on any device.
-        preprocessing: record with input_size, mean and std.
+        preprocessing: record with mean and std, and for the preset "gmem" input_size.
 
     Returns:
-        (B, 3, T, T) float32: [0,1], minus mean, over std, then bicubic to T without antialias (in that order).
+        (B, 3, T, T) float32: [0,1], minus mean, over std; for "gmem" then bicubic to T without antialias (in that order).
     """
     import torch
     from torch.nn import functional
 
-    values = images.permute(0, 3, 1, 2).to(torch.float32) / 255.0
+    rescale = float(preprocessing.get("rescale", 0.0))
+    pixels = images.permute(0, 3, 1, 2).to(torch.float32)
+    values = pixels * rescale if rescale else pixels / 255.0
     mean = torch.tensor(preprocessing["mean"], device=values.device).view(1, 3, 1, 1)
     std = torch.tensor(preprocessing["std"], device=values.device).view(1, 3, 1, 1)
+    if preprocessing["preset"] == "native":
+        return (values - mean) / std
     size = int(preprocessing["input_size"])
     return functional.interpolate((values - mean) / std, size=(size, size), mode="bicubic", align_corners=False)

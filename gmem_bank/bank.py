@@ -18,7 +18,7 @@ from gmem_bank.errors import CorruptError, MaskedRowError, UnknownKeyError, firs
 from gmem_bank.interface import INTERFACE_VERSION, ImagesFrom
 from gmem_bank.naming import FLIP_SUFFIX
 from gmem_bank.provenance import IMAGE_KINDS, EncoderSpec, Source
-from gmem_bank.space import Space
+from gmem_bank.space import Space, all_finite
 from gmem_bank.storage import StoredBank
 from gmem_bank.storage.schema import Header
 
@@ -188,16 +188,23 @@ class MemoryBank:
             CorruptError: a value that is not finite.
         """
         wanted = self._allowed(rows)
+        first_look = not self._looked_at[wanted].all()
         if len(self.header.segments) == 1:
-            result, finite = self._gather(self.header.segments[0].name, wanted)
+            result = self._gather(self.header.segments[0].name, wanted)
         else:
-            result, finite = np.empty((len(wanted), self.dim), np.float32), True
+            result = np.empty((len(wanted), self.dim), np.float32)
             for name, places, local in self._by_segment(wanted):
-                result[places], sound = self._gather(name, local)
-                finite = finite and sound
-        if not finite:
-            self._name_bad_row(result, wanted)
+                result[places] = self._gather(name, local)
+        if first_look:
+            if not all_finite(result):
+                self._name_bad_row(result, wanted)
+            self._looked_at[wanted] = True
         return result
+
+    @cached_property
+    def _looked_at(self) -> NDArray[np.bool_]:
+        """(N,): rows whose snippets were found finite; they do not change, so each is looked at once."""
+        return np.zeros(len(self), np.bool_)
 
     def _allowed(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return rows of the bank that are not masked; raises UnknownKeyError or MaskedRowError."""
@@ -225,8 +232,8 @@ class MemoryBank:
             yield start, self.snippets(rows[start : start + step])
             self._stored.release()
 
-    def _gather(self, segment: str, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], bool]:
-        """Return the snippets of a segment's rows, a new array in the bank's space, and whether all of it is finite."""
+    def _gather(self, segment: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the snippets of a segment's rows, a new array in the bank's space."""
         raise AssertionError(f"{type(self).__name__} does not read snippets: {segment}, {len(rows)} rows")
 
     # -- concepts

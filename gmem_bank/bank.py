@@ -158,14 +158,12 @@ class MemoryBank:
 
     def _checked(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         wanted = np.asarray(rows)
-        if wanted.ndim != 1 or (wanted.size and not np.issubdtype(wanted.dtype, np.integer)):
+        if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
             raise UnknownKeyError(f"rows must be a list of integers, got {wanted.dtype} of shape {list(wanted.shape)}")
-        outside = wanted[(wanted < 0) | (wanted >= len(self))]
-        if outside.size:
-            raise UnknownKeyError(
-                f"{self.path} has rows 0 to {len(self) - 1}, not {int(outside[0])}", path=self.path, row=int(outside[0])
-            )
-        return wanted.astype(np.int64)
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
+            row = int(wanted[(wanted < 0) | (wanted >= len(self))][0])
+            raise UnknownKeyError(f"{self.path} has rows 0 to {len(self) - 1}, not {row}", path=self.path, row=row)
+        return wanted.astype(np.int64, copy=False)
 
     def _by_segment(self, rows: NDArray[np.int64]) -> Iterator[tuple[str, NDArray[np.int64], NDArray[np.int64]]]:
         """Yield (segment name, places in `rows`, rows inside the segment)."""

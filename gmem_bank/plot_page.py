@@ -39,9 +39,8 @@ MOST_POINTS = 400
 """Of a curve: more cannot be told apart at its width."""
 HEADINGS = {"spectrum": "Spectrum", "map": "Map", "neighbours": "Nearest neighbours"}
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-HINT = (
-    "Hover for the key, scroll to zoom, drag to move, double-click to start over. The first concept gives the colour."
-)
+HINT = "Hover for the key, scroll to zoom, drag to move, double-click to go back. The first concept gives the colour."
+PLANE = "<div id=plane><canvas></canvas><div id=legend></div></div><div id=tip hidden></div>"
 LEGEND_ENTRIES = 20
 THUMBNAIL_SIDE = 64
 STYLE = """
@@ -197,18 +196,19 @@ def spread(coordinates: NDArray[np.float32], most: int, gap: float = 0.0) -> lis
         most: where m is no larger, and no gap is asked for, all are taken.
         gap: stop where the next would be nearer to one of those before it than this share of the extent.
     """
-    if len(coordinates) <= most and not gap:
+    if (len(coordinates) <= most and not gap) or not len(coordinates):
         return list(range(len(coordinates)))
     points = coordinates.astype(np.float64)
     nearest = np.full(len(points), np.inf)
-    chosen: list[int] = []
-    following = int(np.square(points - points.mean(axis=0)).sum(axis=1).argmin()) if len(points) else 0
-    limit = (gap * np.ptp(points, axis=0).max()) ** 2 if len(points) else 0.0
-    while len(chosen) < min(most, len(points)) and (not chosen or nearest[following] >= limit):
-        chosen.append(following)
-        nearest = np.minimum(nearest, np.square(points - points[following]).sum(axis=1))
+    chosen = [int(np.square(points - points.mean(axis=0)).sum(axis=1).argmin())]
+    limit = (gap * np.ptp(points, axis=0).max()) ** 2
+    while len(chosen) < min(most, len(points)):
+        nearest = np.minimum(nearest, np.square(points - points[chosen[-1]]).sum(axis=1))
         nearest[chosen] = -1.0  # of equal points each is taken once
-        following = int(nearest.argmax())
+        farthest = int(nearest.argmax())
+        if gap and nearest[farthest] <= limit:
+            break
+        chosen.append(farthest)
     return chosen
 
 
@@ -217,12 +217,11 @@ def draw_page(drawing: Drawing) -> bytes:
     title, figures = html.escape(drawing.title), ""
     data = _data(drawing)
     for panel, words in drawing.described():
-        heading = f"<figure class={panel}><figcaption><b>{HEADINGS[panel]}.</b> {html.escape(words)}"
-        canvas = (
-            f"<canvas data-chart={panel} role=img aria-label='{HEADINGS[panel]}'></canvas>" if panel in data else ""
-        )
-        plane = f" {HINT}<div id=plane><canvas></canvas><div id=legend></div></div><div id=tip hidden></div>"
-        figures += f"{heading}{plane if panel == 'map' else '</figcaption>' + canvas}</figure>"
+        name = HEADINGS[panel]
+        chart = f"<canvas data-chart={panel} role=img aria-label='{name}'></canvas>" if panel in data else ""
+        hint, picture = (f" {HINT}", PLANE) if panel == "map" else ("", chart)
+        caption = f"<figcaption><b>{name}.</b> {html.escape(words)}{hint}</figcaption>"
+        figures += f"<figure class={panel}>{caption}{picture}</figure>"
     page = (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f'<meta http-equiv=Content-Security-Policy content="{POLICY}"><title>{title}</title><style>{STYLE}</style>'
@@ -242,8 +241,8 @@ def _data(drawing: Drawing) -> dict[str, Any]:
     """Return what the script draws."""
     data: dict[str, Any] = {"colours": COLOURS, "grey": GREY, **charts(drawing)}
     if (shown := drawing.map) is not None:
-        x, y = (np.round(column.astype(np.float64), 6).tolist() for column in shown.projection.coordinates.T)
-        thumbnails = {place: base64.b64encode(data).decode() for place, data in shown.thumbnails.items()}
+        x, y = ([float(f"{value:.6g}") for value in column] for column in shown.projection.coordinates.T.tolist())
+        thumbnails = {place: base64.b64encode(jpeg).decode() for place, jpeg in shown.thumbnails.items()}
         words = {"keys": shown.keys, "concepts": shown.concepts, "members": shown.members}
         data["map"] = {"x": x, "y": y, **words, "thumbnails": thumbnails}
     return data
@@ -344,7 +343,7 @@ def _paint_chart(ax: Any, chart: dict[str, Any]) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="#ddd")
     ax.set_axisbelow(True)
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, loc="best" if chart["bars"] else "center right")
 
 
 def _paint_map(ax: Any, shown: RowMap | None) -> None:

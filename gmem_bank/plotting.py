@@ -175,7 +175,9 @@ def _centred_gram(bank: MemoryBank, rows: NDArray[np.int64]) -> tuple[NDArray[np
             shift = block.mean(axis=0, dtype=np.float64).astype(np.float32)
         shifted = np.subtract(block, shift, out=block)
         total += shifted.sum(axis=0, dtype=np.float64)
-        gram += shifted.T @ shifted
+        largest = float(np.abs(shifted).max())
+        exact = shifted if 1e-15 < largest < 1e15 else shifted.astype(np.float64)  # their squares are no float32
+        gram += exact.T @ exact
     centre = total / len(rows)
     gram -= len(rows) * np.outer(centre, centre)
     return shift + centre, gram
@@ -289,17 +291,13 @@ def plot(
     """
     target, panels = Path(output), tuple(dict.fromkeys([what] if isinstance(what, str) else what))
     write = _writer(target, panels)
-    drawing = plot_page.Drawing(title=bank.path.name, facts=_facts(bank), panels=panels)
+    drawing = plot_page.Drawing(title=_title(bank), facts=_facts(bank), panels=panels)
     if "spectrum" in panels:
         drawing.spectrum = spectrum(bank)
     if "neighbours" in panels:
         drawing.neighbours = neighbour_distances(bank, seed=seed)
     if "map" in panels:
-        placed = project(bank, method=method, num_rows=num_rows, seed=seed)
-        concepts, members = _concepts_of(bank, placed.rows)
-        drawing.map = plot_page.RowMap(
-            projection=placed, keys=bank.keys(placed.rows), concepts=concepts, members=members
-        )
+        drawing.map = _row_map(bank, project(bank, method=method, num_rows=num_rows, seed=seed))
         if thumbnails:
             plot_page.add_thumbnails(drawing.map, bank, progress, *THUMBNAILS[target.suffix.lower()])
     atomic.write_bytes(target, write(drawing))
@@ -321,6 +319,10 @@ def _writer(target: Path, panels: Sequence[str]) -> Callable[[plot_page.Drawing]
     return writers[suffix]
 
 
+def _title(bank: MemoryBank) -> str:
+    return bank.path.name.encode("utf-8", "replace").decode()  # a file's name need not be valid Unicode
+
+
 def _facts(bank: MemoryBank) -> str:
     masked = len(bank) - len(bank.rows())
     hidden = f" ({masked:,} masked)" if masked else ""
@@ -328,18 +330,19 @@ def _facts(bank: MemoryBank) -> str:
     return f"{rows}{hidden}, {bank.header.kind}, {bank.space} space, encoder {bank.encoder.describe()}"
 
 
-def _concepts_of(bank: MemoryBank, rows: NDArray[np.int64]) -> tuple[list[str], list[list[int]]]:
-    """Return the concepts that any of (m,) rows has, in file order, and the positions in that list of each row's own."""
+def _row_map(bank: MemoryBank, placed: Projection) -> plot_page.RowMap:
+    """Return the rows of a projection with their keys and concepts, those in file order that a row on the map has."""
     place = np.full(len(bank), -1)
-    place[rows] = np.arange(len(rows))
-    concepts: list[str] = []
-    members: list[list[int]] = [[] for _ in rows]
+    place[placed.rows] = np.arange(len(placed.rows))
+    shown = plot_page.RowMap(
+        projection=placed, keys=bank.keys(placed.rows), concepts=[], members=[[] for _ in placed.rows]
+    )
     for name in bank.names:
         places = place[bank.all_rows_of(name)]
         for index in places[places >= 0].tolist():
-            members[index].append(len(concepts))
-        concepts += [name] * bool((places >= 0).any())
-    return concepts, members
+            shown.members[index].append(len(shown.concepts))
+        shown.concepts += [name] * bool((places >= 0).any())
+    return shown
 
 
 def _report(target: Path, bank: MemoryBank, drawing: plot_page.Drawing) -> PlotReport:

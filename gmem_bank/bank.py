@@ -25,6 +25,14 @@ from gmem_bank.storage.schema import Header
 BLOCK_BYTES = 64 << 20
 
 
+def _is_file(path: Path) -> bool:
+    """Say whether a path is a file; a key may be longer than a file's name can be."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 class MemoryBank:
     """Rows, keys, mask, concepts and provenance of any kind of bank; a subclass reads the snippets."""
 
@@ -305,7 +313,7 @@ class MemoryBank:
             images: folder that holds the images under their keys, instead of the recorded one; rows of an inserted
                 concept fall back on the folder they were inserted from.
         """
-        there = np.array([path.is_file() for path in self._image_paths(rows, images)], np.bool_)
+        there = np.array([_is_file(path) for path in self._image_paths(rows, images)], np.bool_)
         return np.asarray(rows, np.int64)[~there] if len(rows) else np.zeros(0, np.int64)
 
     def read_image(self, row: int, images: ImagesFrom = None) -> NDArray[np.uint8]:

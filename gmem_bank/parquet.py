@@ -66,7 +66,7 @@ def export_parquet(
         bank: any bank.
         output: file to write, .parquet or .pq.
         vectors: False leaves the column out.
-        coordinates: (n, 2) of the active rows, as of `plotting.project` with all rows; NaN and masked rows become null.
+        coordinates: (n, 2) of the active rows, as of `plot_measures.project` with all rows; NaN and masked rows become null.
         progress: told rows written and rows in all.
 
     Raises:

@@ -38,7 +38,9 @@ def scale_to_unit(snippets: NDArray[np.float32]) -> NDArray[np.float32]:
     """Bring (N, D) snippets to length 1 in place, and return them; a row of zeros stays zero."""
     with np.errstate(over="ignore", invalid="ignore"):
         norms = np.sqrt(np.vecdot(snippets, snippets))
-    if not norms.max(initial=0.0) < np.inf:  # values whose squares f32 does not hold; one that is not finite makes its row NaN
+    if (
+        not norms.max(initial=0.0) < np.inf
+    ):  # values whose squares f32 does not hold; one that is not finite makes its row NaN
         _scale_wide(snippets, np.flatnonzero(~np.isfinite(norms)))
         norms[~np.isfinite(norms)] = 1.0
     inverse = np.reciprocal(np.maximum(norms, np.float32(TINY_NORM)))[:, None]

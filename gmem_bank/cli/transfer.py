@@ -88,7 +88,7 @@ def export(
         return
     place = None
     if coordinates is not None:
-        from gmem_bank.plotting import project
+        from gmem_bank.plot_measures import project
 
         place = project(opened, method=coordinates, num_rows=len(opened)).coordinates
     with ProgressBar("export", "row", quiet=quiet) as progress:

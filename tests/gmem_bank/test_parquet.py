@@ -11,7 +11,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet as arrow_parquet
 
-from gmem_bank import builder, kinds, parquet, plotting
+from gmem_bank import builder, kinds, parquet
 from gmem_bank.encoders import load_encoder
 from gmem_bank.errors import ConfigError, MissingDependencyError, WriteError
 from gmem_bank.parquet import export_parquet
@@ -180,7 +180,7 @@ def test_coordinates_stand_by_their_rows(make_bank: BankMaker) -> None:
     """Those of `project`, or anyone's; masked rows and NaN are null; another shape is refused."""
     active = np.arange(20) % 5 != 2
     bank = make_bank(active=active)
-    places = plotting.project(bank, num_rows=len(bank)).coordinates
+    places = plot_measures.project(bank, num_rows=len(bank)).coordinates
     export_parquet(bank, "bank.parquet", coordinates=places)
     table = arrow_parquet.read_table("bank.parquet")
     for column, expected in zip(("x", "y"), places.T, strict=True):

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from gmem_bank import bank as bank_module
-from gmem_bank import builder, kinds, plot_page, plotting
+from gmem_bank import builder, kinds, plot_measures, plot_page, plotting
 from gmem_bank.bank import MemoryBank
 from gmem_bank.encoders import load_encoder
 from gmem_bank.errors import ConfigError, MissingDependencyError, WriteError
@@ -78,7 +78,7 @@ def test_spectrum_is_the_svd_of_the_centred_active_rows(
     active = np.random.default_rng(1).random(rows) > 0.2
     snippets = np.random.default_rng(2).standard_normal((rows, 8)) * np.geomspace(1, 0.01, 8)
     bank = make_bank(snippets=(snippets + 3).astype(np.float32), kind=kind, dtype=dtype, active=active, space="raw")
-    found = plotting.spectrum(bank)
+    found = plot_measures.spectrum(bank)
     seen = bank.snippets(bank.rows()).astype(np.float64)
     expected = np.linalg.svd(seen - seen.mean(axis=0), compute_uv=False)
     assert found.values.shape == expected.shape == (min(8, active.sum()),)
@@ -94,13 +94,13 @@ def test_a_large_mean_does_not_drown_a_planted_spectrum(make_bank: BankMaker) ->
     right = np.linalg.qr(rng.standard_normal((16, 5)))[0]
     planted = np.array([10, 5, 2, 1, 0.5])
     bank = make_bank(snippets=((left * planted) @ right.T + 50).astype(np.float32), space="raw")
-    np.testing.assert_allclose(plotting.spectrum(bank).values[:5], planted, rtol=1e-3)
+    np.testing.assert_allclose(plot_measures.spectrum(bank).values[:5], planted, rtol=1e-3)
 
 
 def test_recorded_singular_values_are_taken_as_they_are(make_bank: BankMaker, tmp_path: Path) -> None:
     """A factored bank's own, in order of size even after its basis has grown."""
     bank = with_singular_values(make_bank(kind="factored", rank=4), [3, 2, 0.5, 1], tmp_path / "stored.safetensors")
-    found = plotting.spectrum(bank)
+    found = plot_measures.spectrum(bank)
     assert found.stored
     assert found.values.tolist() == [3, 2, 1, 0.5]
     np.testing.assert_allclose(found.energy, np.array([9, 13, 14, 14.25]) / 14.25)
@@ -111,11 +111,11 @@ def test_recorded_singular_values_are_taken_as_they_are(make_bank: BankMaker, tm
 def test_ranks_are_the_fewest_components(make_bank: BankMaker) -> None:
     """Counted by hand, on the edge too; equal rows need none."""
     values = np.sqrt(np.array([90.0, 5, 4, 1]))
-    found = plotting.Spectrum(values=values, energy=np.cumsum(values**2) / 100, stored=False)
+    found = plot_measures.Spectrum(values=values, energy=np.cumsum(values**2) / 100, stored=False)
     assert found.ranks() == {"rank_90": 1, "rank_95": 2, "rank_99": 3}
     for rows in (1, 3, 30):
         equal = make_bank(f"{rows}.safetensors", snippets=np.full((rows, 8), 0.3, np.float32), space="raw")
-        found = plotting.spectrum(equal)
+        found = plot_measures.spectrum(equal)
         assert not found.values.any()
         assert found.ranks() == {"rank_90": 0, "rank_95": 0, "rank_99": 0}
         assert found.describe() == "No spread: all rows are equal."
@@ -124,11 +124,11 @@ def test_ranks_are_the_fewest_components(make_bank: BankMaker) -> None:
 def test_enormous_and_tiny_values_do_not_break_the_sums(make_bank: BankMaker) -> None:
     """Squares that float32 cannot hold."""
     snippets = np.random.default_rng(4).standard_normal((40, 8)).astype(np.float32)
-    expected = plotting.spectrum(make_bank("1.safetensors", snippets=snippets, space="raw"))
+    expected = plot_measures.spectrum(make_bank("1.safetensors", snippets=snippets, space="raw"))
     for scale in (1e25, 1e-25):
         scaled = make_bank(f"{scale}.safetensors", snippets=snippets * np.float32(scale), space="raw")
-        np.testing.assert_allclose(plotting.spectrum(scaled).values, expected.values * scale, rtol=1e-4)
-        assert np.isfinite(plotting.project(scaled).coordinates).all()
+        np.testing.assert_allclose(plot_measures.spectrum(scaled).values, expected.values * scale, rtol=1e-4)
+        assert np.isfinite(plot_measures.project(scaled).coordinates).all()
 
 
 @pytest.mark.parametrize("kind", ["dense", "factored"])
@@ -142,7 +142,7 @@ def test_neighbour_distances_equal_brute_force(make_bank: BankMaker, kind: str) 
     unit = seen / np.linalg.norm(seen, axis=1, keepdims=True)
     cosines = unit @ unit.T
     np.fill_diagonal(cosines, -np.inf)
-    found = plotting.neighbour_distances(bank)
+    found = plot_measures.neighbour_distances(bank)
     np.testing.assert_allclose(found.distances, 1 - cosines.max(axis=1), atol=2e-6)
     assert (found.num_compared, found.sampled) == (active.sum(), False)
     assert found.quantiles()["median"] == pytest.approx(float(np.median(1 - cosines.max(axis=1))), abs=2e-6)
@@ -151,13 +151,13 @@ def test_neighbour_distances_equal_brute_force(make_bank: BankMaker, kind: str) 
 def test_of_a_large_bank_a_sample_is_compared_and_said_so(make_bank: BankMaker) -> None:
     """The probes come from the sample; the seed decides it; distances in a sample are no smaller."""
     bank = make_bank(rows=200)
-    whole = plotting.neighbour_distances(bank)
-    found = plotting.neighbour_distances(bank, num_probes=30, sample=50, seed=1)
+    whole = plot_measures.neighbour_distances(bank)
+    found = plot_measures.neighbour_distances(bank, num_probes=30, sample=50, seed=1)
     assert (len(found.distances), found.num_compared, found.sampled) == (30, 50, True)
     assert "a sample" in found.describe() and "a sample" not in whole.describe()
     assert np.median(found.distances) > np.median(whole.distances)
-    again = plotting.neighbour_distances(bank, num_probes=30, sample=50, seed=1)
-    other = plotting.neighbour_distances(bank, num_probes=30, sample=50, seed=2)
+    again = plot_measures.neighbour_distances(bank, num_probes=30, sample=50, seed=1)
+    other = plot_measures.neighbour_distances(bank, num_probes=30, sample=50, seed=2)
     assert np.array_equal(found.distances, again.distances)
     assert not np.array_equal(found.distances, other.distances)
 
@@ -170,7 +170,7 @@ def test_pca_is_the_projection_on_the_first_two_singular_vectors(
     snippets = np.random.default_rng(7).standard_normal((70, 8)) * np.array([5, 3, 1, 1, 1, 1, 1, 1]) + 2
     active = np.random.default_rng(8).random(70) > 0.2
     bank = make_bank(snippets=snippets.astype(np.float32), space="raw", active=active)
-    found = plotting.project(bank)
+    found = plot_measures.project(bank)
     seen = snippets[active] - snippets[active].mean(axis=0)
     expected = seen @ np.linalg.svd(seen)[2][:2].T
     signs = np.sign((found.coordinates * expected).sum(axis=0))
@@ -183,12 +183,12 @@ def test_pca_is_the_projection_on_the_first_two_singular_vectors(
 def test_a_map_is_the_same_for_the_same_seed(make_bank: BankMaker, method: str) -> None:
     """The sample too, which is stated."""
     bank = make_bank(rows=60)
-    first, again, other = (plotting.project(bank, method=method, num_rows=40, seed=seed) for seed in (3, 3, 4))
+    first, again, other = (plot_measures.project(bank, method=method, num_rows=40, seed=seed) for seed in (3, 3, 4))
     assert np.array_equal(first.rows, again.rows) and np.array_equal(first.coordinates, again.coordinates)
     assert not np.array_equal(first.rows, other.rows)
     assert len(first.rows) == 40 and (np.diff(first.rows) > 0).all()
     assert first.describe().startswith("40 of 60 active rows, drawn at random")
-    assert plotting.project(bank, method=method).describe().startswith("All active rows")
+    assert plot_measures.project(bank, method=method).describe().startswith("All active rows")
 
 
 @pytest.mark.parametrize("space", ["unit", "raw"])
@@ -197,7 +197,7 @@ def test_tsne_keeps_planted_clusters_together(make_bank: BankMaker, space: str) 
     rng = np.random.default_rng(9)
     cluster = np.arange(90) % 3
     snippets = (np.eye(3, 8)[cluster] * 5 + rng.standard_normal((90, 8)) * 0.3).astype(np.float32)
-    found = plotting.project(make_bank(snippets=snippets, space=space), method="tsne")
+    found = plot_measures.project(make_bank(snippets=snippets, space=space), method="tsne")
     assert found.method == "tsne"
     apart = np.linalg.norm(found.coordinates[:, None] - found.coordinates, axis=2)
     np.fill_diagonal(apart, np.inf)
@@ -213,7 +213,7 @@ def test_few_rows_and_equal_rows_have_a_map(make_bank: BankMaker, method: str, d
             snippets = np.random.default_rng(rows).standard_normal((rows, dim)).astype(np.float32)
             snippets = np.repeat(snippets[:1], rows, axis=0) if equal else snippets
             bank = make_bank(f"{rows}{equal}.safetensors", snippets=snippets, space="raw")
-            found = plotting.project(bank, method=method)
+            found = plot_measures.project(bank, method=method)
             assert found.coordinates.shape == (rows, 2)
             assert np.isfinite(found.coordinates).all()
             assert found.method == (method if rows >= 4 else "pca")
@@ -243,7 +243,7 @@ def test_the_page_of_photos_holds_everything(photos: Path) -> None:
     assert shown["concepts"] == list(bank.names)
     assert shown["members"] == [[row // 8] for row in range(24)]
     np.testing.assert_allclose(
-        np.column_stack([shown["x"], shown["y"]]), plotting.project(bank).coordinates, rtol=1e-5, atol=1e-6
+        np.column_stack([shown["x"], shown["y"]]), plot_measures.project(bank).coordinates, rtol=1e-5, atol=1e-6
     )
     assert sorted(map(int, shown["thumbnails"])) == list(range(24))
     for row, data in shown["thumbnails"].items():
@@ -270,7 +270,7 @@ def test_the_charts_of_the_page_hold_the_figures(make_bank: BankMaker) -> None:
     report = plotting.plot(bank, "plot.html", what=("spectrum", "neighbours"))
     data = Page(Path("plot.html")).data
     assert "map" not in data
-    found, near = plotting.spectrum(bank), plotting.neighbour_distances(bank)
+    found, near = plot_measures.spectrum(bank), plot_measures.neighbour_distances(bank)
     energy, relative = (np.array(points) for _, _, points in data["spectrum"]["curves"])
     np.testing.assert_allclose(energy[:, 1], found.energy, atol=1e-6)
     np.testing.assert_allclose(relative[:, 1], found.values / found.values[0], atol=1e-6)
@@ -452,10 +452,10 @@ def test_bad_requests_are_clear(make_bank: BankMaker) -> None:
             plotting.plot(bank, "plot.html", what=what)
     for options in ({"method": "umap"}, {"num_rows": 0}, {"seed": -1}):
         with pytest.raises(ConfigError):
-            plotting.project(bank, **options)
+            plot_measures.project(bank, **options)
     for options in ({"num_probes": 0}, {"sample": 1}, {"seed": -1}):
         with pytest.raises(ConfigError, match="num_probes must be 1 or more"):
-            plotting.neighbour_distances(bank, **options)
+            plot_measures.neighbour_distances(bank, **options)
     masked = make_bank("masked.safetensors", rows=3, active=np.zeros(3))
     for panel in plotting.PANELS:
         with pytest.raises(ConfigError, match=r"every row of .*masked\.safetensors is masked"):

@@ -38,7 +38,23 @@ few = settings(max_examples=3)
 # -- banks to be drawn
 
 letters = st.characters(codec="utf-8", exclude_characters="/\0")
-odd_names = st.sampled_from(["🐟", "👩🏽‍🚀.png", "a\nb", "\r\n", " ", "...", "x#flip", "a\\b", "é", "e\u0301", "\u202e", "y" * 10_000, "z" * 60_000])
+odd_names = st.sampled_from(
+    [
+        "🐟",
+        "👩🏽‍🚀.png",
+        "a\nb",
+        "\r\n",
+        " ",
+        "...",
+        "x#flip",
+        "a\\b",
+        "é",
+        "e\u0301",
+        "\u202e",
+        "y" * 10_000,
+        "z" * 60_000,
+    ]
+)
 names = st.one_of(st.text(letters, min_size=1, max_size=8), odd_names).filter(lambda name: name != "..")
 
 
@@ -46,7 +62,9 @@ names = st.one_of(st.text(letters, min_size=1, max_size=8), odd_names).filter(la
 def key_lists(draw: st.DrawFn, count: int) -> list[str]:
     """Different keys: some in concepts, some deeper, some outside any."""
     tails = draw(st.lists(names, min_size=count, max_size=count, unique=True))
-    heads = draw(st.lists(st.sampled_from(["", "deep/er/", *(f"{c}/" for c in CONCEPTS)]), min_size=count, max_size=count))
+    heads = draw(
+        st.lists(st.sampled_from(["", "deep/er/", *(f"{c}/" for c in CONCEPTS)]), min_size=count, max_size=count)
+    )
     keys = [head + tail for head, tail in zip(heads, tails, strict=True)]
     return keys if len(set(keys)) == count else [f"{key}{n}" for n, key in enumerate(keys)]
 
@@ -89,7 +107,9 @@ def _only_listed(folder: Path) -> None:
 
 
 @st.composite
-def plans(draw: st.DrawFn, *, least: int = 1, dim: int | None = None, space: str | None = None, later: bool = True) -> Plan:
+def plans(
+    draw: st.DrawFn, *, least: int = 1, dim: int | None = None, space: str | None = None, later: bool = True
+) -> Plan:
     """Draw a bank of up to a dozen rows in one to four segments."""
     count = draw(st.integers(least, 12))
     dim = dim or draw(st.integers(3, 9))
@@ -249,7 +269,9 @@ def test_remove_of_insert_is_the_identity(
     after = gmem_bank.open(bank.path)
     assert verify(bank.path).ok
     assert content(after) == content(bank)
-    np.testing.assert_allclose(snippets_of(after), snippets_of(bank), atol=0 if kind == "dense" else 1e-6 * np.abs(plan.values).max())
+    np.testing.assert_allclose(
+        snippets_of(after), snippets_of(bank), atol=0 if kind == "dense" else 1e-6 * np.abs(plan.values).max()
+    )
 
 
 def some_rows(data: st.DataObject, bank: MemoryBank) -> Selection:
@@ -266,9 +288,13 @@ def an_item(data: st.DataObject, bank: MemoryBank) -> str:
 
 def merge_with_another(path: Path, bank: MemoryBank, data: st.DataObject, number: int) -> Any:
     plan = data.draw(plans(dim=bank.dim, space=bank.space, later=False))
-    kinds = [("dense", "f16"), ("dense", "f32")] if bank.header.kind == "dense" else [("factored", "f32"), ("sparse", "i8")]
+    kinds = (
+        [("dense", "f16"), ("dense", "f32")] if bank.header.kind == "dense" else [("factored", "f32"), ("sparse", "i8")]
+    )
     kind, dtype = data.draw(st.sampled_from(kinds))
-    other = plan.make(path.parent.parent / f"other-{path.parent.name}-{number}.safetensors", kind, dtype, prefix=f"other {number}/")
+    other = plan.make(
+        path.parent.parent / f"other-{path.parent.name}-{number}.safetensors", kind, dtype, prefix=f"other {number}/"
+    )
     return gmem_bank.merge(path, [other.path])
 
 
@@ -369,11 +395,16 @@ def test_edits_in_a_row_are_undone_one_by_one(
 @every_kind
 @few
 @given(data=st.data(), space=st.sampled_from(["raw", "unit"]), dim=st.integers(3, 8))
-def test_merge_is_associative(fresh: Callable[[], Path], kind: str, dtype: str, data: st.DataObject, space: str, dim: int) -> None:
+def test_merge_is_associative(
+    fresh: Callable[[], Path], kind: str, dtype: str, data: st.DataObject, space: str, dim: int
+) -> None:
     """(a + b) + c, a + (b + c) and a + b + c hold the same rows, concepts and mask, and snippets to the type's precision."""
     folder = fresh()
     plans_of = {name: data.draw(plans(dim=dim, space=space, later=False)) for name in "abc"}
-    a, b, c = (plan.make(folder / f"{name}.safetensors", kind, dtype, prefix=f"{name}/").path for name, plan in plans_of.items())
+    a, b, c = (
+        plan.make(folder / f"{name}.safetensors", kind, dtype, prefix=f"{name}/").path
+        for name, plan in plans_of.items()
+    )
     ab, bc = folder / "ab.safetensors", folder / "bc.h5"
     gmem_bank.merge(a, [b], output=ab)
     gmem_bank.merge(b, [c], output=bc)
@@ -416,7 +447,9 @@ def test_selection_and_mask_algebra(
         assert kept.keys(np.arange(len(kept))) == [keys[row] for row in rows]
         assert kept.rows().tolist() == [place for place, row in enumerate(rows) if row in active]
         wanted = np.array([row for row in rows if row in active], np.int64)
-        np.testing.assert_allclose(snippets_of(kept), bank.snippets(wanted), atol=0 if kind == "dense" else 1e-6 * np.abs(plan.values).max())
+        np.testing.assert_allclose(
+            snippets_of(kept), bank.snippets(wanted), atol=0 if kind == "dense" else 1e-6 * np.abs(plan.values).max()
+        )
         assert verify(path).ok
     assert gmem_bank.open(removed).fingerprint == gmem_bank.open(inverted).fingerprint
     if not active - some:
@@ -436,7 +469,10 @@ def test_selection_and_mask_algebra(
     if shown:
         gmem_bank.unmask(bank.path, Selection(keys=shown))
     back = gmem_bank.open(bank.path)
-    assert (content(back), back.fingerprint == bank.fingerprint) == (before[0], plan.active is None or not plan.active.all())
+    assert (content(back), back.fingerprint == bank.fingerprint) == (
+        before[0],
+        plan.active is None or not plan.active.all(),
+    )
     np.testing.assert_array_equal(snippets_of(back), before[1])
 
 

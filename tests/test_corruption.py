@@ -7,6 +7,7 @@ Every case follows from its form and number alone: `python -m tests.test_corrupt
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import json
 import os
@@ -600,6 +601,23 @@ def test_damage_is_refused_found_or_harmless_in_every_of_many_cases(tmp_path: Pa
     own = {"safetensors": SAFETENSORS, "h5": HDF5, "gmem": (*SAFETENSORS, other_manifest)}[form]
     for change in (*BLIND, *own):
         assert ends[change.__name__] > total / 500, f"{change.__name__} was hardly tried: {ends}"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_sound_bank_saved_over_a_damaged_one_mends_it(make_bank: BankMaker, tmp_path: Path, form: str) -> None:
+    """In a folder too, where a damaged file has the name and the size of the one that is to be written."""
+    sound = make_bank("sound.safetensors", parts=(12, 8))
+    target = tmp_path / f"damaged.{form}"
+    gmem_bank.save(sound, target)
+    intact = {path: path.read_bytes() for path in (target.iterdir() if target.is_dir() else [target])}
+    for path, data in intact.items():
+        path.unlink()
+        path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:] if path.suffix != ".json" else data)
+    with contextlib.suppress(GMemError):
+        assert not verify(target).ok
+    gmem_bank.save(sound, target)
+    assert verify(target).ok
+    assert {path: path.read_bytes() for path in intact} == intact
 
 
 # -- HDF5 files made by hand, with a guard that fits

@@ -67,7 +67,7 @@ def insert_concept(
     if as_json:
         print_json(result.to_json())
         return
-    print_edit(result, False, f"concept {printable(str(result.concept))!r}")
+    print_edit(result, False, f"as concept {printable(str(result.concept))!r}")
     if result.skipped:
         click.echo(f"skipped: {len(result.skipped)} files")
     _print_novelty(result.details.get("novelty"))

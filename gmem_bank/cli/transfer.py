@@ -51,7 +51,7 @@ def import_(
     report = gmem_bank.import_official(
         source, output, space=space, dtype=dtype, prefix=prefix, encoder_spec=spec, overwrite=overwrite
     )
-    print_edit(report, as_json, "import")
+    print_edit(report, as_json, "imported")
 
 
 @click.command()
@@ -84,7 +84,7 @@ def export(
     opened = gmem_bank.open(bank)
     chosen = form or ("official" if output.endswith(".safetensors") else "parquet")
     if chosen == "official":
-        print_edit(gmem_bank.export_official(opened, output), as_json, "official tensors")
+        print_edit(gmem_bank.export_official(opened, output), as_json, "as official tensors")
         return
     place = None
     if coordinates is not None:

@@ -11,7 +11,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet as arrow_parquet
 
-from gmem_bank import builder, kinds, parquet
+from gmem_bank import builder, kinds, parquet, plot_measures
 from gmem_bank.encoders import load_encoder
 from gmem_bank.errors import ConfigError, MissingDependencyError, WriteError
 from gmem_bank.parquet import export_parquet

@@ -341,13 +341,15 @@ def edited(operation: str, path: Path, data: st.DataObject, number: int) -> bool
 
 
 @every_edit
-@settings(max_examples=18)
+@settings(max_examples=14)
 @given(plan=plans(), kind=st.sampled_from(KINDS), form=st.sampled_from(FORMS), data=st.data())
 def test_undo_restores_every_byte(
     fresh: Callable[[], Path], operation: str, plan: Plan, kind: tuple[str, str], form: str, data: st.DataObject
 ) -> None:
     """Of any edit, on a bank of any kind and form: the bank and the folder around it are as they were."""
     folder = fresh()
+    if operation == "unmask" and plan.active is None:
+        plan = replace(plan, active=np.arange(len(plan.keys)) != len(plan.keys) - 2)
     bank = plan.make(folder / f"bank{form}", *kind)
     before = bytes_of(folder)
     if edited(operation, bank.path, data, 0):
@@ -359,7 +361,7 @@ def test_undo_restores_every_byte(
         assert bytes_of(folder) == before
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(
     plan=plans(least=3), kind=st.sampled_from(KINDS), form=st.sampled_from(FORMS), data=st.data(),
     operations=st.lists(st.sampled_from([*EDITS, *APPENDS]), min_size=2, max_size=4),

@@ -63,13 +63,16 @@ def selection_from(
     return Selection(concepts=concepts, keys=keys, patterns=patterns, random=random, seed=seed, invert=invert)
 
 
-def print_edit(report: Any, as_json: bool, what: str) -> None:
-    """Print what an edit did: JSON, or one line: rows that came and went, `what` ("as concept 'x'"), rows there are."""
+def print_edit(report: Any, as_json: bool, what: str, unchanged: str = "") -> None:
+    """Print what an edit did: JSON, or one line: rows that came and went, `what` ("as concept 'x'"), rows there are.
+
+    `unchanged` says what was there already, where the edit had nothing to do.
+    """
     if as_json:
         print_json(report.to_json())
         return
     if report.unchanged:
-        note(f"{report.output}: that was done already, or there is nothing to do")
+        note(f"{report.output} {unchanged or 'is what this would make of it already'}: nothing to do")
         click.echo(f"{report.output}: {report.num_rows} rows")
         return
     changes = [f"{sign}{count} rows" for sign, count in (("+", report.num_added), ("-", report.num_removed)) if count]

@@ -769,7 +769,7 @@ def reference(root: h5py.File, values: np.ndarray) -> None:
         (labelled("nonsense"), "which no bank has"),
         (labelled(7), "which no bank has"),
         (labelled(np.zeros(5000)), "which no bank has"),
-        (loop, "groups within groups"),
+        (loop, "linked twice"),
         (named_type, "neither a group nor a dataset"),
         (lambda root: root.create_dataset("extra", data=np.zeros(3, np.float32)), "entries and hashes differ in"),
     ],

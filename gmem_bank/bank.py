@@ -18,11 +18,19 @@ from gmem_bank.errors import CorruptError, MaskedRowError, UnknownKeyError, firs
 from gmem_bank.interface import INTERFACE_VERSION, ImagesFrom
 from gmem_bank.naming import FLIP_SUFFIX
 from gmem_bank.provenance import IMAGE_KINDS, EncoderSpec, Source
-from gmem_bank.space import Space
+from gmem_bank.space import Space, all_finite
 from gmem_bank.storage import StoredBank
 from gmem_bank.storage.schema import Header
 
 BLOCK_BYTES = 64 << 20
+
+
+def _is_file(path: Path) -> bool:
+    """Say whether a path is a file; a key may be longer than a file's name can be."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 class MemoryBank:
@@ -158,14 +166,12 @@ class MemoryBank:
 
     def _checked(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         wanted = np.asarray(rows)
-        if wanted.ndim != 1 or (wanted.size and not np.issubdtype(wanted.dtype, np.integer)):
+        if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
             raise UnknownKeyError(f"rows must be a list of integers, got {wanted.dtype} of shape {list(wanted.shape)}")
-        outside = wanted[(wanted < 0) | (wanted >= len(self))]
-        if outside.size:
-            raise UnknownKeyError(
-                f"{self.path} has rows 0 to {len(self) - 1}, not {int(outside[0])}", path=self.path, row=int(outside[0])
-            )
-        return wanted.astype(np.int64)
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
+            row = int(wanted[(wanted < 0) | (wanted >= len(self))][0])
+            raise UnknownKeyError(f"{self.path} has rows 0 to {len(self) - 1}, not {row}", path=self.path, row=row)
+        return wanted.astype(np.int64, copy=False)
 
     def _by_segment(self, rows: NDArray[np.int64]) -> Iterator[tuple[str, NDArray[np.int64], NDArray[np.int64]]]:
         """Yield (segment name, places in `rows`, rows inside the segment)."""
@@ -188,16 +194,23 @@ class MemoryBank:
             CorruptError: a value that is not finite.
         """
         wanted = self._allowed(rows)
+        first_look = not self._looked_at[wanted].all()
         if len(self.header.segments) == 1:
-            result, finite = self._gather(self.header.segments[0].name, wanted)
+            result = self._gather(self.header.segments[0].name, wanted)
         else:
-            result, finite = np.empty((len(wanted), self.dim), np.float32), True
+            result = np.empty((len(wanted), self.dim), np.float32)
             for name, places, local in self._by_segment(wanted):
-                result[places], sound = self._gather(name, local)
-                finite = finite and sound
-        if not finite:
-            self._name_bad_row(result, wanted)
+                result[places] = self._gather(name, local)
+        if first_look:
+            if not all_finite(result):
+                self._name_bad_row(result, wanted)
+            self._looked_at[wanted] = True
         return result
+
+    @cached_property
+    def _looked_at(self) -> NDArray[np.bool_]:
+        """(N,): rows whose snippets were found finite; they do not change, so each is looked at once."""
+        return np.zeros(len(self), np.bool_)
 
     def _allowed(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return rows of the bank that are not masked; raises UnknownKeyError or MaskedRowError."""
@@ -225,8 +238,8 @@ class MemoryBank:
             yield start, self.snippets(rows[start : start + step])
             self._stored.release()
 
-    def _gather(self, segment: str, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], bool]:
-        """Return the snippets of a segment's rows, a new array in the bank's space, and whether all of it is finite."""
+    def _gather(self, segment: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the snippets of a segment's rows, a new array in the bank's space."""
         raise AssertionError(f"{type(self).__name__} does not read snippets: {segment}, {len(rows)} rows")
 
     # -- concepts
@@ -300,7 +313,7 @@ class MemoryBank:
             images: folder that holds the images under their keys, instead of the recorded one; rows of an inserted
                 concept fall back on the folder they were inserted from.
         """
-        there = np.array([path.is_file() for path in self._image_paths(rows, images)], np.bool_)
+        there = np.array([_is_file(path) for path in self._image_paths(rows, images)], np.bool_)
         return np.asarray(rows, np.int64)[~there] if len(rows) else np.zeros(0, np.int64)
 
     def read_image(self, row: int, images: ImagesFrom = None) -> NDArray[np.uint8]:

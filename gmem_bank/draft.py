@@ -155,7 +155,10 @@ class Draft:
         self._put_keys(name, rows.key_text, rows.sources)
         if mask is not None:
             new = np.ones(rows.num_rows, np.bool_) if rows.active is None else rows.active
-            self._put_active(np.concatenate([mask, new]))
+            both = np.concatenate([mask, new])
+            # a mask of the old bank that hid nothing and is left out now is one that undo could not give back
+            self._only_appended = self._only_appended and not ("active" in self._stored and both.all())
+            self._put_active(both)
 
     def extend_concepts(self, concepts: Mapping[str, NDArray[np.int64]]) -> None:
         """Add appended rows to concepts, new ones at the end of the list."""

@@ -126,6 +126,8 @@ def editing(
     with contextlib.nullcontext() if dry_run else atomic.locked(target):
         bank = kinds.open(bank_path)
         made = result_of(bank, target, operation, arguments)
+        if made is not None and not dry_run:  # a kill may have come between the write and the tidying
+            previous.tidy(target, labels_needed(made.header) if undo else ())
         yield Edit(
             operation=operation,
             arguments=arguments,

@@ -226,12 +226,13 @@ def join(
     energies, vectors = np.linalg.eigh(scatter_matrix)
     order = np.argsort(-energies, kind="stable")
     kept = order[energies[order] > max(energies.max(), 0.0) * 1e-13]
+    kept = kept if len(kept) else order[:1]  # all rows are the same: one direction, of no energy
     basis = _signed(vectors[:, kept].T @ frame)
     turn = frame @ basis.T
     return Joined(
         basis=basis.astype(np.float32),
         mean=mean.astype(np.float32),
-        singular_values=np.sqrt(energies[kept]).astype(np.float32),
+        singular_values=np.sqrt(np.maximum(energies[kept], 0.0)).astype(np.float32),
         maps=tuple(m @ turn for m in into),
         shifts=tuple(o @ turn for o in offsets),
     )

@@ -46,11 +46,11 @@ class DenseBank(MemoryBank):
         names = {segment.name: segment.entry("snippets") for segment in self.header.segments}
         return {name: segments.Gatherer(self._stored.array(entry)) for name, entry in names.items()}
 
-    def _gather(self, segment: str, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], bool]:
-        values, finite = self._gatherers[segment](rows)
-        if self.space == "raw" or self._stored.dtype(f"{segment}/snippets") == "F32" or not finite:
-            return values, finite  # f32 is in the bank's space as it is stored, bit for bit
-        return scale_to_unit(values), True
+    def _gather(self, segment: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        values = self._gatherers[segment](rows)
+        if self.space == "raw" or self._stored.dtype(f"{segment}/snippets") == "F32":
+            return values  # f32 is in the bank's space as it is stored, bit for bit
+        return scale_to_unit(values)
 
 
 class FactoredBank(MemoryBank):
@@ -106,13 +106,11 @@ class FactoredBank(MemoryBank):
         """Return (B,) float32 1/‖coefficients · basis + mean‖."""
         return factors.inverse_norms(self.coefficients(rows), self.basis, self.mean)
 
-    def _gather(self, segment: str, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], bool]:
+    def _gather(self, segment: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         columns = read_coefficients(self._stored, segment, rows, self.rank)
         with np.errstate(over="ignore", invalid="ignore"):
             snippets = factors.reconstruct(columns, self.basis[: columns.shape[1]], self.mean)
-        if not all_finite(snippets):
-            return snippets, False
-        return (snippets if self.space == "raw" else scale_to_unit(snippets)), True
+        return snippets if self.space == "raw" else scale_to_unit(snippets)
 
 
 def read_coefficients(stored: StoredBank, segment: str, rows: NDArray[np.int64], rank: int) -> NDArray[np.float32]:

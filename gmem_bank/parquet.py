@@ -1,5 +1,13 @@
 """A bank as a Parquet table, for pandas, DuckDB, Hugging Face datasets and viewers of embeddings.
 
+Columns: row int64; key string; concept string, the first or null; concepts list of strings; source string, its folder or file
+or null; active bool; image string, where the row's image should lie or null; vector list of float32, null where masked; x and y
+float32. Paths are relative to the table's folder. The schema's metadata has gmem.fingerprint, gmem.dim, gmem.space,
+gmem.encoder and gmem.encoder_fingerprint.
+
+`embedding-atlas FILE --vector vector` reads a table whose vectors are all there; where rows are masked it also needs
+`--query "SELECT * FROM data WHERE active"`.
+
 Shapes: N rows, n active rows, b rows of a row group, D dimensions.
 """
 
@@ -52,21 +60,13 @@ def export_parquet(
     coordinates: NDArray[np.floating[Any]] | None = None,
     progress: Progress = no_progress,
 ) -> ParquetReport:
-    """Write a bank as a Parquet table, row group by row group, whole or not at all.
-
-    Columns: row int64, key string, concept string (the first, or null), concepts list of strings, source string (its folder or
-    file, or null), active bool, image string (where the row's image should lie, or null), vector list of float32 (null where
-    masked), x and y float32. Paths are relative to the table's folder. The schema's metadata has gmem.fingerprint, gmem.dim,
-    gmem.space, gmem.encoder and gmem.encoder_fingerprint.
-
-    `embedding-atlas FILE --vector vector` takes a table whose vectors are all there; of a bank with masked rows it needs
-    `--query "SELECT * FROM data WHERE active"`.
+    """Write a bank as a Parquet table with the columns above, row group by row group, whole or not at all.
 
     Args:
         bank: any bank.
         output: file to write, .parquet or .pq.
         vectors: False leaves the column out.
-        coordinates: (n, 2) of the active rows, as of `plotting.project` with all rows; NaN and masked rows become null.
+        coordinates: (n, 2) of the active rows, as of `plot_measures.project` with all rows; NaN and masked rows become null.
         progress: told rows written and rows in all.
 
     Raises:
@@ -86,19 +86,15 @@ def export_parquet(
             writer.write_batch(table.batch(start, end))
             progress(end, len(bank))
     return ParquetReport(
-        output=str(target),
-        num_rows=len(bank),
-        num_active=int(table.active.sum()),
-        num_row_groups=-(-len(bank) // step),
-        columns=table.schema.names,
-        bytes=target.stat().st_size,
-    )
+        output=str(target), num_rows=len(bank), num_active=int(table.active.sum()),
+        num_row_groups=-(-len(bank) // step), columns=table.schema.names, bytes=target.stat().st_size,
+    )  # fmt: skip
 
 
 def _require_pyarrow() -> tuple[Any, Any]:
     """Return pyarrow and its Parquet module; raises MissingDependencyError that names the extra."""
     try:
-        import pyarrow  # type: ignore[import-untyped]
+        import pyarrow
         from pyarrow import parquet
     except ImportError as error:
         raise MissingDependencyError(

@@ -12,7 +12,6 @@ import contextlib
 import html
 import io
 import json
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmem_bank.bank import MemoryBank
-from gmem_bank.errors import MissingDependencyError, SourceError
+from gmem_bank.errors import SourceError
 from gmem_bank.progress import Progress
 
 if TYPE_CHECKING:
-    from gmem_bank.plotting import Neighbours, Projection, Spectrum
+    from gmem_bank.plot_measures import Neighbours, Projection, Spectrum
 
 COLOURS = (
     "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf", "#1b4f72",
@@ -39,9 +38,8 @@ MOST_POINTS = 400
 """Of a curve: more cannot be told apart at its width."""
 HEADINGS = {"spectrum": "Spectrum", "map": "Map", "neighbours": "Nearest neighbours"}
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-HINT = (
-    "Hover for the key, scroll to zoom, drag to move, double-click to start over. The first concept gives the colour."
-)
+HINT = "Hover for the key, scroll to zoom, drag to move, double-click to go back. The first concept gives the colour."
+PLANE = "<div id=plane><canvas></canvas><div id=legend></div></div><div id=tip hidden></div>"
 LEGEND_ENTRIES = 20
 THUMBNAIL_SIDE = 64
 STYLE = """
@@ -197,18 +195,19 @@ def spread(coordinates: NDArray[np.float32], most: int, gap: float = 0.0) -> lis
         most: where m is no larger, and no gap is asked for, all are taken.
         gap: stop where the next would be nearer to one of those before it than this share of the extent.
     """
-    if len(coordinates) <= most and not gap:
+    if (len(coordinates) <= most and not gap) or not len(coordinates):
         return list(range(len(coordinates)))
     points = coordinates.astype(np.float64)
     nearest = np.full(len(points), np.inf)
-    chosen: list[int] = []
-    following = int(np.square(points - points.mean(axis=0)).sum(axis=1).argmin()) if len(points) else 0
-    limit = (gap * np.ptp(points, axis=0).max()) ** 2 if len(points) else 0.0
-    while len(chosen) < min(most, len(points)) and (not chosen or nearest[following] >= limit):
-        chosen.append(following)
-        nearest = np.minimum(nearest, np.square(points - points[following]).sum(axis=1))
+    chosen = [int(np.square(points - points.mean(axis=0)).sum(axis=1).argmin())]
+    limit = (gap * np.ptp(points, axis=0).max()) ** 2
+    while len(chosen) < min(most, len(points)):
+        nearest = np.minimum(nearest, np.square(points - points[chosen[-1]]).sum(axis=1))
         nearest[chosen] = -1.0  # of equal points each is taken once
-        following = int(nearest.argmax())
+        farthest = int(nearest.argmax())
+        if gap and nearest[farthest] <= limit:
+            break
+        chosen.append(farthest)
     return chosen
 
 
@@ -217,12 +216,11 @@ def draw_page(drawing: Drawing) -> bytes:
     title, figures = html.escape(drawing.title), ""
     data = _data(drawing)
     for panel, words in drawing.described():
-        heading = f"<figure class={panel}><figcaption><b>{HEADINGS[panel]}.</b> {html.escape(words)}"
-        canvas = (
-            f"<canvas data-chart={panel} role=img aria-label='{HEADINGS[panel]}'></canvas>" if panel in data else ""
-        )
-        plane = f" {HINT}<div id=plane><canvas></canvas><div id=legend></div></div><div id=tip hidden></div>"
-        figures += f"{heading}{plane if panel == 'map' else '</figcaption>' + canvas}</figure>"
+        name = HEADINGS[panel]
+        chart = f"<canvas data-chart={panel} role=img aria-label='{name}'></canvas>" if panel in data else ""
+        hint, picture = (f" {HINT}", PLANE) if panel == "map" else ("", chart)
+        caption = f"<figcaption><b>{name}.</b> {html.escape(words)}{hint}</figcaption>"
+        figures += f"<figure class={panel}>{caption}{picture}</figure>"
     page = (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f'<meta http-equiv=Content-Security-Policy content="{POLICY}"><title>{title}</title><style>{STYLE}</style>'
@@ -242,8 +240,8 @@ def _data(drawing: Drawing) -> dict[str, Any]:
     """Return what the script draws."""
     data: dict[str, Any] = {"colours": COLOURS, "grey": GREY, **charts(drawing)}
     if (shown := drawing.map) is not None:
-        x, y = (np.round(column.astype(np.float64), 6).tolist() for column in shown.projection.coordinates.T)
-        thumbnails = {place: base64.b64encode(data).decode() for place, data in shown.thumbnails.items()}
+        x, y = ([float(f"{value:.6g}") for value in column] for column in shown.projection.coordinates.T.tolist())
+        thumbnails = {place: base64.b64encode(jpeg).decode() for place, jpeg in shown.thumbnails.items()}
         words = {"keys": shown.keys, "concepts": shown.concepts, "members": shown.members}
         data["map"] = {"x": x, "y": y, **words, "thumbnails": thumbnails}
     return data
@@ -287,104 +285,3 @@ def _neighbours_chart(distances: NDArray[np.float32]) -> dict[str, Any]:
         "bars": np.round(counts / counts.max(), 6).tolist(),
         "curves": [["median", COLOURS[3], [[median, 0], [median, 1]]]],
     }
-
-
-def require_matplotlib() -> None:
-    """Raise MissingDependencyError, which names the extra, where matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(
-            "drawing a .png needs matplotlib: pip install matplotlib (the extra gmem[plot]); a page, .html, does not",
-            extra="plot",
-        ) from error
-
-
-def draw_picture(drawing: Drawing) -> bytes:
-    """Return the panels side by side as a PNG, the same bytes for the same drawing; raises MissingDependencyError."""
-    require_matplotlib()
-    import warnings
-
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    described = drawing.described()
-    widths = [7 if panel == "map" else 5 for panel, _ in described]
-    figure = Figure(figsize=(sum(widths), 5.6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    heading = [line for text in (drawing.title, drawing.facts) for line in textwrap.wrap(text, sum(widths) * 12)]
-    figure.suptitle("\n".join(heading), fontsize=10, parse_math=False)
-    drawn = charts(drawing)
-    axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
-    for ax, width, (panel, words) in zip(axes, widths, described, strict=True):
-        if panel == "map":
-            _paint_map(ax, drawing.map)
-        elif panel in drawn:
-            _paint_chart(ax, drawn[panel])
-        else:
-            ax.set_axis_off()
-        ax.set_title("\n".join(textwrap.wrap(words, width * 14)), fontsize=8, loc="left", color="#444")
-    stream = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # an emoji in a name is drawn as a box
-        figure.savefig(stream, format="png", metadata={"Software": None})
-    return stream.getvalue()
-
-
-def _paint_chart(ax: Any, chart: dict[str, Any]) -> None:
-    bars = np.arange(len(chart["bars"])) / max(len(chart["bars"]), 1)
-    ax.bar(bars, chart["bars"], 0.95 / max(len(bars), 1), align="edge", color=COLOURS[0])
-    for name, colour, points in chart["curves"]:
-        marker = "o" if len(points) <= BINS else None
-        ax.plot(*zip(*points, strict=True), color=colour, marker=marker, ms=4, label=name, clip_on=False)
-    for axis in "xy":
-        ticks, labels = zip(*chart[axis], strict=True)
-        ax.set(**{f"{axis}ticks": ticks, f"{axis}ticklabels": labels, f"{axis}lim": (0, 1)})
-    ax.set_xlabel(chart["label"])
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", color="#ddd")
-    ax.set_axisbelow(True)
-    ax.legend(fontsize=8)
-
-
-def _paint_map(ax: Any, shown: RowMap | None) -> None:
-    from matplotlib.lines import Line2D
-
-    assert shown is not None
-    coordinates = shown.projection.coordinates
-    colours = [COLOURS[members[0] % len(COLOURS)] if members else GREY for members in shown.members]
-    size = 6 if len(colours) > 2000 else 14 if len(colours) > 300 else 30
-    ax.scatter(*coordinates.T, s=size, c=colours, alpha=0.8, linewidths=0)
-    ax.set(aspect="equal", adjustable="datalim", xticks=[], yticks=[])
-    ax.margins(0.08)  # a thumbnail reaches beyond its point
-    ax.spines[:].set_color("#ccc")
-    _paint_thumbnails(ax, shown, colours)
-    first = sorted({members[0] for members in shown.members if members})
-    names = [_short(shown.concepts[index]) for index in first[:LEGEND_ENTRIES]]
-    dots = [Line2D([], [], ls="", marker="o", color=COLOURS[i % len(COLOURS)]) for i in first[:LEGEND_ENTRIES]]
-    if len(first) > LEGEND_ENTRIES:
-        dots.append(Line2D([], [], ls=""))
-        names.append(f"… {len(first) - LEGEND_ENTRIES} more")
-    if names:
-        legend = ax.legend(dots, [" "] * len(dots), fontsize=7, ncols=1, loc="upper left", bbox_to_anchor=(1, 1))
-        for text, name in zip(legend.get_texts(), names, strict=True):
-            text.set_parse_math(False)  # a concept may be called "$x" or "_x", which mean something to matplotlib
-            text.set_text(name)
-
-
-def _paint_thumbnails(ax: Any, shown: RowMap, colours: Sequence[str]) -> None:
-    from matplotlib.offsetbox import AnnotationBbox, OffsetImage
-    from PIL import Image
-
-    for place, data in shown.thumbnails.items():
-        pixels = np.asarray(Image.open(io.BytesIO(data)))
-        frame = {"edgecolor": colours[place], "linewidth": 1.5}
-        image = OffsetImage(pixels, zoom=0.5)
-        at = shown.projection.coordinates[place]
-        ax.add_artist(AnnotationBbox(image, at, pad=0, bboxprops=frame))
-
-
-def _short(name: str) -> str:
-    """Return a name in one line of 24 characters at most."""
-    plain = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
-    return plain if len(plain) <= 24 else plain[:23] + "…"

@@ -134,8 +134,9 @@ def compact(
         undo: keep the bank as it was for `undo`.
     """
     with editing(bank_path, "compact", {}, output=output, dry_run=dry_run, undo=undo) as edit:
-        if edit.made is not None:
-            return edit.unchanged()
+        in_place = edit.target.resolve() == edit.bank.path.resolve()
+        if edit.made is not None or (in_place and len(edit.bank.header.segments) == 1):
+            return edit.unchanged(details={"segments_before": len(edit.bank.header.segments), "num_segments": 1})
         draft = edit.draft()
         before = len(draft.segments)
         join_segments(draft)

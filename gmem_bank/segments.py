@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from gmem_bank import factors, streams
 from gmem_bank.errors import GMemError
-from gmem_bank.space import MANY, all_finite, scale_to_unit
+from gmem_bank.space import MANY, scale_to_unit
 from gmem_bank.storage import Payload
 from gmem_bank.storage.rules import SNIPPET_DTYPES
 
@@ -63,15 +63,13 @@ class Gatherer:
         self._stored = stored
         self._tensor: Any = None
 
-    def __call__(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], bool]:
-        """Return (B, D) float32, a new array, and whether all of it is finite."""
+    def __call__(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return (B, D) float32, a new array."""
         torch = sys.modules.get("torch")
         if torch is None or len(rows) * self._stored.shape[1] < MANY:
-            values = widen(self._stored.take(rows, axis=0))
-            return values, all_finite(values)
-        picked = self._as_tensor(torch).index_select(0, torch.from_numpy(rows))
-        least, most = picked.aminmax()  # before they are widened: half the memory to look at, and NaN shows in both
-        return picked.float().numpy(), bool(least.isfinite() and most.isfinite())
+            return widen(self._stored.take(rows, axis=0))
+        picked: NDArray[np.float32] = self._as_tensor(torch).index_select(0, torch.from_numpy(rows)).float().numpy()
+        return picked
 
     def _as_tensor(self, torch: Any) -> Any:
         if self._tensor is None:

@@ -127,9 +127,7 @@ def synthetic_bank(
     return open_bank(path)
 
 
-def vectors_of(
-    block: np.ndarray, kind: str, dtype: str, basis: np.ndarray, mean: np.ndarray
-) -> dict[str, Payload]:
+def vectors_of(block: np.ndarray, kind: str, dtype: str, basis: np.ndarray, mean: np.ndarray) -> dict[str, Payload]:
     """The vector entries of one segment."""
     if kind == "dense":
         return {"snippets": segments.snippet_payload(lambda: [block], len(block), block.shape[1], dtype)}

@@ -41,7 +41,7 @@ def test_every_edit_by_command(twenty: Path, make_bank: BankMaker) -> None:
     np.save("fresh.npy", np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32))
     assert "vouch" in bank("insert-concept", "fresh.npy", code=2).output
     result = bank("insert-concept", "fresh.npy", "--same-encoder")
-    assert "+3 rows (concept 'fresh')" in result.output
+    assert "+3 rows as concept 'fresh'" in result.output
     assert "cosine to the nearest of all 34 rows" in result.output
     assert as_json(bank("coreset", "-n", "30", "--json", "-q"))["num_rows"] == 30
     assert "undone" in bank("undo").output

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import collections
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import gmem_bank
+from gmem_bank.editing import EditReport
 from gmem_bank.verifier import verify
+from tests.conftest import synthetic_bank
 
 
 def killed_until_done(command: list[str], check, longest: float, most: int = 60) -> int:
@@ -92,3 +98,108 @@ def test_a_writer_killed_between_write_and_rename_leaves_the_old_bank(photos: Pa
     assert time.perf_counter() - started < 60
     assert verify("bank.safetensors").num_rows == 32
     assert not [path for path in Path.cwd().iterdir() if path.name.startswith(".")]
+
+
+# -- one bank edited over and over, by children that are killed
+
+EDITS: dict[str, Callable[..., EditReport]] = {
+    "insert": lambda bank, **options: gmem_bank.insert_snippets(
+        bank,
+        np.random.default_rng(1).standard_normal((2000, 256)).astype(np.float32),
+        name="new",
+        report=False,
+        **options,
+    ),
+    "merge": lambda bank, **options: gmem_bank.merge(bank, [bank.with_stem("other")], **options),
+    "remove": lambda bank, **options: gmem_bank.remove_concept(bank, "new", **options),
+    "undo": gmem_bank.undo,
+    "remove again": lambda bank, **options: gmem_bank.remove_concept(bank, "new", **options),
+    "remove merged": lambda bank, **options: gmem_bank.remove_concept(bank, "other", **options),
+}
+"""A round that ends with the bank it began with."""
+
+
+def in_child(edit: Callable[..., EditReport], bank: Path, delay: float | None) -> int:
+    """Run an edit in a child, killed after a delay; return the child's status: 0, or minus the signal."""
+    child = os.fork()
+    if not child:
+        try:
+            edit(bank)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if delay is not None:
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def state_of(bank: Path) -> str:
+    """Open and verify; return the fingerprint of the content."""
+    report = verify(bank)
+    assert report.ok, report.problems
+    return gmem_bank.open(bank).fingerprint
+
+
+def require_tidy(bank: Path) -> None:
+    """Beside a bank lie no hidden files, but for the one earlier state that undo may need; in a folder nothing unlisted."""
+    history = gmem_bank.open(bank).history
+    kept = [f"{n}-{entry['parent'][:12]}" for n, entry in enumerate(history) if n and "appended" not in entry][-1:]
+    current = bank / "manifest.json" if bank.is_dir() else bank
+    allowed = {current.parent / f".undo-{label}.{current.name}" for label in kept}
+    hidden = {path for path in bank.parent.rglob("*") if path.name.startswith(".")}
+    assert hidden <= allowed, f"stray files: {sorted(map(str, hidden - allowed))}"
+    if bank.is_dir():
+        listed = {name for manifest in {current, *hidden} for name in json.loads(manifest.read_text())["files"]}
+        there = {path.name for path in bank.iterdir()} - {path.name for path in (current, *hidden)}
+        assert there == listed
+
+
+def drive(folder: Path, suffix: str, kills: int) -> None:
+    """Edit a bank in children killed at random moments until so many died; print how many left the old and the new bank."""
+    bank = folder / f"bank{suffix}"
+    rng = np.random.default_rng(kills)
+    fingerprints = [state_of(bank)]
+    longest: dict[str, float] = {}
+    for name, edit in EDITS.items():  # one round without kills: what each edit makes, and how long it takes
+        started = time.perf_counter()
+        assert in_child(edit, bank, None) == 0
+        longest[name] = time.perf_counter() - started
+        fingerprints.append(state_of(bank))
+        require_tidy(bank)
+    assert fingerprints[0] == fingerprints[-1] != fingerprints[1]
+    counts: collections.Counter[str] = collections.Counter()
+    while counts["killed"] < kills:
+        for place, (name, edit) in enumerate(EDITS.items()):
+            before, after = fingerprints[place : place + 2]
+            status = in_child(edit, bank, rng.uniform(0, 1.05 * longest[name]))
+            assert status in (0, -signal.SIGKILL)
+            counts["killed" if status else "finished"] += 1
+            found = state_of(bank)
+            assert found in (before, after), f"a kill in {name} left neither the old bank nor the new one"
+            if status:
+                counts["old" if found == before else "new"] += 1
+            if found == before or name != "undo":  # the same command again, finished this time
+                assert edit(bank).unchanged == (found == after)
+                assert state_of(bank) == after
+                require_tidy(bank)
+    print(json.dumps({**counts, "milliseconds": {name: round(1000 * took) for name, took in longest.items()}}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("suffix", "kills"), [(".safetensors", 200), (".h5", 40), (".gmem", 40)])
+def test_one_bank_survives_many_kills(tmp_path: Path, suffix: str, kills: int) -> None:
+    """Inserts, merges, removals and undos of one bank, killed anywhere: the old bank or the new one, sound, and no strays."""
+    synthetic_bank(tmp_path / f"bank{suffix}", rows=20_000, dim=256, dtype="f16")
+    synthetic_bank(tmp_path / f"other{suffix}", rows=2000, dim=256, dtype="f16", prefix="other/", seed=1)
+    code = f"from tests.test_kill import drive, Path; drive(Path({str(tmp_path)!r}), {suffix!r}, {kills})"
+    command = [sys.executable, "-W", "error", "-c", code]
+    result = subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    counts = json.loads(result.stdout)
+    assert counts["killed"] >= kills
+    assert counts["old"] > kills / 20
+    assert counts["new"] > 0 or kills < 100

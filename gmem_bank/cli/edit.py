@@ -23,7 +23,7 @@ def remove_concept(name: str, bank: str, output: str | None, dry_run: bool, no_u
     import gmem_bank
 
     report = gmem_bank.remove_concept(bank, name, **_edit(output, dry_run, no_undo))
-    print_edit(report, as_json, f"removal of concept {printable(name)!r}")
+    print_edit(report, as_json, f"of concept {printable(name)!r}", f"has concept {printable(name)!r} removed already")
 
 
 @click.command()
@@ -35,7 +35,7 @@ def remove(bank: str, output: str | None, dry_run: bool, no_undo: bool, as_json:
     import gmem_bank
 
     report = gmem_bank.remove(bank, selection_from(**selection), **_edit(output, dry_run, no_undo))
-    print_edit(report, as_json, "removal")
+    print_edit(report, as_json, "(removal)")
 
 
 @click.command()
@@ -47,7 +47,7 @@ def select(bank: str, output: str | None, dry_run: bool, no_undo: bool, as_json:
     import gmem_bank
 
     report = gmem_bank.select(bank, selection_from(**selection), **_edit(output, dry_run, no_undo))
-    print_edit(report, as_json, "selection")
+    print_edit(report, as_json, "(selection)")
 
 
 @click.command()
@@ -134,7 +134,8 @@ def interpolate(
         bank, first, second, method=method, steps=steps, name=name, seed=seed, resolve=_resolver(weights, device),
         **_edit(output, dry_run, no_undo),
     )  # fmt: skip
-    print_edit(report, as_json, f"concept {printable(str(report.concept))!r}")
+    name_shown = repr(printable(str(report.concept)))
+    print_edit(report, as_json, f"as concept {name_shown}", f"already holds this way as concept {name_shown}")
 
 
 @click.command()
@@ -159,7 +160,8 @@ def compose(
     report = gmem_bank.compose(
         bank, terms, name=name, resolve=_resolver(weights, device), **_edit(output, dry_run, no_undo)
     )
-    print_edit(report, as_json, f"concept {printable(str(report.concept))!r}")
+    name_shown = repr(printable(str(report.concept)))
+    print_edit(report, as_json, f"as concept {name_shown}", f"already holds this sum as concept {name_shown}")
 
 
 @click.command()

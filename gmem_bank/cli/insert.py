@@ -67,7 +67,9 @@ def insert_concept(
     if as_json:
         print_json(result.to_json())
         return
-    print_edit(result, False, f"concept {printable(str(result.concept))!r}")
+    name_shown = repr(printable(str(result.concept)))
+    what = "images" if images else "rows"
+    print_edit(result, False, f"as concept {name_shown}", f"already holds these {what} as concept {name_shown}")
     if result.skipped:
         click.echo(f"skipped: {len(result.skipped)} files")
     _print_novelty(result.details.get("novelty"))

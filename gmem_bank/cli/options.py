@@ -63,23 +63,21 @@ def selection_from(
     return Selection(concepts=concepts, keys=keys, patterns=patterns, random=random, seed=seed, invert=invert)
 
 
-def print_edit(report: Any, as_json: bool, what: str) -> None:
-    """Print what an edit did: JSON, or one line with the rows that came and went."""
+def print_edit(report: Any, as_json: bool, what: str, unchanged: str = "") -> None:
+    """Print what an edit did: JSON, or one line: rows that came and went, `what` ("as concept 'x'"), rows there are.
+
+    `unchanged` says what was there already, where the edit had nothing to do.
+    """
     if as_json:
         print_json(report.to_json())
         return
     if report.unchanged:
-        note(f"{report.output}: {what} was done already, or there is nothing to do")
+        note(f"{report.output} {unchanged or 'is what this would make of it already'}: nothing to do")
         click.echo(f"{report.output}: {report.num_rows} rows")
         return
-    changes = [
-        f"+{report.num_added} rows" * bool(report.num_added),
-        f"-{report.num_removed} rows" * bool(report.num_removed),
-    ]
-    done = ", ".join(change for change in changes if change) or "no row added or removed"
-    would = "would be " if report.dry_run else ""
-    click.echo(
-        f"{report.output}: {would}{done} ({what}), {would}{report.num_rows} rows{'' if report.dry_run else ' now'}"
-    )
+    changes = [f"{sign}{count} rows" for sign, count in (("+", report.num_added), ("-", report.num_removed)) if count]
+    would, now = ("would be ", "") if report.dry_run else ("", " now")
+    done = " ".join([", ".join(changes), what]) if changes else what
+    click.echo(f"{report.output}: {would}{done}, {would}{report.num_rows} rows{now}")
     if report.dropped_concepts:
         click.echo(f"these concepts lose their last row too: {', '.join(map(printable, report.dropped_concepts))}")

@@ -36,7 +36,7 @@ from gmem_bank.console import bank_argument, device_option, json_option, print_j
 @device_option
 @json_option
 def import_(
-    source: str, output: str, space: str | None, dtype: str, prefix: str | None, encoder: str | None, weights: str | None,
+    source: str, output: str, space: Any, dtype: str, prefix: str | None, encoder: str | None, weights: str | None,
     overwrite: bool, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Make a bank of the official GMem file SOURCE (.pth): a plain tensor, or a factored bank (C, M, S, mean).
@@ -51,7 +51,7 @@ def import_(
     report = gmem_bank.import_official(
         source, output, space=space, dtype=dtype, prefix=prefix, encoder_spec=spec, overwrite=overwrite
     )
-    print_edit(report, as_json, "import")
+    print_edit(report, as_json, "imported")
 
 
 @click.command()
@@ -84,14 +84,19 @@ def export(
     opened = gmem_bank.open(bank)
     chosen = form or ("official" if output.endswith(".safetensors") else "parquet")
     if chosen == "official":
-        print_edit(gmem_bank.export_official(opened, output), as_json, "official tensors")
+        print_edit(gmem_bank.export_official(opened, output), as_json, "as official tensors")
         return
+    place = None
+    if coordinates is not None:
+        from gmem_bank.plot_measures import project
+
+        place = project(opened, method=coordinates, num_rows=len(opened)).coordinates
     with ProgressBar("export", "row", quiet=quiet) as progress:
-        written = gmem_bank.export_parquet(opened, output, vectors=vectors, coordinates=coordinates, progress=progress)
+        report = gmem_bank.export_parquet(opened, output, vectors=vectors, coordinates=place, progress=progress)
     if as_json:
-        print_json({"bank": bank, "output": output, "num_rows": written})
+        print_json(report.to_json())
         return
-    click.echo(f"{output}: {written} rows")
+    click.echo(f"{output}: {report.num_rows} rows")
 
 
 @click.command()

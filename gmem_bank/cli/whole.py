@@ -32,7 +32,7 @@ def merge(
     import gmem_bank
 
     report = gmem_bank.merge(first, others, on_duplicate=on_duplicate, output=output, dry_run=dry_run, undo=not no_undo)
-    print_edit(report, as_json, f"{len(others) + 1} banks")
+    print_edit(report, as_json, f"({len(others) + 1} banks)")
 
 
 @click.command()
@@ -54,7 +54,7 @@ def dedup(
         report = gmem_bank.dedup(
             bank, threshold=threshold, output=output, dry_run=dry_run, undo=not no_undo, progress=progress
         )
-    print_edit(report, as_json, "near-duplicates")
+    print_edit(report, as_json, "of near-duplicates")
     for group in [] if as_json else report.details.get("groups", []):
         members = ", ".join(f"{printable(item['key'])} ({item['cosine']:.4f})" for item in group["removed"])
         click.echo(f"  {printable(group['kept'])} stands for {members}")
@@ -83,7 +83,7 @@ def coreset(
             bank, num_rows, seed=seed, iterations=iterations, output=output, dry_run=dry_run, undo=not no_undo,
             progress=progress,
         )  # fmt: skip
-    print_edit(report, as_json, f"{num_rows} medoids")
+    print_edit(report, as_json, f"({num_rows} medoids stay)")
 
 
 @click.command()
@@ -167,7 +167,7 @@ def shard(bank: str, output: str | None, rows: int | None, as_json: bool) -> Non
         raise click.UsageError(f"{target}: a bank folder ends in .gmem")
     report = gmem_bank.shard(bank, target, rows_per_segment=rows)
     segments = report.details.get("num_segments")
-    print_edit(report, as_json, f"{segments} segments" if segments else "shards")
+    print_edit(report, as_json, f"{segments} segments")
 
 
 @click.command()

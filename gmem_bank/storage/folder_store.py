@@ -100,7 +100,7 @@ def files_of(path: Path, manifest: str = MANIFEST) -> set[str]:
 
 
 def write(path: Path, header: schema.Header, payloads: Mapping[str, Payload]) -> schema.Header:
-    """Write a bank folder; files that are there already with the same content are not written again.
+    """Write a bank folder; its own files that do not change are not written again.
 
     Args, Returns: as `safetensors_store.write`.
 
@@ -145,14 +145,18 @@ def _file_name(group: str, hashes: Mapping[str, str]) -> str:
 
 
 def _write_group(folder: Path, group: str, payloads: Mapping[str, Payload]) -> tuple[str, int, dict[str, str]]:
-    """Write one file, unless it is there; return its name, its size and the hashes of its entries."""
+    """Write one file, unless all of it comes from there; return its name, its size and the hashes of its entries.
+
+    A file of that name that other entries are to be written to may be damaged: it is replaced.
+    """
     entries = container.lay_out({name: (payload.dtype, payload.shape) for name, payload in payloads.items()})
     head = container.render(entries, {})
     size = len(head) + max(entry.end for entry in entries.values())
     hashes = known_hashes(payloads)
     if schema.EMPTY_HASH not in hashes.values():
         name = _file_name(group, hashes)
-        if (folder / name).is_file() and (folder / name).stat().st_size == size:
+        own = {payload.file.resolve() if payload.file else None for payload in payloads.values()}
+        if own == {(folder / name).resolve()} and (folder / name).is_file() and (folder / name).stat().st_size == size:
             return name, size, hashes
     draft = folder / f".{group}.new"
     with atomic.replacing(draft, needed=size) as stream:

@@ -138,7 +138,7 @@ def _read_structure(file: OpenFile) -> tuple[dict[str, Place], schema.Header]:
     try:
         # through the descriptor: the path may lead to another file by now
         with h5py.File(f"/dev/fd/{file.descriptor}", "r", locking=False) as root:
-            places = {name: _place(file, name, dataset) for name, dataset in _datasets(root, "")}
+            places = {name: _place(file, name, dataset) for name, dataset in _datasets(root, "", set())}
     except GMemError:  # some are ValueErrors too
         raise
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -155,17 +155,19 @@ def _read_structure(file: OpenFile) -> tuple[dict[str, Place], schema.Header]:
     return {name: places[name] for name in in_order}, parsed
 
 
-def _datasets(group: h5py.Group, prefix: str) -> Iterator[tuple[str, h5py.Dataset]]:
+def _datasets(group: h5py.Group, prefix: str, seen: set[int]) -> Iterator[tuple[str, h5py.Dataset]]:
     import h5py
 
+    address = h5py.h5o.get_info(group.id).addr
+    if address in seen:
+        raise FormatError(f"{prefix or '/'} is a group that is linked twice: a bank has none")
+    seen.add(address)
     for name in group:
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
             raise FormatError(f"{prefix}{name} is a link to somewhere else: a bank has none", tensor=f"{prefix}{name}")
         member = group[name]
         if isinstance(member, h5py.Group):
-            if prefix.count("/") > 4:
-                raise FormatError(f"{prefix}{name}: groups within groups without end")
-            yield from _datasets(member, f"{prefix}{name}/")
+            yield from _datasets(member, f"{prefix}{name}/", seen)
         elif isinstance(member, h5py.Dataset):
             yield f"{prefix}{name}", member
         else:

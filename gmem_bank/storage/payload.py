@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -35,6 +36,8 @@ class Payload:
     """Hash of the bytes where it is known already (a copied entry)."""
     label: str = ""
     """Where it came from, for messages: "bank.safetensors: entry '0/snippets'"."""
+    file: Path | None = None
+    """The file that it is copied from."""
 
     @classmethod
     def of(cls, array: NDArray[Any], dtype: str | None = None) -> Payload:

@@ -139,6 +139,7 @@ class StoredBank:
         return Payload(
             dtype=place.dtype, shape=place.shape, blocks=lambda: self.blocks(name),
             sha256=self.header.hashes[name], label=f"{self.path}: entry {name!r}",
+            file=place.file.path,
         )  # fmt: skip
 
     def payloads(self) -> dict[str, Payload]:

@@ -192,7 +192,7 @@ def test_keys_that_occur_twice_stop_a_merge_or_the_first_stays(make_bank: BankMa
     first = make_bank("a.safetensors", seed=1, rows=6)
     make_bank("b.safetensors", seed=2, rows=9)
     make_bank("c.safetensors", seed=3, rows=12)
-    with pytest.raises(ConceptExistsError, match="6 keys that an earlier bank has, such as 'class0/000.png'"):
+    with pytest.raises(ConceptExistsError, match=r"6 keys that an earlier bank has, such as 'class0/000\.png'"):
         gmem_bank.merge("a.safetensors", ["b.safetensors"], output="x.safetensors")
     report = gmem_bank.merge("a.safetensors", ["b.safetensors", "c.safetensors"], on_duplicate="first", output="x.h5")
     merged = kinds.open("x.h5")

@@ -90,20 +90,37 @@ def test_saving_to_another_form_and_back_keeps_every_byte(make_bank: BankMaker, 
 
 @pytest.mark.parametrize("dtype", ["<f4", "<f2", "<u2"])
 def test_pytorch_and_numpy_gather_the_same_bits(dtype: str) -> None:
-    """Whoever widens the values, they are the same; NaN and infinity are seen by both."""
+    """Whoever widens the values, they are the same."""
     rng = np.random.default_rng(0)
     stored = rng.standard_normal((400, 256)).astype(np.float32)
     stored = (stored.view(np.uint32) >> 16).astype(dtype) if dtype == "<u2" else stored.astype(dtype)
     stored.flags.writeable = False
     rows = rng.integers(0, 400, 300)
-    values, finite = Gatherer(stored)(rows)
-    np.testing.assert_array_equal(values, widen(stored[rows]))
-    assert finite
-    for bad in (np.inf, -np.inf, np.nan):
-        broken = stored.copy()
-        broken[7, 3] = {"<u2": np.array([bad], np.float32).view(np.uint32)[0] >> 16}.get(dtype, bad)
-        for count in (300, 1):
-            assert not Gatherer(broken)(np.full(count, 7))[1]
+    np.testing.assert_array_equal(Gatherer(stored)(rows), widen(stored[rows]))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("count", [1, 300])
+@pytest.mark.parametrize(("kind", "dtype"), KINDS[:3] + KINDS[3:5])
+def test_a_bad_value_is_found_whenever_its_row_is_asked_for(
+    make_bank: BankMaker, kind: str, dtype: str, count: int, value: float
+) -> None:
+    """Rows are looked at once each, so a bad one is found at its first gather and at every later one."""
+    bank = make_bank("good.safetensors", rows=30, dim=256, kind=kind, dtype=dtype)
+    entry = "0/snippets" if kind == "dense" else "0/coefficients"
+    stored = np.array(bank.stored.array(entry))
+    bits = np.array([value], np.float32).view(np.uint32)[0] >> 16
+    stored[7, 3] = bits if stored.dtype == np.uint16 else value
+    payload = Payload.of(stored, "BF16" if dtype == "bf16" else None)
+    write("odd.safetensors", bank.header, bank.stored.payloads() | {entry: payload})
+    odd = kinds.open("odd.safetensors")
+    good = np.setdiff1d(np.arange(30), [7])
+    for _ in range(2):
+        odd.snippets(np.resize(good, count))
+        for _ in range(2):
+            with pytest.raises(CorruptError, match="row 7") as caught:
+                odd.snippets(np.append(np.resize(good, count), 7))
+            assert caught.value.row == 7
 
 
 def test_reading_is_the_same_with_and_without_pytorch_loaded(make_bank: BankMaker) -> None:

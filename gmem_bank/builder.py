@@ -21,6 +21,7 @@ from gmem_bank import keys as key_tables
 from gmem_bank import kinds, segments
 from gmem_bank.encoders import Encoder
 from gmem_bank.errors import ConfigError, GMemError, OutputExistsError
+from gmem_bank.narrowing import Narrowing, narrowed
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import EncoderSpec, Json, canonical_json, relative_to_bank
 from gmem_bank.sources import Listing, Skipped, list_folder
@@ -74,6 +75,7 @@ def build(
     dtype: str = "f32",
     batch_size: int = DEFAULT_BATCH_SIZE,
     num_workers: int | None = None,
+    narrowing: Narrowing | None = None,
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> BuildReport:
@@ -88,6 +90,7 @@ def build(
         dtype: "f32", "f16" or "bf16": how snippets are stored.
         batch_size: images per call of the encoder; part of what a resumed build must share with the interrupted one.
         num_workers: processes that decode images; 0 decodes in this one, None takes one a core where it pays.
+        narrowing: which images to take, and in which order; default: all, sorted.
         overwrite: replace an existing bank that was built differently.
         progress: told images done and images in all.
 
@@ -106,9 +109,10 @@ def build(
     target = real_target(output)
     started = time.perf_counter()
     with atomic.locked(target):
-        listing = list_folder(source, exclude=(target, report_path(target)))
+        wanted = narrowing or Narrowing()
+        listing = narrowed(list_folder(source, exclude=(target, report_path(target))), wanted, batch_size)
         spec = localised(encoder.spec, target)
-        arguments = {"dtype": dtype, "batch_size": batch_size}
+        arguments = {"dtype": dtype, "batch_size": batch_size, **wanted.to_json()}
         staging = staging_folder(target, "build")
         built = target.exists() and not overwrite
         if built:

@@ -87,6 +87,14 @@ def encoder_run_options(command: Command) -> Command:
     return device_option(command)
 
 
+def workers_option(command: Command) -> Command:
+    """Add --workers."""
+    return click.option(
+        "--workers", type=click.IntRange(min=0), default=None,
+        help="Processes that decode images ahead; 0: none. Default: one a core, where there are enough images.",
+    )(command)  # fmt: skip
+
+
 def device_option(command: Command) -> Command:
     """Add --device."""
     return click.option(

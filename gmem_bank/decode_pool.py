@@ -35,6 +35,9 @@ AHEAD_BYTES = 256 << 20
 PIPE_BYTES = 1 << 20
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
+WORKER = ("-m", "gmem_bank.decode_worker")
+"""What Python is told to run."""
+
 Decoded = tuple[str, NDArray[np.uint8] | str]
 """sha256 of the image's bytes, and its crop, or why there is none."""
 
@@ -124,7 +127,7 @@ class DecodePool:
         process: subprocess.Popen[bytes] | None = getattr(self._local, "process", None)
         if process is None:
             process = subprocess.Popen(
-                [sys.executable, "-m", "gmem_bank.decode_worker"],
+                [sys.executable, *WORKER],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **ONE_THREAD},
             )  # fmt: skip
             _widen_pipe(process.stdout)

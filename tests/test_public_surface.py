@@ -35,6 +35,7 @@ BANK_DOOR = [
     "MaskedRowError",
     "MemoryBank",
     "MissingDependencyError",
+    "Narrowing",
     "OutputExistsError",
     "ProgressBar",
     "RUN_MARKER",

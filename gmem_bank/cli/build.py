@@ -15,6 +15,7 @@ from gmem_bank.console import (
     parse_parameters,
     print_json,
     quiet_option,
+    workers_option,
 )
 
 
@@ -40,13 +41,27 @@ from gmem_bank.console import (
     show_default=True,
     help="How snippets are stored.",
 )
+@click.option(
+    "--include", multiple=True, metavar="GLOB", help="Only images whose path in SOURCE matches; may be repeated."
+)
+@click.option("--exclude", multiple=True, metavar="GLOB", help="No images whose path matches; may be repeated.")
+@click.option("--limit", type=click.IntRange(min=1), default=None, help="Only so many images.")
+@click.option("--shuffle-seed", type=click.IntRange(min=0), default=None, help="In a random order, drawn by this seed.")
+@click.option("--flip", is_flag=True, help="Add a mirrored twin of each image, under its key with '#flip'.")
+@click.option(
+    "--num-shards", type=click.IntRange(min=1), default=1, show_default=True, help="Cut the work into so many parts …"
+)
+@click.option(
+    "--shard", type=click.IntRange(min=0), default=0, show_default=True, help="… and do this one; 'merge' joins them."
+)
+@workers_option
 @encoder_run_options
 @click.option("--overwrite", is_flag=True, help="Replace an existing bank that was built differently.")
 @json_option
 @quiet_option
 def build(
     source: str, encoder: str, weights: str | None, pairs: tuple[str, ...], output: str, space: str, dtype: str,
-    device: str, batch_size: int, overwrite: bool, as_json: bool, quiet: bool,
+    workers: int | None, device: str, batch_size: int, overwrite: bool, as_json: bool, quiet: bool, **narrowing: Any,
 ) -> None:  # fmt: skip
     """Encode the images below SOURCE (default: this folder) into a bank.
 
@@ -54,10 +69,12 @@ def build(
     the same command continues.
     """
     import gmem_bank
+    from gmem_bank.narrowing import Narrowing
     from gmem_bank.progress import ProgressBar
     from gmem_bank.sources import require_folder
     from gmem_bank.storage import require_known_suffix
 
+    wanted = Narrowing(**narrowing)
     require_folder(source)  # before minutes go into loading an encoder
     require_known_suffix(output)
     loaded = gmem_bank.load_encoder(
@@ -65,8 +82,9 @@ def build(
     )
     with ProgressBar("encode", "image", quiet=quiet) as progress:
         report = gmem_bank.build(
-            source, loaded, output, dtype=dtype, batch_size=batch_size, overwrite=overwrite, progress=progress
-        )
+            source, loaded, output, dtype=dtype, batch_size=batch_size, num_workers=workers, narrowing=wanted,
+            overwrite=overwrite, progress=progress,
+        )  # fmt: skip
     list_skipped(report.skipped)
     if as_json:
         print_json(report.to_json())

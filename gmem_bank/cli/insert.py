@@ -31,12 +31,13 @@ from gmem_bank.console import bank_option, encoder_run_options, list_skipped, no
 )
 @selection_options
 @edit_options
+@workers_option
 @encoder_run_options
 @quiet_option
 def insert_concept(
     images: tuple[str, ...], bank: str, name: str | None, flip: bool, report: bool | None, grow_below: float | None,
     same_encoder: bool, weights: str | None, output: str | None, dry_run: bool, no_undo: bool, as_json: bool, device: str,
-    batch_size: int, quiet: bool, **selection: Any,
+    workers: int | None, batch_size: int, quiet: bool, **selection: Any,
 ) -> None:  # fmt: skip
     """Add IMAGES to a bank as a new concept, without any training.
 
@@ -61,7 +62,8 @@ def insert_concept(
     else:
         result = _insert_images(
             bank, images, weights, device, quiet,
-            {"name": name, "flip": flip, "report": report, "grow_below": grow_below, "batch_size": batch_size, **edit},
+            {"name": name, "flip": flip, "report": report, "grow_below": grow_below, "batch_size": batch_size,
+             "num_workers": workers, **edit},
         )  # fmt: skip
     list_skipped(result.skipped)
     if as_json:

@@ -1,0 +1,88 @@
+"""Which images of a listing a build takes: patterns, order, number, part of several."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+
+from gmem_bank.errors import ConfigError, SourceError
+from gmem_bank.provenance import Json
+from gmem_bank.sources import Listing, Skipped, with_flips
+
+
+@dataclass(frozen=True, kw_only=True)
+class Narrowing:
+    """What to take; the fields are applied in this order."""
+
+    include: tuple[str, ...] = ()
+    """Shell patterns over keys; an image must match one, if there are any."""
+    exclude: tuple[str, ...] = ()
+    """Shell patterns over keys; an image must match none."""
+    shuffle_seed: int | None = None
+    """Puts the images into a random order; None keeps the sorted one."""
+    limit: int | None = None
+    """Takes this many from the front."""
+    flip: bool = False
+    """Adds a mirrored twin after each image, under its key with "#flip"."""
+    num_shards: int = 1
+    shard: int = 0
+    """Takes one of num_shards parts, cut between batches, so that the parts merged in order are the whole, bit for bit."""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit must be at least 1, got {self.limit}", key="limit")
+        if self.shuffle_seed is not None and self.shuffle_seed < 0:
+            raise ConfigError(f"shuffle_seed must be 0 or more, got {self.shuffle_seed}", key="shuffle_seed")
+        if self.num_shards < 1 or not 0 <= self.shard < self.num_shards:
+            raise ConfigError(f"shard must be 0 to num_shards - 1, got {self.shard} of {self.num_shards}", key="shard")
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the fields that are not at their default, for the history."""
+        given, plain = asdict(self), asdict(Narrowing())
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in given.items() if v != plain[n]}
+
+
+def narrowed(listing: Listing, wanted: Narrowing, batch_size: int) -> Listing:
+    """Return the listing with only the images that are wanted.
+
+    Args:
+        listing: a source's images.
+        wanted: which of them.
+        batch_size: parts are cut at multiples of it.
+
+    Raises:
+        SourceError: no image is left.
+    """
+    items = [item for item in listing.items if _matches(item.key, wanted)]
+    left_out = len(listing.items) - len(items)
+    if wanted.shuffle_seed is not None:
+        order = np.random.Generator(np.random.PCG64(wanted.shuffle_seed)).permutation(len(items))
+        items = [items[place] for place in order.tolist()]
+    items = items[: wanted.limit]
+    if not items:
+        raise SourceError(
+            f"none of the {len(listing.items)} images in {listing.root} is left by the patterns", path=listing.root
+        )
+    note = [Skipped(path=str(listing.root), reason=f"{left_out} images left out by the patterns")] if left_out else []
+    taken = replace(listing, items=tuple(items), ignored=(*listing.ignored, *note))
+    taken = with_flips(taken) if wanted.flip else taken
+    if wanted.num_shards == 1:
+        return taken
+    num_batches = -(-len(taken.items) // batch_size)
+    begin, end = (num_batches * part // wanted.num_shards * batch_size for part in (wanted.shard, wanted.shard + 1))
+    if begin >= min(end, len(taken.items)):
+        raise SourceError(
+            f"{len(taken.items)} images are {num_batches} batches of {batch_size}: too few for {wanted.num_shards} shards"
+        )
+    return replace(taken, items=taken.items[begin:end])
+
+
+def _matches(key: str, wanted: Narrowing) -> bool:
+    def any_of(patterns: Sequence[str]) -> bool:
+        return any(re.fullmatch(fnmatch.translate(pattern), key) for pattern in patterns)
+
+    return (not wanted.include or any_of(wanted.include)) and not any_of(wanted.exclude)

@@ -1,0 +1,138 @@
+"""Decoding ahead, and which images are taken: nothing depends on who decodes, and parts add up to the whole."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gmem_bank
+from gmem_bank import decode_pool
+from gmem_bank.decode_pool import DecodePool, default_workers
+from gmem_bank.errors import ConfigError, GMemError, SourceError
+from gmem_bank.narrowing import Narrowing
+from gmem_bank.sources import list_folder, with_flips
+
+ADM = {"crop": "adm", "crop_size": 32}
+
+
+@pytest.fixture
+def odd_photos(photos: Path) -> Path:
+    """Photos, and among them what cannot be decoded."""
+    (photos / "hat/broken.jpg").write_bytes(b"\xff\xd8\xff not a photo")
+    (photos / "hat/empty.png").touch()
+    (photos / "shoes/cut.jpg").write_bytes(next((photos / "shoes").glob("*.jpg")).read_bytes()[:3000])
+    return photos
+
+
+def same(a: list, b: list) -> bool:
+    return all(
+        x[0] == y[0] and (x[1] == y[1] if isinstance(x[1], str) else np.array_equal(x[1], y[1]))
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_workers_give_what_this_process_would_in_the_same_order(odd_photos: Path, num_workers: int) -> None:
+    """Pixels, hashes and reasons, whoever decodes, flips included."""
+    items = with_flips(list_folder(odd_photos)).items
+    batches = [items[start : start + 7] for start in range(0, len(items), 7)]
+    with DecodePool(ADM, 0) as pool:
+        expected = list(pool.batches(batches))
+    with DecodePool(ADM, num_workers) as pool:
+        got = list(pool.batches(batches))
+    assert len(got) == len(batches)
+    assert all(same(a, b) for a, b in zip(expected, got, strict=True))
+    reasons = [found for batch in got for _, found in batch if isinstance(found, str)]
+    assert len(reasons) == 6
+    assert "the file is empty" in reasons
+
+
+def test_a_worker_that_is_killed_is_replaced(photos: Path) -> None:
+    """Its job is done again by another; a build with workers is byte for byte one without."""
+    items = list_folder(photos).items
+    batches = [items[start : start + 4] for start in range(0, len(items), 4)]
+    with DecodePool(ADM, 1) as pool:
+        results = pool.batches(batches)
+        first = next(results)
+        os.kill(pool._processes[0].pid, signal.SIGKILL)
+        rest = list(results)
+        assert len(pool._processes) == 2
+    with DecodePool(ADM, 0) as pool:
+        assert all(same(a, b) for a, b in zip([first, *rest], pool.batches(batches), strict=True))
+
+
+def test_a_job_that_kills_every_worker_is_named(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice dead on the same images is an error that says which they are and how to find out more."""
+    monkeypatch.setattr(decode_pool, "WORKER", ("-c", "raise SystemExit(3)"))
+    items = list_folder(photos).items[:5]
+    with DecodePool(ADM, 1) as pool, pytest.raises(GMemError, match=f"{items[0].key}.*--workers 0"):
+        list(pool.batches([items]))
+
+
+def test_no_worker_outlives_its_pool(photos: Path) -> None:
+    """Also where the caller stops early."""
+    items = list_folder(photos).items
+    with DecodePool(ADM, 2) as pool:
+        next(pool.batches([items[:4], items[4:8], items[8:]]))
+        processes = list(pool._processes)
+        assert processes
+    assert all(process.poll() is not None for process in processes)
+    assert default_workers() >= 1
+
+
+def test_a_build_does_not_depend_on_its_workers(odd_photos: Path) -> None:
+    """The same bytes with none, one and two processes."""
+    encoder = gmem_bank.load_encoder("hog")
+    banks = []
+    for workers in (0, 1, 2):
+        path = Path(f"{workers}/bank.safetensors")
+        gmem_bank.build(odd_photos, encoder, path, batch_size=5, num_workers=workers)
+        banks.append(path.read_bytes())
+    assert banks[0] == banks[1] == banks[2]
+
+
+def test_patterns_limits_and_seeds_take_what_they_say(photos: Path) -> None:
+    """Against a plain listing; the history records what was asked for."""
+    encoder = gmem_bank.load_encoder("pixels")
+    keys = [item.key for item in list_folder(photos).items]
+
+    def built(**options: object) -> list[str]:
+        gmem_bank.build(photos, encoder, "b.safetensors", narrowing=Narrowing(**options), overwrite=True)
+        bank = gmem_bank.open("b.safetensors")
+        return bank.keys(np.arange(len(bank)))
+
+    assert built() == keys
+    assert built(include=("hat/*", "*/0*")) == [k for k in keys if k.startswith("hat/") or k.split("/")[1][0] == "0"]
+    assert built(exclude=("hat/*",), limit=5) == [k for k in keys if not k.startswith("hat/")][:5]
+    shuffled = built(shuffle_seed=3)
+    assert sorted(shuffled) == keys != shuffled
+    assert built(shuffle_seed=3, limit=6) == shuffled[:6]
+    assert built(limit=2, flip=True) == [keys[0], keys[0] + "#flip", keys[1], keys[1] + "#flip"]
+    assert gmem_bank.open("b.safetensors").history[0]["arguments"] == {
+        "batch_size": 32, "dtype": "f32", "flip": True, "limit": 2,
+    }  # fmt: skip
+    with pytest.raises(SourceError, match="left by the patterns"):
+        built(include=("cat/*",))
+    for wrong in ({"limit": 0}, {"shuffle_seed": -1}, {"num_shards": 2, "shard": 2}, {"num_shards": 0}):
+        with pytest.raises(ConfigError):
+            Narrowing(**wrong)
+
+
+def test_parts_merged_in_order_are_the_whole_bit_for_bit(photos: Path) -> None:
+    """Parts are cut between batches, so every image meets the encoder in the same company."""
+    encoder = gmem_bank.load_encoder("hog")
+    gmem_bank.build(photos, encoder, "whole.safetensors", batch_size=5)
+    for shard in range(3):
+        narrowing = Narrowing(num_shards=3, shard=shard)
+        gmem_bank.build(photos, encoder, f"{shard}.safetensors", batch_size=5, narrowing=narrowing)
+    gmem_bank.merge("0.safetensors", ["1.safetensors", "2.safetensors"], output="merged.safetensors")
+    whole, merged = gmem_bank.open("whole.safetensors"), gmem_bank.open("merged.safetensors")
+    assert merged.keys(merged.rows()) == whole.keys(whole.rows())
+    np.testing.assert_array_equal(merged.snippets(merged.rows()), whole.snippets(whole.rows()))
+    assert {n: merged.rows_of(n).tolist() for n in merged.names} == {n: whole.rows_of(n).tolist() for n in whole.names}
+    with pytest.raises(SourceError, match="too few for 9 shards"):
+        gmem_bank.build(photos, encoder, "x.safetensors", batch_size=5, narrowing=Narrowing(num_shards=9, shard=0))

@@ -126,7 +126,7 @@ class DecodePool:
     def _process(self) -> subprocess.Popen[bytes]:
         process: subprocess.Popen[bytes] | None = getattr(self._local, "process", None)
         if process is None:
-            process = subprocess.Popen(
+            process = subprocess.Popen(  # noqa: S603 - our own module, by our own interpreter
                 [sys.executable, *WORKER],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **ONE_THREAD},
             )  # fmt: skip

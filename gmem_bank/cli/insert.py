@@ -8,7 +8,16 @@ from typing import Any
 import click
 
 from gmem_bank.cli.options import edit_options, print_edit, selection_from, selection_options
-from gmem_bank.console import bank_option, encoder_run_options, list_skipped, note, print_json, printable, quiet_option
+from gmem_bank.console import (
+    bank_option,
+    encoder_run_options,
+    list_skipped,
+    note,
+    print_json,
+    printable,
+    quiet_option,
+    workers_option,
+)
 
 
 @click.command("insert-concept")

@@ -60,6 +60,7 @@ class DecodePool:
         self._preprocessing = dict(preprocessing)
         self._size = int(preprocessing["crop_size"])
         self._local = threading.local()
+        self._closing = False
         self._processes: list[subprocess.Popen[bytes]] = []
         self._threads = ThreadPoolExecutor(num_workers, "decode") if num_workers else None
 
@@ -67,6 +68,7 @@ class DecodePool:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._closing = True
         for process in self._processes:
             process.kill()
         if self._threads is not None:
@@ -75,7 +77,8 @@ class DecodePool:
             process.wait()
             for stream in (process.stdin, process.stdout):
                 if stream is not None:
-                    stream.close()
+                    with contextlib.suppress(OSError):  # what was not yet sent to a worker that is gone
+                        stream.close()
 
     def batches(self, batches: Sequence[Sequence[Item]]) -> Iterator[list[Decoded]]:
         """Yield the decoded images of each batch, in order; as many batches ahead as AHEAD_BYTES hold, at least two."""
@@ -97,6 +100,8 @@ class DecodePool:
         try:
             return self._ask(items)
         except (OSError, ValueError):
+            if self._closing:
+                raise
             self._local.process = None
         try:
             return self._ask(items)

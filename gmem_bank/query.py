@@ -5,7 +5,7 @@ Shapes: B queries, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmem_bank.bank import MemoryBank
-from gmem_bank.encoders import Encoder, require_same_encoder
-from gmem_bank.errors import UnknownKeyError, suggest
+from gmem_bank.encoders import Encoder, SupportsText, require_same_encoder
+from gmem_bank.errors import EncoderError, UnknownKeyError, suggest
 from gmem_bank.index import require_faiss
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import Json
@@ -85,6 +85,7 @@ def search(
     *,
     k: int,
     load: Callable[[], Encoder],
+    text: bool = False,
     batch_size: int = 32,
     progress: Progress = no_progress,
 ) -> list[QueryHits]:
@@ -94,19 +95,23 @@ def search(
         bank: where to look.
         query: a concept or a key of the bank, or else a path to an image or to a folder (each image is a query).
         k: rows a query; more than the bank has gives all of them.
-        load: called when images have to be encoded.
+        load: called when images or text have to be encoded.
+        text: the query is a text in words, for a bank of an encoder that understands them (CLIP, SigLIP 2).
         batch_size: images per call of the encoder.
         progress: told images encoded and images in all.
 
     Raises:
         UnknownKeyError: not a path, nor a concept or key.
         EncoderMismatchError: the loaded encoder did not make the bank.
+        EncoderError: text, and the encoder understands none.
     """
     if not query:
         raise UnknownKeyError("the query is empty: give a concept, a key, an image or a folder", key=query)
     require_faiss()  # before minutes go into encoding images
     inside = query in bank.names or bank.find_rows([query])[0] >= 0
-    if inside or not Path(query).exists():
+    if text:
+        labels, snippets = [query], text_snippets(bank, [query], load())
+    elif inside or not Path(query).exists():
         labels, snippets = [query], snippet_of(bank, query)[None]
     else:
         encoder = load()
@@ -126,6 +131,19 @@ def search(
         )
         for i, label in enumerate(labels)
     ]
+
+
+def text_snippets(bank: MemoryBank, texts: Sequence[str], encoder: Encoder) -> NDArray[np.float32]:
+    """Return the (B, D) snippets of texts, in the bank's space.
+
+    Raises:
+        EncoderMismatchError: the encoder did not make the bank.
+        EncoderError: it does not understand text.
+    """
+    require_same_encoder(encoder.spec, bank.encoder)
+    if not isinstance(encoder, SupportsText):
+        raise EncoderError(f"encoder {bank.encoder.name!r} does not understand text: CLIP and SigLIP 2 do")
+    return to_space(encoder.encode_texts(texts), bank.space)
 
 
 def _concepts_of(bank: MemoryBank, rows: NDArray[np.int64]) -> dict[int, tuple[str, ...]]:

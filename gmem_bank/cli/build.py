@@ -86,6 +86,11 @@ def build(
             overwrite=overwrite, progress=progress,
         )  # fmt: skip
     list_skipped(report.skipped)
+    cosine = gmem_bank.open(report.bank).encoder.labels.get("cosine_to_fp32")
+    if cosine is not None:
+        note(
+            f"computed in {loaded.spec.parameters['dtype']}: cosine to float32 {cosine} on the first batch (--set dtype=fp32)"
+        )
     if as_json:
         print_json(report.to_json())
         return

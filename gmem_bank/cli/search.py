@@ -14,11 +14,20 @@ from gmem_bank.console import encoder_run_options, json_option, print_json, prin
 @click.option(
     "--weights", default=None, metavar="FOLDER", help="The encoder's weights, where the recorded place is gone."
 )
+@click.option("--text", is_flag=True, help="QUERY is a text in words, for banks of CLIP or SigLIP 2.")
 @encoder_run_options
 @json_option
 @quiet_option
 def search(
-    bank: str, query: str, k: int, weights: str | None, device: str, batch_size: int, as_json: bool, quiet: bool
+    bank: str,
+    query: str,
+    k: int,
+    weights: str | None,
+    text: bool,
+    device: str,
+    batch_size: int,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Find the rows of BANK nearest to QUERY: a concept or key of the bank, an image file, or a folder of images."""
     import gmem_bank
@@ -28,7 +37,7 @@ def search(
     opened = gmem_bank.open(bank)
     with ProgressBar("encode", "image", quiet=quiet) as progress:
         results = find(
-            opened, query, k=k, batch_size=batch_size, progress=progress,
+            opened, query, k=k, text=text, batch_size=batch_size, progress=progress,
             load=lambda: gmem_bank.reload_encoder(opened.encoder, opened.folder, weights=weights, device=device),
         )  # fmt: skip
     if as_json:

@@ -9,7 +9,7 @@ Shapes: B images, S×S pixels, D dimensions.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from pathlib import Path
@@ -36,6 +36,22 @@ class Encoder(Protocol):
 
     def encode(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return (B, D) float32 raw embeddings of (B, S, S, 3) uint8 images; the space is applied by the bank."""
+
+
+@runtime_checkable
+class SupportsPrecision(Protocol):
+    """An encoder that may run in less than float32, and can say what that costs."""
+
+    def cosine_to_fp32(self, images: NDArray[np.uint8]) -> float:
+        """Return the mean cosine between the embeddings of (B, S, S, 3) images and those of float32."""
+
+
+@runtime_checkable
+class SupportsText(Protocol):
+    """An encoder whose embeddings of texts and of images can be compared."""
+
+    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return (B, D) float32 raw embeddings; raises EncoderError where the model has no text tower."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from gmem_bank.encoders import preprocess
 from gmem_bank.encoders.native import native_preprocessing
 from gmem_bank.encoders.precision import choose_dtype
 from gmem_bank.errors import EncoderError
+from gmem_bank.query import search
 
 TOWER = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32,
@@ -153,6 +154,22 @@ def test_texts_and_images_share_a_space(tmp_path: Path) -> None:
     direct = output if isinstance(output, torch.Tensor) else output.pooler_output
     np.testing.assert_allclose(got, direct.numpy(), atol=1e-5)
     assert got.shape == (2, encoder.spec.dim)
+    rng = np.random.default_rng(0)
+    for name in ("x", "y"):
+        Path(name).mkdir()
+        for index in range(3):
+            pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(f"{name}/{index}.png")
+    gmem_bank.build("x", encoder, "bank.safetensors")
+    opened = gmem_bank.open("bank.safetensors")
+    [found] = search(opened, "a cat", k=3, load=lambda: encoder, text=True)
+    unit = got[0] / np.linalg.norm(got[0])
+    expected = np.sort(opened.snippets(opened.rows()) @ unit)[::-1]
+    np.testing.assert_allclose([hit.score for hit in found.hits], expected, atol=1e-5)
+    hog = gmem_bank.load_encoder("hog")
+    gmem_bank.build("y", hog, "hog.safetensors")
+    with pytest.raises(EncoderError, match="does not understand text"):
+        search(gmem_bank.open("hog.safetensors"), "a cat", k=1, load=lambda: hog, text=True)
     make_model(tmp_path / "plain", "dinov2")
     with pytest.raises(EncoderError, match="does not understand text"):
         gmem_bank.load_encoder(f"hf:{tmp_path}/plain", parameters={"preset": "native"}).encode_texts(["a"])
@@ -217,3 +234,30 @@ def test_a_bank_finds_its_model_again_from_a_folder_beside_it(photos: Path, new_
     assert (bank.encoder.name, bank.encoder.weights_path, bank.dim) == ("hf:model", "model", 64)
     again = gmem_bank.reload_encoder(bank.encoder, bank.folder)
     assert gmem_bank.insert_concept("bank.safetensors", [new_photos], again).num_added == 8
+
+
+def test_what_bf16_costs_is_recorded_in_the_bank(photos: Path, tmp_path: Path) -> None:
+    """The cosine on the first batch stands among the labels; a build that was interrupted gives the same bytes."""
+    make_model(tmp_path / "model", "dinov2")
+    encoder = gmem_bank.load_encoder("hf:model", parameters={"dtype": "bf16"})
+    calls = 0
+
+    def stop(done: int, total: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gmem_bank.build(photos, encoder, "a/bank.safetensors", batch_size=5, progress=stop)
+    gmem_bank.build(photos, encoder, "a/bank.safetensors", batch_size=5)
+    gmem_bank.build(photos, encoder, "b/bank.safetensors", batch_size=5)
+    assert Path("a/bank.safetensors").read_bytes() == Path("b/bank.safetensors").read_bytes()
+    cosine = gmem_bank.open("a/bank.safetensors").encoder.labels["cosine_to_fp32"]
+    assert 0.999 < cosine < 1
+    exact = gmem_bank.load_encoder("hf:model", parameters={"dtype": "fp32"})
+    gmem_bank.build(photos, exact, "c.safetensors", batch_size=5)
+    a, c = (gmem_bank.open(path) for path in ("a/bank.safetensors", "c.safetensors"))
+    first = np.arange(5)
+    assert cosine == pytest.approx(float((a.snippets(first) * c.snippets(first)).sum(axis=1).mean()), abs=1e-5)
+    assert "cosine_to_fp32" not in c.encoder.labels

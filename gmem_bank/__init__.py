@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from gmem_bank.ops import unmask as unmask
     from gmem_bank.parquet import export_parquet as export_parquet
     from gmem_bank.plotting import plot as plot
+    from gmem_bank.precomputed import build_precomputed as build_precomputed
     from gmem_bank.progress import ProgressBar as ProgressBar
     from gmem_bank.provenance import EncoderSpec as EncoderSpec
     from gmem_bank.reduce import coreset as coreset
@@ -116,6 +117,7 @@ _DOOR = {
     "ops": ("mask", "remove", "remove_concept", "rename", "select", "unmask"),
     "parquet": ("export_parquet",),
     "plotting": ("plot",),
+    "precomputed": ("build_precomputed",),
     "progress": ("ProgressBar",),
     "provenance": ("EncoderSpec",),
     "reduce": ("coreset", "dedup"),

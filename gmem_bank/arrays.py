@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,28 @@ from gmem_bank.errors import SourceError
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors", ".h5", ".hdf5")
 SNIPPET_NAMES = ("snippets", "embeddings", "features", "vectors")
+BLOCK_ROWS = 8192
 KEY_NAMES = ("keys", "paths", "names", "ids")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class ArrayRows:
     """Rows of an array file."""
 
     path: Path
-    snippets: NDArray[np.float32]
-    """(n, D)."""
+    snippets: NDArray[Any]
+    """(n, D) numbers: of a .npy file a read-only map."""
     keys: list[str]
     """n keys: those of the file, else "0", "1", … with leading zeros."""
+    has_keys: bool = False
+    """Whether the keys are the file's."""
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """sha256 over keys and values."""
         state = hashlib.sha256("\n".join(self.keys).encode())
-        state.update(np.ascontiguousarray(self.snippets).view(np.uint8).data)
+        for start in range(0, len(self.snippets), BLOCK_ROWS):
+            state.update(np.ascontiguousarray(self.snippets[start : start + BLOCK_ROWS]).view(np.uint8).data)
         return state.hexdigest()
 
 
@@ -68,13 +73,13 @@ def read_array(path: Path) -> ArrayRows:
             f"{path}: array {name!r} is {values.dtype} of shape {list(values.shape)}, expected numbers (n, D)",
             path=path,
         )
-    return ArrayRows(path=path, snippets=np.asarray(values, np.float32), keys=_keys(path, keys, len(values)))
+    return ArrayRows(path=path, snippets=values, keys=_keys(path, keys, len(values)), has_keys=keys is not None)
 
 
 def _read_any(path: Path) -> dict[str, NDArray[Any]]:
     suffix = path.suffix.lower()
     if suffix == ".npy":
-        return {"snippets": np.load(path, allow_pickle=False)}
+        return {"snippets": np.load(path, mmap_mode="r", allow_pickle=False)}
     if suffix == ".npz":
         with np.load(path, allow_pickle=False) as stored:
             return dict(stored.items())

@@ -191,6 +191,11 @@ def _write_new(target: Path, encoded: Encoded, listing: Listing, spec: EncoderSp
     )
 
 
+def finished_report(target: Path, started: float) -> BuildReport:
+    """Return the report of a build that skipped nothing."""
+    return _report(target, [], 0, 0, started)
+
+
 def _report(
     target: Path, skipped: Sequence[Skipped], num_unreadable: int, num_resumed: int, started: float
 ) -> BuildReport:

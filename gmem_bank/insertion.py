@@ -203,11 +203,12 @@ def _usable(bank: MemoryBank, given: ArrayRows) -> NDArray[np.float32]:
     twice = key_tables.duplicates(given.keys)
     if twice:
         raise GMemError(f"{where} has the keys {first_three(twice)} twice", key=twice[0])
-    reasons = unusable_rows(given.snippets, bank.space)
+    snippets = np.asarray(given.snippets, np.float32)
+    reasons = unusable_rows(snippets, bank.space)
     if reasons:
         row = min(reasons)
         raise GMemError(f"row {row} of {where} (key {given.keys[row]!r}): {reasons[row]}", key=given.keys[row], row=row)
-    return to_space(given.snippets, bank.space)
+    return to_space(snippets, bank.space)
 
 
 def concept_of_rows(

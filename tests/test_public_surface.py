@@ -46,6 +46,7 @@ BANK_DOOR = [
     "__version__",
     "available_encoders",
     "build",
+    "build_precomputed",
     "center_crop",
     "compact",
     "compose",

@@ -75,6 +75,9 @@ def build(
     from gmem_bank.storage import require_known_suffix
 
     wanted = Narrowing(**narrowing)
+    if encoder == "precomputed":
+        _build_precomputed(source, pairs, output, space, dtype, overwrite, as_json)
+        return
     require_folder(source)  # before minutes go into loading an encoder
     require_known_suffix(output)
     loaded = gmem_bank.load_encoder(
@@ -104,6 +107,27 @@ def build(
     num_others = len(report.skipped) - report.num_unreadable
     click.echo(
         f"skipped: {report.num_unreadable} unusable images, {num_others} other files ({report.bank}.report.json)"
+    )
+
+
+def _build_precomputed(
+    source: str, pairs: tuple[str, ...], output: str, space: Any, dtype: str, overwrite: bool, as_json: bool
+) -> None:
+    from pathlib import Path
+
+    import gmem_bank
+    from gmem_bank.encoders import refuse_unknown
+
+    parameters = refuse_unknown("precomputed", parse_parameters(pairs), {"model": ""})
+    report = gmem_bank.build_precomputed(
+        gmem_bank.read_array(Path(source)), output, space=space, dtype=dtype, model=str(parameters["model"]),
+        overwrite=overwrite,
+    )  # fmt: skip
+    if as_json:
+        print_json(report.to_json())
+        return
+    click.echo(
+        f"{report.bank}: {report.num_rows} rows × {report.dim}, {report.space} space, {human_bytes(report.bytes)}"
     )
 
 

@@ -77,7 +77,7 @@ def print_edit(report: Any, as_json: bool, what: str, unchanged: str = "") -> No
         return
     changes = [f"{sign}{count} rows" for sign, count in (("+", report.num_added), ("-", report.num_removed)) if count]
     would, now = ("would be ", "") if report.dry_run else ("", " now")
-    done = " ".join([", ".join(changes), what]) if changes else what
+    done = " ".join([", ".join(changes), what]) if changes else what.strip("()")
     click.echo(f"{report.output}: {would}{done}, {would}{report.num_rows} rows{now}")
     if report.dropped_concepts:
         click.echo(f"these concepts lose their last row too: {', '.join(map(printable, report.dropped_concepts))}")

@@ -106,6 +106,11 @@ _BUILT_IN = {
             extra="hf",
         ),
         EncoderInfo(
+            name="precomputed",
+            description="snippets computed elsewhere: SOURCE is an array file (npy, npz, safetensors, h5)",
+            target="gmem_bank.encoders:refuse_precomputed",
+        ),
+        EncoderInfo(
             name="hog", description="histogram of oriented gradients (no download)", target=f"{_REFERENCE}:make_hog"
         ),
         EncoderInfo(
@@ -174,6 +179,15 @@ def load_encoder(
     if problem:
         raise EncoderError(f"encoder {name!r} of {known[listed].origin}: {problem}", key=name)
     return encoder
+
+
+def refuse_precomputed(name: str, options: EncoderOptions) -> Encoder:
+    """Raise EncoderError: there is nothing to load."""
+    raise EncoderError(
+        f"{name!r} encodes nothing ({options.space} space): build from an array file, and insert arrays with "
+        "'gmem-bank insert-concept FILE.npy'",
+        key=name,
+    )
 
 
 def _factory(info: EncoderInfo) -> Factory:

@@ -1,0 +1,77 @@
+"""Banks of snippets from elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import gmem_bank
+from gmem_bank.cli import main
+from gmem_bank.errors import EncoderError, GMemError, OutputExistsError
+
+VALUES = np.random.default_rng(0).standard_normal((30, 6)).astype(np.float32)
+
+
+@pytest.mark.parametrize("space", ["unit", "raw"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
+def test_values_and_keys_are_those_of_the_file(space: str, dtype: type) -> None:
+    """Read through a map, block by block; keys with folders make concepts, numbers do not."""
+    np.save("features.npy", VALUES.astype(dtype))
+    report = gmem_bank.build_precomputed(gmem_bank.read_array(Path("features.npy")), "a.safetensors", space=space)
+    bank = gmem_bank.open("a.safetensors")
+    expected = VALUES.astype(dtype).astype(np.float32)
+    expected = expected / np.linalg.norm(expected, axis=1, keepdims=True) if space == "unit" else expected
+    np.testing.assert_allclose(bank.snippets(bank.rows()), expected, atol=1e-6)
+    assert bank.keys(np.array([0, 29])) == ["features/00", "features/29"]
+    assert (bank.names, report.num_rows, bank.encoder.name) == ((), 30, "precomputed")
+    assert gmem_bank.build_precomputed(
+        gmem_bank.read_array(Path("features.npy")), "a.safetensors", space=space
+    ).unchanged
+    np.savez("keyed.npz", snippets=VALUES, keys=np.array([f"{'cat' if i < 9 else 'dog'}/{i}.png" for i in range(30)]))
+    gmem_bank.build_precomputed(gmem_bank.read_array(Path("keyed.npz")), "b.safetensors", space=space)
+    assert gmem_bank.open("b.safetensors").concept_sizes() == {"cat": 9, "dog": 21}
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        gmem_bank.build_precomputed(gmem_bank.read_array(Path("keyed.npz")), "a.safetensors", space=space)
+
+
+def test_by_command_and_then_an_insert_takes_arrays_too() -> None:
+    """build --encoder precomputed, insert-concept FILE, merge of banks of one model; another model is foreign."""
+    np.save("x.npy", VALUES)
+    np.save("more.npy", VALUES[:4] + 1)
+    np.save("again.npy", VALUES[:4] + 2)
+
+    def run(*words: str, code: int = 0) -> str:
+        result = CliRunner().invoke(main, words)
+        assert result.exit_code == code, result.output
+        return result.stdout if code == 0 else result.output
+
+    built = json.loads(run("build", "x.npy", "-e", "precomputed", "--set", "model=mine", "--json"))
+    assert (built["num_rows"], built["dim"]) == (30, 6)
+    assert "+4 rows as concept 'more'" in run("insert-concept", "more.npy")
+    run("build", "again.npy", "-e", "precomputed", "--set", "model=mine", "-o", "two.h5")
+    run("build", "more.npy", "-e", "precomputed", "--set", "model=other", "-o", "three.h5")
+    assert "+4 rows" in run("merge", "bank.safetensors", "two.h5")
+    assert "differ in parameters" in run("merge", "bank.safetensors", "three.h5", code=1)
+    assert "no parameter 'modle'" in run(
+        "build", "x.npy", "-e", "precomputed", "--set", "modle=1", "-o", "y.h5", code=1
+    )
+    with pytest.raises(EncoderError, match="encodes nothing"):
+        gmem_bank.load_encoder("precomputed")
+
+
+def test_bad_rows_are_named_and_nothing_is_written() -> None:
+    """NaN beyond the first block, and a key that occurs twice."""
+    values = np.ones((9000, 3), np.float32)
+    values[8500, 1] = np.nan
+    np.save("x.npy", values)
+    with pytest.raises(GMemError, match=r"row 8500 of x\.npy .*not finite") as caught:
+        gmem_bank.build_precomputed(gmem_bank.read_array(Path("x.npy")), "bank.safetensors")
+    assert caught.value.row == 8500
+    np.savez("y.npz", snippets=values[:3], keys=np.array(["a", "b", "a"]))
+    with pytest.raises(GMemError, match="'a'"):
+        gmem_bank.build_precomputed(gmem_bank.read_array(Path("y.npz")), "bank.safetensors")
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["x.npy", "y.npz"]

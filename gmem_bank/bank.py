@@ -25,14 +25,6 @@ from gmem_bank.storage.schema import Header
 BLOCK_BYTES = 64 << 20
 
 
-def _is_file(path: Path) -> bool:
-    """Say whether a path is a file; a key may be longer than a file's name can be."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
 class MemoryBank:
     """Rows, keys, mask, concepts and provenance of any kind of bank; a subclass reads the snippets."""
 
@@ -299,12 +291,6 @@ class MemoryBank:
             )
         return ids
 
-    def _image_paths(self, rows: NDArray[np.int64], images: ImagesFrom) -> list[Path]:
-        from gmem_bank.sources import image_path
-
-        ids, keys = self.source_ids(rows).tolist(), self.keys(rows)
-        return [image_path(key, self.sources[i], self.folder, images) for key, i in zip(keys, ids, strict=True)]
-
     def missing_images(self, rows: NDArray[np.int64], images: ImagesFrom = None) -> NDArray[np.int64]:
         """Return those of the rows whose image is not where the provenance, or the folder `images`, says it is.
 
@@ -313,7 +299,11 @@ class MemoryBank:
             images: folder that holds the images under their keys, instead of the recorded one; rows of an inserted
                 concept fall back on the folder they were inserted from.
         """
-        there = np.array([_is_file(path) for path in self._image_paths(rows, images)], np.bool_)
+        from gmem_bank.locating import is_there
+
+        ids, keys = self.source_ids(rows).tolist(), self.keys(rows)
+        found = [is_there(key, self.sources[i], self.folder, images) for key, i in zip(keys, ids, strict=True)]
+        there = np.array(found, np.bool_)
         return np.asarray(rows, np.int64)[~there] if len(rows) else np.zeros(0, np.int64)
 
     def read_image(self, row: int, images: ImagesFrom = None) -> NDArray[np.uint8]:
@@ -322,12 +312,14 @@ class MemoryBank:
         Raises:
             SourceError: the image is absent or cannot be decoded, or the row has none.
         """
-        from gmem_bank.decoding import read_image
+        from gmem_bank.decoding import decode_named
+        from gmem_bank.locating import locate
 
         rows = np.array([row])
-        pixels = read_image(self._image_paths(rows, images)[0])
-        flipped = self.keys(rows)[0].endswith(FLIP_SUFFIX)
-        return np.ascontiguousarray(pixels[:, ::-1]) if flipped else pixels
+        [key], [source] = self.keys(rows), self.source_ids(rows).tolist()
+        item = locate(key, self.sources[source], self.folder, images)
+        pixels = decode_named(item.read(), item.path)
+        return np.ascontiguousarray(pixels[:, ::-1]) if key.endswith(FLIP_SUFFIX) else pixels
 
     def nearest(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return the (B, k) cosines, descending, and the (B, k) active rows nearest to (B, D) queries (needs FAISS)."""

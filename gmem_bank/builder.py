@@ -25,11 +25,12 @@ from gmem_bank.errors import ConfigError, GMemError, OutputExistsError
 from gmem_bank.narrowing import Narrowing, narrowed
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import EncoderSpec, Json, canonical_json, relative_to_bank
-from gmem_bank.sources import Listing, Skipped, list_folder
+from gmem_bank.sources import Listing, Skipped
 from gmem_bank.staging import Encoded, encode_listings
 from gmem_bank.storage import atomic, real_target, write
 from gmem_bank.storage.rules import SNIPPET_DTYPES
 from gmem_bank.storage.schema import Header, Segment
+from gmem_bank.tars import list_source
 
 DEFAULT_BANK = "bank.safetensors"
 DEFAULT_BATCH_SIZE = 32
@@ -111,7 +112,7 @@ def build(
     started = time.perf_counter()
     with atomic.locked(target):
         wanted = narrowing or Narrowing()
-        listing = narrowed(list_folder(source, exclude=(target, report_path(target))), wanted, batch_size)
+        listing = narrowed(list_source(os.fspath(source), exclude=(target, report_path(target))), wanted, batch_size)
         spec = localised(encoder.spec, target)
         arguments = {"dtype": dtype, "batch_size": batch_size, **wanted.to_json()}
         staging = staging_folder(target, "build")

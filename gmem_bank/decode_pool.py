@@ -116,7 +116,10 @@ class DecodePool:
         process = self._process()
         assert process.stdin is not None
         assert process.stdout is not None
-        record = {"items": [[i.key, os.fspath(i.path), i.flipped] for i in items], "preprocessing": self._preprocessing}
+        record = {
+            "items": [[i.key, os.fspath(i.path), i.flipped, i.offset, i.size] for i in items],
+            "preprocessing": self._preprocessing,
+        }
         process.stdin.write(json.dumps(record).encode() + b"\n")
         process.stdin.flush()
         facts: list[Any] = json.loads(process.stdout.readline() or b"?")

@@ -41,11 +41,16 @@ def _sha256(data: bytes) -> str:
 
 
 def answer(line: bytes, output: BinaryIO) -> None:
-    """Do one job: {"items": [[key, path, flipped], …], "preprocessing": {…}}; write [[sha256, reason or null], …] and crops."""
+    """Do one job: {"items": [[key, path, flipped, offset, size], …], "preprocessing": {…}}.
+
+    The answer is [[sha256, reason or null], …] on a line, then the pixels of those that have no reason.
+    """
     job = json.loads(line)
     results = [
-        decode_one(Item(key=key, path=Path(path), size=0, modified=0, flipped=flipped), job["preprocessing"])
-        for key, path, flipped in job["items"]
+        decode_one(
+            Item(key=key, path=Path(path), size=size, modified=0, flipped=flipped, offset=offset), job["preprocessing"]
+        )
+        for key, path, flipped, offset, size in job["items"]
     ]
     facts = [[digest, found if isinstance(found, str) else None] for digest, found in results]
     output.write(json.dumps(facts).encode() + b"\n")

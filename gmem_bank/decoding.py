@@ -59,7 +59,11 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
         SourceError: absent, empty, not an image, truncated or too large; the reason is in the message.
     """
     where = Path(path)
-    data = read_bytes(where)
+    return decode_named(read_bytes(where), where, max_pixels=max_pixels)
+
+
+def decode_named(data: bytes, where: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """Decode the bytes of an image file, whose path is put into an error; see `read_image`."""
     try:
         return decode_image(data, max_pixels=max_pixels)
     except SourceError as error:
@@ -74,6 +78,19 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise SourceError(f"{path}: {error.strerror or error}", path=path) from error
+
+
+def read_span(path: Path, offset: int, size: int) -> bytes:
+    """Return bytes from inside a file; raises SourceError where they are not all there."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(offset)
+            data = stream.read(size)
+    except OSError as error:
+        raise SourceError(f"{path}: {error.strerror or error}", path=path) from error
+    if len(data) != size:
+        raise SourceError(f"{path}: it was cut short", path=path)
+    return data
 
 
 @cache

@@ -5,6 +5,7 @@ Shapes: N rows of the old bank, n new rows, D dimensions.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,9 +36,10 @@ from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import Source, relative_to_bank
 from gmem_bank.rewrite import join_if_many
 from gmem_bank.selection import Selection, rows_selected
-from gmem_bank.sources import Listing, list_images, with_flips
+from gmem_bank.sources import Listing, with_flips
 from gmem_bank.space import to_space, unusable_rows
 from gmem_bank.staging import Encoded, encode_listings
+from gmem_bank.tars import list_source
 from gmem_bank.vectors import new_vectors
 
 SAME_COSINE = 0.9999
@@ -89,7 +91,7 @@ def insert_concept(
     concept = _concept_name(images, name)
     with editing(bank_path, "insert-concept", {"name": concept}, output=output, dry_run=dry_run, undo=undo) as edit:
         require_same_encoder(encoder.spec, edit.bank.encoder)
-        listings = [list_images(path, prefix=f"{concept}/") for path in images]
+        listings = [list_source(os.fspath(path), prefix=f"{concept}/") for path in images]
         listings = [with_flips(listing) for listing in listings] if flip else listings
         _require_unique(listings)
         staging = staging_folder(edit.target, "insert")

@@ -131,7 +131,7 @@ class EncoderSpec:
         return f"{self.name} (dim {self.dim}, {self.space} space, {self.fingerprint[:8]})"
 
 
-IMAGE_KINDS = ("folder",)
+IMAGE_KINDS = ("folder", "list", "tar")
 """Kinds of sources whose rows have an image."""
 
 
@@ -140,7 +140,8 @@ class Source:
     """Where rows came from; every row points at one by its position in the bank's list."""
 
     kind: str
-    """"folder" (images below a folder), "array" (a file of snippets) or "derived" (arithmetic on other rows)."""
+    """"folder" (images below a folder), "list" (images that a file names), "tar" (members of tar files), "array" (a file of
+    snippets) or "derived" (arithmetic on other rows)."""
     path: str | None = None
     """Folder, relative to the bank's folder; absolute when it is on another root; None for derived rows."""
     prefix: str = ""

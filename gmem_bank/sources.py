@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gmem_bank.decoding import EXTENSIONS, read_bytes
+from gmem_bank.decoding import EXTENSIONS, read_bytes, read_span
 from gmem_bank.errors import SourceError
 from gmem_bank.interface import ImagesFrom
 from gmem_bank.naming import FLIP_SUFFIX, concept_name_problem, key_problem
-from gmem_bank.provenance import Source, relative_to_bank, sha256_of
+from gmem_bank.provenance import IMAGE_KINDS, Source, relative_to_bank, sha256_of
 
 BANK_FOLDER = ".gmem"
 """A folder of this suffix is a bank and no source of images."""
@@ -45,10 +45,12 @@ class Item:
     """Nanoseconds; tells a resumed build that a file was replaced, and never enters a bank."""
     flipped: bool = False
     """True: the twin whose picture is mirrored left to right."""
+    offset: int = -1
+    """Of a member of a tar file: where its bytes begin; -1: the path is the image's own file."""
 
     def read(self) -> bytes:
-        """Return the file's bytes; raises SourceError."""
-        return read_bytes(self.path)
+        """Return the image's bytes; raises SourceError."""
+        return read_bytes(self.path) if self.offset < 0 else read_span(self.path, self.offset, self.size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +61,13 @@ class Listing:
     prefix: str
     items: tuple[Item, ...]
     ignored: tuple[Skipped, ...]
+    kind: str = "folder"
+    """Of the provenance record: "folder", "list" or "tar"."""
 
     def to_source(self, bank_folder: Path, digest: str) -> Source:
         """Return the provenance record of the source, with its content digest, for a bank in that folder."""
         return Source(
-            kind="folder",
+            kind=self.kind,
             path=relative_to_bank(self.root, bank_folder),
             prefix=self.prefix,
             digest=digest,
@@ -135,11 +139,33 @@ def list_folder(root: str | os.PathLike[str], *, prefix: str = "", exclude: Sequ
         if isinstance(found, Item):
             items.append(found)
         else:
-            ignored.append(Skipped(path=_printable(path.relative_to(folder).as_posix()), reason=found))
+            ignored.append(Skipped(path=printable_path(path.relative_to(folder).as_posix()), reason=found))
     if not items:
         raise SourceError(_no_images(folder, ignored), path=folder)
     items.sort(key=lambda item: item.key.encode())
     return Listing(root=folder, prefix=prefix, items=tuple(items), ignored=tuple(ignored))
+
+
+def list_file(path: str | os.PathLike[str], *, prefix: str = "") -> Listing:
+    """List the images that a text file names, one a line, relative to its folder; keys are the lines, in their order.
+
+    Raises:
+        SourceError: no such file, no usable image in it, or a line that occurs twice.
+    """
+    where = require_path(path)
+    try:
+        lines = [line.strip() for line in where.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"could not read {where}: {error}", path=where) from error
+    found = [(line, _item(where.parent / line, prefix + line)) for line in lines]
+    items = [item for _, item in found if isinstance(item, Item)]
+    ignored = tuple(Skipped(path=printable_path(line), reason=item) for line, item in found if isinstance(item, str))
+    twice = {item.key for item in items}
+    if len(twice) != len(items):
+        raise SourceError(f"{where} names an image twice", path=where)
+    if not items:
+        raise SourceError(_no_images(where, ignored), path=where)
+    return Listing(root=where.parent, prefix=prefix, items=tuple(items), ignored=ignored, kind="list")
 
 
 def list_images(path: str | os.PathLike[str], *, prefix: str = "") -> Listing:
@@ -169,7 +195,7 @@ def image_path(key: str, source: Source, bank_folder: Path, images: ImagesFrom) 
     folder = source.folder(bank_folder)
     if folder is None:
         raise SourceError(f"row {key!r} was computed from other rows: it has no image", key=key)
-    if source.kind != "folder":
+    if source.kind not in IMAGE_KINDS or (source.kind == "tar" and images is None):
         raise SourceError(
             f"row {key!r} came from a source of kind {source.kind!r}, which this gmem cannot read", key=key
         )
@@ -192,20 +218,20 @@ def _walk(folder: Path, ignored: list[Skipped]) -> list[Path]:
     found: list[Path] = []
 
     def complain(error: OSError) -> None:
-        ignored.append(Skipped(path=_printable(str(error.filename)), reason=f"unreadable folder: {error.strerror}"))
+        ignored.append(Skipped(path=printable_path(str(error.filename)), reason=f"unreadable folder: {error.strerror}"))
 
     for where, folders, files in os.walk(folder, onerror=complain, followlinks=True):
         here = Path(where)
         if RUN_MARKER in files and here != folder:
             ignored.append(
-                Skipped(path=_printable(here.relative_to(folder).as_posix()), reason="a training run of gmem-gen")
+                Skipped(path=printable_path(here.relative_to(folder).as_posix()), reason="a training run of gmem-gen")
             )
             folders.clear()
             continue
         folders[:] = sorted(name for name in folders if not name.startswith(".") and not name.endswith(BANK_FOLDER))
         for name in [name for name in folders if _is_cycle(here / name)]:
             folders.remove(name)
-            path = _printable((here / name).relative_to(folder).as_posix())
+            path = printable_path((here / name).relative_to(folder).as_posix())
             ignored.append(Skipped(path=path, reason="a link to a folder that it lies in"))
         found.extend(here / name for name in files if not name.startswith("."))
     return sorted(found)
@@ -225,9 +251,8 @@ def _item(path: Path, key: str) -> Item | str:
     problem = key_problem(key)
     if problem:
         return f"its path {problem}"
-    first, slash, _ = key.partition("/")
-    if slash and concept_name_problem(first):
-        return f"its class folder cannot name a concept: the name {concept_name_problem(first)}"
+    if class_folder_problem(key):
+        return class_folder_problem(key)
     try:
         facts = path.stat()
     except OSError as error:
@@ -237,7 +262,15 @@ def _item(path: Path, key: str) -> Item | str:
     return Item(key=key, path=path, size=facts.st_size, modified=facts.st_mtime_ns)
 
 
-def _printable(text: str) -> str:
+def class_folder_problem(key: str) -> str:
+    """Return why the first folder of a key cannot name a concept, or ""."""
+    first, slash, _ = key.partition("/")
+    problem = concept_name_problem(first) if slash else ""
+    return f"its class folder cannot name a concept: the name {problem}" if problem else ""
+
+
+def printable_path(text: str) -> str:
+    """Return a path as text that can be written, whatever bytes it has."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

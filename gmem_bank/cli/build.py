@@ -63,22 +63,23 @@ def build(
     source: str, encoder: str, weights: str | None, pairs: tuple[str, ...], output: str, space: str, dtype: str,
     workers: int | None, device: str, batch_size: int, overwrite: bool, as_json: bool, quiet: bool, **narrowing: Any,
 ) -> None:  # fmt: skip
-    """Encode the images below SOURCE (default: this folder) into a bank.
+    """Encode the images of SOURCE (default: this folder) into a bank.
 
-    Class folders become concepts. Unusable images are listed in FILE.report.json and passed over. After a kill or Ctrl-C
-    the same command continues.
+    SOURCE is a folder, a text file that names images (.txt), tar files (webdataset shards: "shards/*.tar"), or with
+    --encoder precomputed a file of arrays. Class folders become concepts. Unusable images are listed in FILE.report.json and
+    passed over. After a kill or Ctrl-C the same command continues.
     """
     import gmem_bank
     from gmem_bank.narrowing import Narrowing
     from gmem_bank.progress import ProgressBar
-    from gmem_bank.sources import require_folder
     from gmem_bank.storage import require_known_suffix
+    from gmem_bank.tars import require_source
 
     wanted = Narrowing(**narrowing)
     if encoder == "precomputed":
         _build_precomputed(source, pairs, output, space, dtype, overwrite, as_json)
         return
-    require_folder(source)  # before minutes go into loading an encoder
+    require_source(source)  # before minutes go into loading an encoder
     require_known_suffix(output)
     loaded = gmem_bank.load_encoder(
         encoder, weights=weights, device=device, space=space, parameters=parse_parameters(pairs)

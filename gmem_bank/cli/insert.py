@@ -121,11 +121,11 @@ def _insert_images(
 ) -> Any:
     import gmem_bank
     from gmem_bank.progress import ProgressBar
-    from gmem_bank.sources import require_path
+    from gmem_bank.tars import require_source
 
     opened = gmem_bank.open(bank)
     for path in images:
-        require_path(path)
+        require_source(path)
     encoder = gmem_bank.reload_encoder(opened.encoder, opened.folder, weights=weights, device=device)
     with ProgressBar("encode", "image", quiet=quiet) as progress:
         return gmem_bank.insert_concept(bank, images, encoder, progress=progress, **options)

@@ -1,0 +1,175 @@
+"""How fast a bank is built, beside a plain loop over the same steps in the same run, as JSON.
+
+python -m tools.bench_build [--images 600] [--encoder-images 192] [--memory-images 2000 20000] [--runs 3] [--photos DIR]
+
+decode: no encoder, JPEG to crop; the peer decodes one image after the other in this process.
+encode: a ViT-S/14 with random weights; the peers are its bare forward, and a plain fp32 loop of decoding and forward.
+memory: the peak of whole builds of two sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+import gmem_bank
+from gmem_bank.decode_pool import DecodePool, default_workers
+from gmem_bank.decode_worker import decode_one
+from gmem_bank.encoders.preprocess import gmem_preprocessing
+from gmem_bank.sources import Item, list_folder
+
+BATCH = 32
+SIZE = (500, 375)
+PHOTOS = Path(__file__).parents[1] / "tests" / "data" / "photos"
+PROGRAM = """
+import pathlib, re, sys
+import gmem_bank
+gmem_bank.build(sys.argv[1], gmem_bank.load_encoder("pixels"), sys.argv[2])
+print(re.search(r"VmHWM:\\s*(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+"""
+
+
+def make_images(folder: Path, count: int, photos: Path) -> list[Item]:
+    """Write JPEGs of 500×375 pixels, each another cut of a real photo, and list them."""
+    pictures = [Image.open(path).convert("RGB").resize((640, 480)) for path in sorted(photos.rglob("*.jpg"))[:24]]
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for number in range(count):
+        left, top = rng.integers(0, 640 - SIZE[0]), rng.integers(0, 480 - SIZE[1])
+        cut = pictures[number % len(pictures)].crop((left, top, left + SIZE[0], top + SIZE[1]))
+        cut.save(folder / f"{number:06d}.jpg", quality=90)
+    return list(list_folder(folder).items)
+
+
+def seconds(work: Callable[..., Any], *arguments: Any) -> float:
+    """Return the wall time of a call."""
+    started = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - started
+
+
+def cut(items: Sequence[Item]) -> list[Sequence[Item]]:
+    """Return batches."""
+    return [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
+
+
+def decode(items: list[Item], runs: int) -> dict[str, Any]:
+    """Decode and crop, nothing else."""
+    record = gmem_preprocessing()
+
+    def pooled() -> None:
+        with DecodePool(record, default_workers()) as pool:
+            for _ in pool.batches(cut(items)):
+                pass
+
+    def plain() -> None:
+        for item in items:
+            decode_one(item, record)
+
+    times: dict[str, list[float]] = {"pool": [], "plain loop": []}
+    for _ in range(runs):
+        times["plain loop"].append(seconds(plain))
+        times["pool"].append(seconds(pooled))
+    return {
+        "images": len(items),
+        "workers": default_workers(),
+        "images_per_second": {name: round(len(items) / statistics.median(t), 1) for name, t in times.items()},
+        "times_plain_loop": round(
+            statistics.median(p / o for o, p in zip(times["pool"], times["plain loop"], strict=True)), 3
+        ),
+    }
+
+
+def encode(folder: Path, items: list[Item], runs: int) -> dict[str, Any]:
+    """Build with a ViT-S/14, in fp32 and in what `auto` takes."""
+    import torch
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14)
+    Dinov2Model(config).save_pretrained(folder / "vits")
+    load = lambda dtype: gmem_bank.load_encoder("dinov2-small", weights=folder / "vits", parameters={"dtype": dtype})  # noqa: E731
+    encoders = {"fp32": load("fp32"), "auto": load("auto")}
+    crops = np.stack([decode_one(item, gmem_preprocessing())[1] for item in items[:BATCH]])
+    num_batches = len(cut(items))
+    result: dict[str, Any] = {"images": len(items), "auto_is": encoders["auto"].spec.parameters["dtype"]}
+    result["cosine_to_fp32"] = round(encoders["auto"].cosine_to_fp32(crops), 6)
+    times: dict[str, list[float]] = {}
+    for run in range(runs):
+        works: dict[str, Callable[[], Any]] = {}
+        for name, encoder in encoders.items():
+            works[f"bare forward {name}"] = lambda e=encoder: [e.encode(crops) for _ in range(num_batches)]
+            works[f"build {name}"] = lambda e=encoder, n=name: gmem_bank.build(
+                items[0].path.parent, e, folder / f"{n}-{run}.safetensors", batch_size=BATCH
+            )
+        works["plain fp32 loop"] = lambda: [
+            encoders["fp32"].encode(np.stack([decode_one(i, gmem_preprocessing())[1] for i in own]))
+            for own in cut(items)
+        ]
+        for name, work in works.items():
+            times.setdefault(name, []).append(seconds(work))
+    share = num_batches * BATCH / len(items)
+    result["images_per_second"] = {
+        name: round(len(items) / statistics.median(t) * (share if "bare" in name else 1), 2)
+        for name, t in times.items()
+    }
+    for name in encoders:
+        pairs = zip(times[f"bare forward {name}"], times[f"build {name}"], strict=True)
+        result[f"build_over_bare_forward_{name}"] = round(statistics.median(b / o / share for b, o in pairs), 3)
+    pairs = zip(times["plain fp32 loop"], times["build auto"], strict=True)
+    result["build_auto_times_plain_fp32_loop"] = round(statistics.median(p / o for p, o in pairs), 3)
+    return result
+
+
+def memory(folder: Path, counts: Sequence[int], photos: Path) -> dict[str, float]:
+    """Return the peak memory in MB of builds of these sizes (the program that builds, without its workers)."""
+    peaks = {}
+    for count in counts:
+        make_images(folder / str(count), count, photos)
+        command = [sys.executable, "-c", PROGRAM, str(folder / str(count)), str(folder / f"{count}.safetensors")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks[str(count)] = round(int(done.stdout) / 1024, 1)
+        shutil.rmtree(folder / str(count))
+    return peaks
+
+
+def main() -> int:
+    """Measure all, and print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=600)
+    parser.add_argument("--encoder-images", type=int, default=192)
+    parser.add_argument("--memory-images", type=int, nargs="*", default=[2000, 20000])
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--photos", type=Path, default=PHOTOS)
+    given = parser.parse_args()
+    folder = Path(tempfile.mkdtemp())
+    try:
+        result: dict[str, Any] = {}
+        if given.images:
+            result["decode"] = decode(make_images(folder / "decode", given.images, given.photos), given.runs)
+        if given.encoder_images:
+            result["encode"] = encode(
+                folder, make_images(folder / "encode", given.encoder_images, given.photos), given.runs
+            )
+        if given.memory_images:
+            result["peak_megabytes"] = memory(folder, given.memory_images, given.photos)
+    finally:
+        shutil.rmtree(folder)
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,6 +19,7 @@ from gmem_bank.errors import SourceError
 ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors", ".h5", ".hdf5")
 SNIPPET_NAMES = ("snippets", "embeddings", "features", "vectors")
 BLOCK_ROWS = 8192
+MOST_EXPANSION = 200
 KEY_NAMES = ("keys", "paths", "names", "ids")
 
 
@@ -59,7 +60,7 @@ def read_array(path: Path) -> ArrayRows:
     """
     try:
         named = _read_any(path)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, EOFError, RuntimeError) as error:
         raise SourceError(f"could not read {path}: {error}", path=path) from error
     keys = next((named.pop(name) for name in KEY_NAMES if name in named), None)
     name = next((name for name in SNIPPET_NAMES if name in named), None) or (
@@ -78,6 +79,10 @@ def read_array(path: Path) -> ArrayRows:
 
 def _read_any(path: Path) -> dict[str, NDArray[Any]]:
     suffix = path.suffix.lower()
+    if path.stat().st_size == 0:
+        raise ValueError("it is empty")
+    if suffix == ".npz":
+        _require_modest(path)
     if suffix == ".npy":
         return {"snippets": np.load(path, mmap_mode="r", allow_pickle=False)}
     if suffix == ".npz":
@@ -88,11 +93,38 @@ def _read_any(path: Path) -> dict[str, NDArray[Any]]:
     import h5py
 
     with h5py.File(path, "r") as stored:
-        return {name: _plain(item) for name, item in stored.items() if isinstance(item, h5py.Dataset)}
+        if any(not isinstance(stored.get(name, getlink=True), h5py.HardLink) for name in stored):
+            raise SourceError(f"{path} has links to somewhere else, which are not followed", path=path)
+        return {name: _plain(path, item) for name, item in stored.items() if isinstance(item, h5py.Dataset)}
 
 
-def _plain(dataset: Any) -> NDArray[Any]:
+def _plain(path: Path, dataset: Any) -> NDArray[Any]:
+    """Return a dataset whose values lie in the file itself, plainly; raises SourceError."""
+    properties = dataset.id.get_create_plist()
+    if dataset.is_virtual or properties.get_external_count() or properties.get_nfilters():
+        raise SourceError(
+            f"{path}: dataset {dataset.name!r} is virtual, filtered (compressed) or lies in another file, which is not read: "
+            "'h5repack -f NONE' makes it plain",
+            path=path,
+        )
+    if dataset.nbytes > path.stat().st_size:
+        raise SourceError(
+            f"{path}: dataset {dataset.name!r} has {dataset.nbytes:,} bytes, the file has fewer", path=path
+        )
     return np.asarray(dataset.asstr()[()] if dataset.dtype.kind == "O" else dataset[()])
+
+
+def _require_modest(path: Path) -> None:
+    """Raise SourceError where a zip would unpack to far more than it holds: arrays of numbers do not shrink like that."""
+    import zipfile
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except zipfile.BadZipFile as error:
+        raise SourceError(f"could not read {path}: {error}", path=path) from error
+    if unpacked > MOST_EXPANSION * path.stat().st_size:
+        raise SourceError(f"{path} would unpack to {unpacked:,} bytes: save it without compression", path=path)
 
 
 def _read_safetensors(path: Path) -> dict[str, NDArray[Any]]:

@@ -27,7 +27,7 @@ from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import EncoderSpec, Json, canonical_json, relative_to_bank
 from gmem_bank.sources import Listing, Skipped
 from gmem_bank.staging import Encoded, encode_listings
-from gmem_bank.storage import atomic, real_target, write
+from gmem_bank.storage import atomic, previous, real_target, write
 from gmem_bank.storage.rules import SNIPPET_DTYPES
 from gmem_bank.storage.schema import Header, Segment
 from gmem_bank.tars import list_source
@@ -135,6 +135,7 @@ def build(
         report = _report(
             target, [*encoded.skipped, *listing.ignored], len(encoded.skipped), encoded.num_resumed, started
         )
+        previous.tidy(target, ())  # states of a bank that was overwritten are of no use
         atomic.write_bytes(report_path(target), (canonical_json(report.to_json()) + "\n").encode())
         encoded.staging.discard()
     return report

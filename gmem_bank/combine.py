@@ -95,6 +95,8 @@ def _merged(edit: Edit, banks: Sequence[MemoryBank], on_duplicate: str) -> EditR
         _absorb(draft, theirs)
         origins += [number] * len(theirs.segments)
     details: dict[str, Any] = {"num_banks": 1 + len(banks), "num_duplicates": num_dropped}
+    if len(draft.segments) == len(edit.bank.header.segments) and edit.in_place:
+        return edit.unchanged(details=details)
     if isinstance(edit.bank, FactoredBank):
         details |= _rebase(draft, [edit.bank, *banks], origins)
     join_if_many(draft)

@@ -6,7 +6,7 @@ Shapes: n new rows, D dimensions.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from gmem_bank.draft import NewRows
 from gmem_bank.editing import Edit, EditReport, editing
 from gmem_bank.errors import ConceptExistsError, ConfigError, GMemError, first_three, suggest
 from gmem_bank.ops import PathLike, check_concept_name
-from gmem_bank.provenance import Json, Source
+from gmem_bank.provenance import Json, Source, sha256_of_file
 from gmem_bank.query import snippet_of
 from gmem_bank.rewrite import join_if_many
 from gmem_bank.space import to_space, unusable_rows
@@ -70,6 +70,7 @@ def interpolate(
         raise ConfigError(f"seed must be 0 or more, got {seed}", key="seed")
     concept = check_concept_name(name if name is not None else f"{_label(first)}-to-{_label(second)}")
     arguments = {"first": first, "second": second, "method": method, "steps": steps, "name": concept, "seed": seed}
+    arguments |= _images_of((first, second), resolve)
 
     def way(bank: MemoryBank) -> NDArray[np.float32]:
         return manipulate.interpolate(resolve(bank, first), resolve(bank, second), steps, method, seed=seed)
@@ -112,9 +113,17 @@ def compose(
         wide = [weight * resolve(bank, item).astype(np.float64) for item, weight in weights.items()]
         return np.asarray(np.sum(wide, axis=0)[None], np.float32)
 
-    arguments = {"terms": weights, "name": concept}
+    arguments = {"terms": weights, "name": concept, **_images_of(weights, resolve)}
     hint = f"{text!r} has no direction: its items cancel out"
     return _derived("compose", arguments, bank_path, concept, total, hint, output=output, dry_run=dry_run, undo=undo)
+
+
+def _images_of(items: Iterable[str], resolve: Resolve) -> dict[str, Json]:
+    """Return, for the history, the hashes of image files among the items: another picture of that name is another edit."""
+    if resolve is snippet_of:
+        return {}
+    found = {item: sha256_of_file(item) for item in items if Path(item).is_file()}
+    return {"images": found} if found else {}
 
 
 _TERM = re.compile(

@@ -64,6 +64,11 @@ class Edit:
     dry_run: bool
     keep_undo: bool
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the bank itself is what will be replaced."""
+        return self.target.resolve() == self.bank.path.resolve()
+
     def draft(self) -> Draft:
         """Return a draft of the new bank."""
         return Draft(self.bank, self.target)
@@ -171,10 +176,14 @@ def _other(target: Path) -> MemoryBank:
 
 def commit(bank: MemoryBank, target: Path, header: Header, payloads: Mapping[str, Any], keep_previous: bool) -> Header:
     """Write a bank in the place of what is at `target`, keeping that for `undo` where asked."""
-    in_place = target.resolve() == bank.path.resolve()
-    if in_place and keep_previous:
+    if target.resolve() == bank.path.resolve() and keep_previous:
         previous.keep(target, state_label(bank.header))
-    final = write(target, header, payloads)
+    try:
+        final = write(target, header, payloads)
+    except BaseException:
+        if target.exists():
+            previous.tidy(target, labels_needed(bank.header))
+        raise
     previous.tidy(target, labels_needed(final))
     return final
 

@@ -205,7 +205,8 @@ def _usable(bank: MemoryBank, given: ArrayRows) -> NDArray[np.float32]:
     twice = key_tables.duplicates(given.keys)
     if twice:
         raise GMemError(f"{where} has the keys {first_three(twice)} twice", key=twice[0])
-    snippets = np.asarray(given.snippets, np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is named below
+        snippets = np.asarray(given.snippets, np.float32)
     reasons = unusable_rows(snippets, bank.space)
     if reasons:
         row = min(reasons)

@@ -17,13 +17,17 @@ from gmem_bank.naming import concept_name_problem
 from gmem_bank.selection import Selection, rows_selected
 
 PathLike = str | os.PathLike[str]
+MAX_NAME_BYTES = 255
+"""Of a new concept: a name is a folder's."""
 
 
 def check_concept_name(name: str) -> str:
     """Return the name; raises ConfigError where it cannot be one (empty, a path, control characters)."""
     problem = concept_name_problem(name)
+    if len(name.encode("utf-8", "replace")) > MAX_NAME_BYTES:
+        problem = f"has more than {MAX_NAME_BYTES} bytes"
     if problem:
-        raise ConfigError(f"{name!r} cannot name a concept, it {problem}: give a plain word with --name", key=name)
+        raise ConfigError(f"{name[:60]!r} cannot name a concept, it {problem}: give a plain word with --name", key=name)
     return name
 
 
@@ -175,7 +179,7 @@ def _switch(
         draft = edit.draft()
         active = draft.active()
         changed = rows[active[rows] != on]
-        if edit.made is not None or not len(changed):
+        if edit.made is not None or (not len(changed) and edit.in_place):
             return edit.unchanged()
         active[changed] = on
         if not active.any():

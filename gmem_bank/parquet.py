@@ -58,6 +58,7 @@ def export_parquet(
     *,
     vectors: bool = True,
     coordinates: NDArray[np.floating[Any]] | None = None,
+    overwrite: bool = True,
     progress: Progress = no_progress,
 ) -> ParquetReport:
     """Write a bank as a Parquet table with the columns above, row group by row group, whole or not at all.
@@ -67,9 +68,11 @@ def export_parquet(
         output: file to write, .parquet or .pq.
         vectors: False leaves the column out.
         coordinates: (n, 2) of the active rows, as of `plot_measures.project` with all rows; NaN and masked rows become null.
+        overwrite: False refuses where something is there.
         progress: told rows written and rows in all.
 
     Raises:
+        OutputExistsError: the output exists, and overwriting was not asked for.
         ConfigError: another suffix, or coordinates of another shape.
         MissingDependencyError: pyarrow is not installed.
         WriteError: the output cannot be written.
@@ -77,6 +80,7 @@ def export_parquet(
     target = Path(output)
     if target.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"{target}: a Parquet table is named .parquet or .pq", path=target, key="output")
+    atomic.require_free(target, overwrite)
     table = _Table(bank, target, vectors=vectors, coordinates=coordinates)
     _, parquet = _require_pyarrow()
     step = max(1, min(GROUP_ROWS, GROUP_BYTES // (4 * bank.dim) if vectors else GROUP_ROWS))

@@ -59,6 +59,7 @@ def plot(
     num_rows: int = 5000,
     seed: int = 0,
     thumbnails: bool = True,
+    overwrite: bool = True,
     progress: Progress = no_progress,
 ) -> PlotReport:
     """Draw a bank into a picture (.png, needs matplotlib) or a page that holds all it needs (.html).
@@ -69,15 +70,18 @@ def plot(
         what: panels, in order: "spectrum", "map", "neighbours".
         method, num_rows, seed: of the map, as in `project`; the seed also draws the probes.
         thumbnails: show images on the map where they are still there: 60 in a picture, 2,000 on a page at most.
+        overwrite: False refuses where something is there.
         progress: told images read for thumbnails and images in all.
 
     Raises:
+        OutputExistsError: the output exists, and overwriting was not asked for.
         ConfigError: another suffix, an unknown panel or method, a number out of range, or every row is masked.
         MissingDependencyError: matplotlib (for .png) or FAISS (for "neighbours") is not installed.
         WriteError: the output cannot be written.
     """
     target, panels = Path(output), tuple(dict.fromkeys([what] if isinstance(what, str) else what))
     write = _writer(target, panels)
+    atomic.require_free(target, overwrite)
     drawing = plot_page.Drawing(title=_title(bank), facts=_facts(bank), panels=panels)
     if "spectrum" in panels:
         drawing.spectrum = spectrum(bank)

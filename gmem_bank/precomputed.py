@@ -114,7 +114,8 @@ def _content(
 
 def _blocks(rows: ArrayRows, space: Space) -> Iterator[NDArray[np.float32]]:
     for start in range(0, len(rows.keys), BLOCK_ROWS):
-        block = np.asarray(rows.snippets[start : start + BLOCK_ROWS], np.float32)
+        with np.errstate(over="ignore"):  # what float32 cannot hold is named below
+            block = np.asarray(rows.snippets[start : start + BLOCK_ROWS], np.float32)
         reasons = unusable_rows(block, space)
         if reasons:
             row = start + min(reasons)

@@ -59,7 +59,7 @@ def dedup(
         bank = edit.bank
         twins = find_duplicates(bank, threshold, progress)
         details = _groups(bank, twins)
-        if not twins:
+        if not twins and edit.in_place:
             return edit.unchanged(details=details)
         stay = np.setdiff1d(np.arange(len(bank)), np.array(list(twins), np.int64))
         return keep_only(edit, stay, **details)
@@ -162,7 +162,9 @@ def coreset(
         rows = edit.bank.rows()
         if not 1 <= num_rows < len(rows):
             raise ConfigError(
-                f"num_rows must be 1 to {len(rows) - 1}, below the active rows; got {num_rows}", key="num_rows"
+                f"a coreset has at least one row and fewer than the {len(rows)} active ones of {edit.bank.path}: {num_rows} were "
+                "asked for",
+                key="num_rows",
             )
         if seed < 0 or iterations < 1:
             raise ConfigError(

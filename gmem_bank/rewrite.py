@@ -5,9 +5,12 @@ Shapes: n rows of a segment, R_k columns, m kept coefficients.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +18,11 @@ import numpy as np
 from gmem_bank import kinds, segments, streams
 from gmem_bank.bank import MemoryBank
 from gmem_bank.draft import MAX_SEGMENTS, Draft
-from gmem_bank.editing import EditReport, editing
-from gmem_bank.errors import ConfigError, OutputExistsError
+from gmem_bank.editing import EditReport, editing, labels_needed
+from gmem_bank.errors import ConfigError, GMemError, OutputExistsError
 from gmem_bank.keys import filtered as filtered_keys
 from gmem_bank.keys import require_offsets
-from gmem_bank.storage import Payload, atomic, real_target, write
+from gmem_bank.storage import Payload, atomic, previous, real_target, write
 from gmem_bank.storage.schema import Header, Segment
 
 
@@ -41,9 +44,21 @@ def save(bank: MemoryBank, output: str | os.PathLike[str], *, overwrite: bool = 
     """
     target = real_target(output)
     with atomic.locked(target):
+        header, payloads = Draft(bank, target).finish(None)
         if not overwrite and target.exists():
-            raise OutputExistsError(f"{target} exists: choose another name, or give --overwrite", path=target)
-        return write(target, *Draft(bank, target).finish(None))
+            return _there_already(target, replace(header, hashes=bank.header.hashes))
+        written = write(target, header, {name: streams.verified(payload) for name, payload in payloads.items()})
+        previous.tidy(target, labels_needed(written))
+        return written
+
+
+def _there_already(target: Path, wanted: Header) -> Header:
+    """Return the header of the bank at a path if it is the one that would be written; raises OutputExistsError."""
+    with contextlib.suppress(GMemError):
+        found = kinds.open(target).header
+        if found.to_json() == wanted.to_json():
+            return found
+    raise OutputExistsError(f"{target} exists: choose another name, or give --overwrite", path=target)
 
 
 def shard(
@@ -61,12 +76,12 @@ def shard(
     """
     if rows_per_segment is not None and rows_per_segment < 1:
         raise ConfigError(f"rows_per_segment must be at least 1, got {rows_per_segment}", key="rows_per_segment")
+    if rows_per_segment is None:
+        return _as_it_is(bank_path, output)
     with editing(bank_path, "shard", {"rows_per_segment": rows_per_segment}, output=output) as edit:
         if edit.made is not None:
             return edit.unchanged()
         draft = edit.draft()
-        if rows_per_segment is None:
-            return _as_it_is(bank_path, output)
         parts = [part for segment in draft.segments for part in _cut(draft, segment, rows_per_segment)]
         if len(parts) > MAX_SEGMENTS:
             raise ConfigError(
@@ -78,8 +93,7 @@ def shard(
 
 
 def _as_it_is(bank_path: str | os.PathLike[str], output: str | os.PathLike[str]) -> EditReport:
-    bank = kinds.open(bank_path)
-    header = write(real_target(output), *Draft(bank, real_target(output)).finish(None))
+    header = save(kinds.open(bank_path), output, overwrite=False)
     return EditReport(
         operation="shard", bank=str(bank_path), output=str(output), num_rows=header.num_rows,
         details={"num_segments": len(header.segments)}, fingerprint=header.fingerprint,
@@ -134,8 +148,7 @@ def compact(
         undo: keep the bank as it was for `undo`.
     """
     with editing(bank_path, "compact", {}, output=output, dry_run=dry_run, undo=undo) as edit:
-        in_place = edit.target.resolve() == edit.bank.path.resolve()
-        if edit.made is not None or (in_place and len(edit.bank.header.segments) == 1):
+        if edit.made is not None or (edit.in_place and len(edit.bank.header.segments) == 1):
             return edit.unchanged(details={"segments_before": len(edit.bank.header.segments), "num_segments": 1})
         draft = edit.draft()
         before = len(draft.segments)

@@ -75,5 +75,5 @@ def unusable_rows(snippets: NDArray[np.float32], space: Space) -> dict[int, str]
     if space == "unit":
         norms = np.linalg.norm(snippets.astype(np.float64), axis=1)
         for row in np.flatnonzero(norms < TINY_NORM):
-            reasons.setdefault(int(row), "its snippet is all zeros (nothing for the encoder to see in the image)")
+            reasons.setdefault(int(row), "its snippet is all zeros, or so short that it has no direction")
     return reasons

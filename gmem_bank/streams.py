@@ -36,6 +36,11 @@ def checked(payload: Payload) -> Iterator[bytes | memoryview]:
         )
 
 
+def verified(payload: Payload) -> Payload:
+    """Return the payload, its bytes checked against its hash while they are copied."""
+    return replace(payload, blocks=lambda: checked(payload))
+
+
 def read(payload: Payload) -> NDArray[Any]:
     """Return a payload as a new array; raises CorruptError where it does not match its hash."""
     data = b"".join(checked(payload))

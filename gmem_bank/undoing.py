@@ -59,11 +59,15 @@ def _restore(bank: MemoryBank, last: Mapping[str, Any], dry_run: bool) -> Header
     label = f"{len(bank.history) - 1}-{str(last['parent'])[:12]}"
     if label not in previous.labels(bank.path):
         raise GMemError(
-            f"{bank.path}: the bank before {last['operation']!r} is not kept: the edit was made with --no-undo or with -o, or "
-            "the file was moved away from its hidden one",
+            f"{bank.path}: the bank before {last['operation']!r} is not kept. Of edits that do more than append only the last "
+            "can be undone, once, and not where it was made with --no-undo or with -o, or the file was moved since",
             path=bank.path,
         )
-    header = previous.open_previous(bank.path, label).header
+    kept = previous.open_previous(bank.path, label)
+    for payload in kept.payloads().values():  # a damaged state must not take the place of a sound bank
+        for _ in streams.checked(payload):
+            pass
+    header = kept.header
     if header.fingerprint != last["parent"] or header.history != bank.history[:-1]:
         raise GMemError(f"{bank.path}: the state kept is not the one before {last['operation']!r}", path=bank.path)
     if not dry_run:

@@ -111,8 +111,9 @@ def encode(folder: Path, items: list[Item], runs: int) -> dict[str, Any]:
         works: dict[str, Callable[[], Any]] = {}
         for name, encoder in encoders.items():
             works[f"bare forward {name}"] = lambda e=encoder: [e.encode(crops) for _ in range(num_batches)]
-            works[f"build {name}"] = lambda e=encoder, n=name: gmem_bank.build(
-                items[0].path.parent, e, folder / f"{n}-{run}.safetensors", batch_size=BATCH
+            target = folder / f"{name}-{run}.safetensors"
+            works[f"build {name}"] = lambda e=encoder, t=target: gmem_bank.build(
+                items[0].path.parent, e, t, batch_size=BATCH
             )
         works["plain fp32 loop"] = lambda: [
             encoders["fp32"].encode(np.stack([decode_one(i, gmem_preprocessing())[1] for i in own]))

@@ -113,7 +113,9 @@ def _insert_array(
             "--same-encoder"
         )
     rows = gmem_bank.read_array(Path(images[0]))
-    return gmem_bank.insert_snippets(bank, rows, name=name or Path(images[0]).stem, report=report, **edit)
+    return gmem_bank.insert_snippets(
+        bank, rows, name=Path(images[0]).stem if name is None else name, report=report, **edit
+    )
 
 
 def _insert_images(

@@ -116,6 +116,11 @@ def list_rows(bank: str, concept: str | None, limit: int | None, as_json: bool) 
         note(f"{len(rows) - len(shown)} more rows: raise --limit")
 
 
+def _shortened(text: str, most: int = 80) -> str:
+    """Return a text on one line, cut where it is long; --json has it whole."""
+    return printable(text if len(text) <= most else f"{text[: most - 1]}…")
+
+
 @click.command()
 @bank_argument
 @json_option
@@ -128,7 +133,7 @@ def history(bank: str, as_json: bool) -> None:
         print_json(entries)
         return
     for number, entry in enumerate(entries):
-        arguments = " ".join(f"{name}={value}" for name, value in entry.get("arguments", {}).items())
+        arguments = " ".join(_shortened(f"{name}={value}") for name, value in entry.get("arguments", {}).items())
         click.echo(f"{number}\t{entry['operation']}\t{entry.get('num_rows', '')} rows\t{arguments}")
 
 

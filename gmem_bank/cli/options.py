@@ -80,4 +80,4 @@ def print_edit(report: Any, as_json: bool, what: str, unchanged: str = "") -> No
     done = " ".join([", ".join(changes), what]) if changes else what.strip("()")
     click.echo(f"{report.output}: {would}{done}, {would}{report.num_rows} rows{now}")
     if report.dropped_concepts:
-        click.echo(f"these concepts lose their last row too: {', '.join(map(printable, report.dropped_concepts))}")
+        click.echo(f"concepts that lose their last row: {', '.join(map(printable, report.dropped_concepts))}")

@@ -71,8 +71,8 @@ def import_(
 @json_option
 @quiet_option
 def export(
-    bank: str, output: str, form: str | None, vectors: bool, coordinates: str | None, as_json: bool, quiet: bool
-) -> None:
+    bank: str, output: str, form: str | None, vectors: bool, coordinates: str | None, overwrite: bool, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
     """Write BANK for other programs: a Parquet table, or the tensors that the official GMem code reads.
 
     The official tensors come as safetensors; pickles are never written. In Python,
@@ -82,7 +82,9 @@ def export(
     from gmem_bank.progress import ProgressBar
 
     opened = gmem_bank.open(bank)
-    chosen = form or ("official" if output.endswith(".safetensors") else "parquet")
+    chosen = form or ("official" if output.lower().endswith(".safetensors") else "parquet")
+    if overwrite and chosen == "official":
+        raise click.UsageError("official tensors are written to a new file: --overwrite is for tables")
     if chosen == "official":
         print_edit(gmem_bank.export_official(opened, output), as_json, "as official tensors")
         return
@@ -92,7 +94,9 @@ def export(
 
         place = project(opened, method=coordinates, num_rows=len(opened)).coordinates
     with ProgressBar("export", "row", quiet=quiet) as progress:
-        report = gmem_bank.export_parquet(opened, output, vectors=vectors, coordinates=place, progress=progress)
+        report = gmem_bank.export_parquet(
+            opened, output, vectors=vectors, coordinates=place, overwrite=overwrite, progress=progress
+        )
     if as_json:
         print_json(report.to_json())
         return
@@ -108,14 +112,15 @@ def export(
 @click.option("--method", type=click.Choice(["pca", "tsne"]), default="pca", show_default=True, help="Of the map.")
 @click.option("--rows", type=click.IntRange(min=1), default=5000, show_default=True, help="Rows on the map at most.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Draws those rows.")
+@click.option("--overwrite", is_flag=True, help="Replace FILE where it exists.")
 @click.option(
     "--thumbnails/--no-thumbnails", default=True, show_default=True, help="Pictures of rows whose image is there."
 )
 @json_option
 @quiet_option
 def plot(
-    bank: str, output: str | None, what: tuple[str, ...], method: str, rows: int, seed: int, thumbnails: bool, as_json: bool,
-    quiet: bool,
+    bank: str, output: str | None, what: tuple[str, ...], method: str, rows: int, seed: int, overwrite: bool, thumbnails: bool,
+    as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Draw BANK: its singular values, a map of its rows by concept, and how near neighbours are."""
     from pathlib import Path
@@ -128,7 +133,7 @@ def plot(
     with ProgressBar("thumbnails", "image", quiet=quiet) as progress:
         report = gmem_bank.plot(
             gmem_bank.open(bank), target, method=method, num_rows=rows, seed=seed, thumbnails=thumbnails,
-            progress=progress, **options,
+            overwrite=overwrite, progress=progress, **options,
         )  # fmt: skip
     if as_json:
         print_json(report.to_json())

@@ -106,7 +106,7 @@ def diff(first: str, second: str, exit_code: bool, as_json: bool) -> None:
 
 def _print_diff(report: Any) -> None:
     if report.same:
-        click.echo(f"no difference ({report.num_common} rows)")
+        click.echo(f"no difference beyond float32 rounding ({report.num_common} rows)")
         return
     for name, (ours, theirs) in report.different_fields.items():
         click.echo(f"{name}: {ours} → {theirs}")

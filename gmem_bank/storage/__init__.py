@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from gmem_bank.errors import FormatError
+from gmem_bank.errors import BankNotFoundError, FormatError
 from gmem_bank.storage.payload import Payload
 from gmem_bank.storage.schema import Header
 from gmem_bank.storage.stored import StoredBank
@@ -49,6 +49,11 @@ def real_target(output: str | os.PathLike[str]) -> Path:
 
 def open_stored(path: str | os.PathLike[str]) -> StoredBank:
     """Open a bank file or folder; raises BankNotFoundError, FormatError or CorruptError."""
+    if not Path(path).exists():
+        raise BankNotFoundError(
+            f"no bank at {path}: build one with 'gmem-bank build SOURCE -o {path}', or name another with --bank",
+            path=path,
+        )
     target = require_known_suffix(path)
     stored: StoredBank = _store(target).open_bank(target)
     return stored

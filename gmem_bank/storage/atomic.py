@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from gmem_bank.errors import LockedError, WriteError
+from gmem_bank.errors import LockedError, OutputExistsError, WriteError
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +43,9 @@ def explain(error: OSError, path: Path, needed: int | None = None) -> WriteError
     reason = error.strerror or str(error)
     size = "" if needed is None else f" ({needed:,} bytes were needed, {_free(path.parent):,} are free there)"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        hint = "Free some space or write elsewhere with -o, then run the same command again."
+        hint = "Free some space or write elsewhere, then run the same command again."
     elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        hint = "Write elsewhere with -o."
+        hint = "Write elsewhere."
     else:
         hint = "Run the same command again once the disk answers."
     return WriteError(f"could not write {path}: {reason}{size}. What was there before still stands. {hint}", path=path)
@@ -121,6 +121,12 @@ def making_folder(path: Path) -> Iterator[Path]:
         _discard(temporary)
         raise
     sync_folder(path.parent)
+
+
+def require_free(path: Path, overwrite: bool) -> None:
+    """Raise OutputExistsError where something is at a path and must not be overwritten."""
+    if not overwrite and path.exists():
+        raise OutputExistsError(f"{path} exists: choose another name with -o, or give --overwrite", path=path)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

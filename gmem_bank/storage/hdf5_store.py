@@ -9,8 +9,10 @@ The user block holds the magic "GMEM-H5" and a line feed, its own size in 8 digi
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -253,16 +255,27 @@ def _num_bytes(payload: Payload) -> int:
 
 def _lay_out(path: Path, payloads: Mapping[str, Payload], room: int) -> tuple[int, dict[str, int]]:
     """Create the file's structure; return the size of its user block and the offset of each dataset."""
-    import h5py
-
     block = _block_size(len(_record(2**62, [[2**62, 2**62]] * (len(payloads) + 1), "0" * 64)))
     shapes = {name: (payload.dtype, payload.shape) for name, payload in payloads.items()} | {HEADER: ("U8", (room,))}
+    try:
+        return block, _created(path, shapes, block)
+    except (RuntimeError, OSError) as error:  # HDF5 tells of a full disk by whatever fails first
+        free, needed = shutil.disk_usage(path.parent).free, sum(_num_bytes(payload) for payload in payloads.values())
+        raise OSError(
+            errno.ENOSPC if free < needed + (1 << 20) else errno.EIO, "HDF5 could not lay the file out"
+        ) from error
+
+
+def _created(path: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]], block: int) -> dict[str, int]:
+    """Create empty datasets; return name → offset."""
+    import h5py
+
     with h5py.File(
         path, "w", userblock_size=block, libver=("v110", "v110"), alignment_threshold=1, alignment_interval=ALIGNMENT
     ) as root:
         for name, (dtype, shape) in shapes.items():
             _create(root, name, dtype, shape)
-        return block, {name: root[name].id.get_offset() if root[name].size else 0 for name in shapes}
+        return {name: root[name].id.get_offset() if root[name].size else 0 for name in shapes}
 
 
 def _create(root: h5py.File, name: str, dtype: str, shape: tuple[int, ...]) -> None:

@@ -68,6 +68,7 @@ def import_(
     default=None,
     help="Parquet: columns x and y, a map of all rows.",
 )
+@click.option("--overwrite", is_flag=True, help="Replace FILE where it exists.")
 @json_option
 @quiet_option
 def export(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import gmem_bank
-from gmem_bank import kinds
+from gmem_bank import editing, kinds
 from gmem_bank.bank import MemoryBank
 from gmem_bank.errors import (
     ConceptExistsError,
@@ -21,9 +21,12 @@ from gmem_bank.errors import (
     OutputExistsError,
     SourceError,
     UnknownKeyError,
+    WriteError,
 )
 from gmem_bank.novelty import compare_with_bank
+from gmem_bank.query import snippet_or_image
 from gmem_bank.selection import Selection, rows_selected
+from gmem_bank.storage import folder_store
 from tests.conftest import BankMaker, stored_oracle
 
 FORMS = ["bank.safetensors", "bank.h5", "bank.gmem"]
@@ -596,3 +599,123 @@ def test_past_64_segments_an_edit_joins_them(make_bank: BankMaker) -> None:
     np.testing.assert_array_equal(joined.snippets(np.arange(64)), bank.snippets(bank.rows()))
     gmem_bank.undo(bank.path)
     assert files(bank.path) == before
+
+
+# -- what users and attackers found
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_damaged_kept_state_never_takes_the_place_of_a_sound_bank(make_bank: BankMaker, form: str) -> None:
+    """undo checks every hash of the state before it goes back to it."""
+    bank = make_bank(form)
+    gmem_bank.remove_concept(bank.path, "class1")
+    sound = files(bank.path)
+    if bank.path.is_dir():
+        current = set(folder_store.files_of(bank.path))
+        kept = next(f for f in bank.path.glob("segment-*") if f.name not in current)
+    else:
+        kept = next(Path.cwd().glob(".undo-*"))
+    data = bytearray(kept.read_bytes())
+    place = bank.stored.place("0/snippets").begin + 5
+    data[place] ^= 1
+    kept.write_bytes(data)
+    with pytest.raises(GMemError, match="does not match its hash"):
+        gmem_bank.undo(bank.path)
+    assert files(bank.path) == sound
+
+
+def test_conversion_of_a_damaged_bank_is_refused(make_bank: BankMaker) -> None:
+    """convert and shard check what they copy, and leave nothing."""
+    bank = make_bank()
+    data = bytearray(bank.path.read_bytes())
+    data[bank.stored.place("0/snippets").begin + 9] ^= 4
+    bank.path.write_bytes(data)
+    damaged = kinds.open(bank.path)
+    for name in ("x.h5", "x.safetensors", "x.gmem"):
+        with pytest.raises(GMemError, match="does not match its hash"):
+            gmem_bank.save(damaged, name)
+    with pytest.raises(GMemError, match="does not match its hash"):
+        gmem_bank.shard(bank.path, "y.gmem")
+    assert [path.name for path in Path.cwd().iterdir()] == [bank.path.name]
+
+
+def test_another_picture_under_the_same_name_is_another_edit(photos: Path) -> None:
+    """A repeated command is only 'done already' where its images are the same."""
+    encoder = gmem_bank.load_encoder("hog")
+    gmem_bank.build(photos, encoder, "bank.safetensors")
+    first, second = sorted((photos / "hat").iterdir())[:2]
+    resolve = lambda bank, item: snippet_or_image(bank, item, lambda: encoder)  # noqa: E731
+    Path("q.jpg").write_bytes(first.read_bytes())
+    gmem_bank.compose("bank.safetensors", "q.jpg", name="c", resolve=resolve)
+    assert gmem_bank.compose("bank.safetensors", "q.jpg", name="c", resolve=resolve).unchanged
+    Path("q.jpg").write_bytes(second.read_bytes())
+    with pytest.raises(ConceptExistsError):
+        gmem_bank.compose("bank.safetensors", "q.jpg", name="c", resolve=resolve)
+
+
+def test_nothing_to_do_still_writes_the_output_that_was_asked_for(make_bank: BankMaker) -> None:
+    """With -o the next step of a script finds its file; in place nothing is written, and no history grows."""
+    bank = make_bank()
+    gmem_bank.dedup(bank.path, threshold=1.0, output="a.safetensors")
+    gmem_bank.unmask(bank.path, output="b.h5")
+    for name in ("a.safetensors", "b.h5"):
+        assert gmem_bank.diff(bank.path, name).same
+    gmem_bank.save(bank, "twin.safetensors")
+    before = files(bank.path)
+    report = gmem_bank.merge(bank.path, ["twin.safetensors"], on_duplicate="first")
+    assert report.unchanged
+    assert files(bank.path) == before
+
+
+def test_hdf5_arrays_that_lie_elsewhere_are_not_read(make_bank: BankMaker) -> None:
+    """External storage, links, virtual and compressed datasets, and sizes that the file does not have: refused."""
+    bank = make_bank()
+    Path("secret").write_bytes(bytes(range(256)) * 4)
+    ones = np.ones((4, 8), np.float32)
+    with h5py.File("plain.h5", "w") as stored:
+        stored["snippets"] = ones
+    with h5py.File("external.h5", "w") as stored:
+        stored.create_dataset("snippets", (4, 8), "u1", external=[("secret", 0, 32)])
+    with h5py.File("link.h5", "w") as stored:
+        stored["snippets"] = h5py.ExternalLink("plain.h5", "snippets")
+    with h5py.File("virtual.h5", "w") as stored:
+        layout = h5py.VirtualLayout((4, 8), "f4")
+        layout[:] = h5py.VirtualSource("plain.h5", "snippets", (4, 8))
+        stored.create_virtual_dataset("snippets", layout)
+    with h5py.File("gzip.h5", "w") as stored:
+        stored.create_dataset("snippets", data=ones, compression="gzip")
+    with h5py.File("huge.h5", "w") as stored:
+        stored.create_dataset("snippets", (600_000_000, 8), "f4")
+    Path("empty.npy").touch()
+    np.savez_compressed("bomb.npz", snippets=np.zeros((1_000_000, 8)))
+    for name in ("external.h5", "link.h5", "virtual.h5", "gzip.h5", "huge.h5", "empty.npy", "bomb.npz"):
+        with pytest.raises(SourceError):
+            gmem_bank.read_array(Path(name))
+    assert gmem_bank.insert_snippets(bank.path, gmem_bank.read_array(Path("plain.h5")), name="x").num_added == 4
+
+
+def test_overwriting_a_bank_forgets_the_states_of_the_old_one(make_bank: BankMaker) -> None:
+    """convert --overwrite leaves no hidden file that nobody can use."""
+    bank = make_bank()
+    other = make_bank("other.h5", seed=3)
+    gmem_bank.remove_concept(bank.path, "class1")
+    assert list(Path.cwd().glob(".undo-*"))
+    gmem_bank.save(other, bank.path)
+    assert not list(Path.cwd().glob(".*"))
+
+
+def test_an_edit_that_fails_leaves_no_kept_state_of_its_own(
+    make_bank: BankMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk: the bank, and the folder, are as before."""
+    bank = make_bank()
+    before = files(bank.path)
+
+    def full(*_: object) -> None:
+        raise WriteError("no space")
+
+    monkeypatch.setattr(editing, "write", full)
+    with pytest.raises(WriteError):
+        gmem_bank.remove_concept(bank.path, "class1")
+    assert files(bank.path) == before
+    assert [path.name for path in Path.cwd().iterdir()] == [bank.path.name]

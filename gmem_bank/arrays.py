@@ -6,6 +6,7 @@ Shapes: n rows, D dimensions.
 from __future__ import annotations
 
 import hashlib
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,7 +61,7 @@ def read_array(path: Path) -> ArrayRows:
     """
     try:
         named = _read_any(path)
-    except (OSError, ValueError, KeyError, ImportError, EOFError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, EOFError, RuntimeError, zlib.error) as error:
         raise SourceError(f"could not read {path}: {error}", path=path) from error
     keys = next((named.pop(name) for name in KEY_NAMES if name in named), None)
     name = next((name for name in SNIPPET_NAMES if name in named), None) or (
@@ -146,4 +147,7 @@ def _keys(path: Path, stored: NDArray[Any] | None, num_rows: int) -> list[str]:
         raise SourceError(
             f"{path}: its keys are {stored.dtype} of shape {list(stored.shape)}, expected {num_rows} texts", path=path
         )
-    return [key.decode() if isinstance(key, bytes) else str(key) for key in stored.tolist()]
+    try:
+        return [key.decode() if isinstance(key, bytes) else str(key) for key in stored.tolist()]
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: its keys are not UTF-8: {error}", path=path) from error

@@ -40,6 +40,8 @@ class DiffReport:
     """Common rows whose snippets differ; where the dimensions differ they are not compared."""
     changed: list[dict[str, Json]] = field(default_factory=list)
     """{"key", "cosine", "largest": largest difference of an element}."""
+    num_not_compared: int = 0
+    """Common rows that both banks hide, or whose dimensions differ: their snippets were not looked at."""
     num_mask_changed: int = 0
     """Common rows that only one of the banks hides."""
     concepts_only_first: list[str] = field(default_factory=list)
@@ -51,7 +53,9 @@ class DiffReport:
     def same(self) -> bool:
         """Whether nothing differs."""
         facts = asdict(self)
-        return not any(value for name, value in facts.items() if name not in ("first", "second", "num_common"))
+        return not any(
+            value for name, value in facts.items() if name not in ("first", "second", "num_common", "num_not_compared")
+        )
 
     def to_json(self) -> dict[str, Json]:
         """Return the report as a JSON object."""
@@ -116,8 +120,9 @@ def _compare_rows(report: DiffReport, first: MemoryBank, second: MemoryBank) -> 
         rows, there = rows[there >= 0], there[there >= 0]
         report.num_common += len(rows)
         report.num_mask_changed += int((shown_first[rows] != shown_second[there]).sum())
-        both = shown_first[rows] & shown_second[there]
-        if first.dim == second.dim and both.any():
+        both = shown_first[rows] & shown_second[there] & (first.dim == second.dim)
+        report.num_not_compared += int((~both).sum())
+        if both.any():
             _compare_snippets(report, first, second, rows[both], there[both])
         first.stored.release()
         second.stored.release()
@@ -130,7 +135,8 @@ def _compare_snippets(
     cosines = np.vecdot(to_space(a, "unit").astype(np.float64), to_space(b, "unit").astype(np.float64))
     largest = np.abs(a - b).max(axis=1)
     sizes = np.maximum(np.abs(a).max(axis=1), 1e-30)
-    changed = np.flatnonzero((1 - cosines > TOLERANCE) | (largest > 1e-5 * sizes))
+    turned = (1 - cosines > TOLERANCE) & (largest > 0)  # two rows of zeros have no angle between them
+    changed = np.flatnonzero(turned | (largest > 1e-5 * sizes))
     report.num_changed += len(changed)
     shown = changed[: SHOWN - len(report.changed)]
     for place, key in zip(shown.tolist(), first.keys(rows[shown]), strict=True):
@@ -138,10 +144,11 @@ def _compare_snippets(
 
 
 def _compare_concepts(report: DiffReport, first: MemoryBank, second: MemoryBank) -> None:
-    report.concepts_only_first = [name for name in first.names if name not in second.names]
-    report.concepts_only_second = [name for name in second.names if name not in first.names]
+    ours, theirs = set(first.names), set(second.names)
+    report.concepts_only_first = [name for name in first.names if name not in theirs]
+    report.concepts_only_second = [name for name in second.names if name not in ours]
     for name in first.names:
-        if name in second.names:
+        if name in theirs:
             a, b = (set(bank.keys(bank.all_rows_of(name))) for bank in (first, second))
             counts: dict[str, Any] = {"removed": len(a - b), "added": len(b - a)}
             if any(counts.values()):

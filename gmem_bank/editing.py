@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from gmem_bank.errors import GMemError, OutputExistsError
 from gmem_bank.provenance import Json
 from gmem_bank.storage import atomic, previous, real_target, write
 from gmem_bank.storage.schema import Header
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +131,7 @@ def editing(
         LockedError: another process is editing it.
     """
     target = real_target(bank_path if output is None else output)
+    kinds.open(bank_path)  # where there is no bank, no folder is made for its lock
     with contextlib.nullcontext() if dry_run else atomic.locked(target):
         bank = kinds.open(bank_path)
         made = result_of(bank, target, operation, arguments)
@@ -184,7 +188,10 @@ def commit(bank: MemoryBank, target: Path, header: Header, payloads: Mapping[str
         if target.exists():
             previous.tidy(target, labels_needed(bank.header))
         raise
-    previous.tidy(target, labels_needed(final))
+    try:
+        previous.tidy(target, labels_needed(final))
+    except GMemError as error:  # the edit is done: what could not be cleared away is no failure of it
+        logger.warning("could not clear what older states of %s have left: %s", target, error)
     return final
 
 

@@ -68,7 +68,7 @@ def filtered_table(
 
 def hashes_of(keys: Iterable[str]) -> NDArray[np.uint64]:
     """Return the (N,) uint64 hashes of keys: the first 8 bytes of blake2b(key, digest_size=8), little-endian."""
-    digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
+    digests = b"".join(hashlib.blake2b(key.encode(errors="backslashreplace"), digest_size=8).digest() for key in keys)
     return np.frombuffer(digests, "<u8").astype(np.uint64)
 
 

@@ -23,6 +23,7 @@ QUERY_ROWS = 2048
 SHOWN = 20
 POINTS_PER_CENTROID = 256
 """Rows a centroid is trained on at most; more change it little."""
+MOST_TRAINING_ROWS = 262_144
 MANY_CENTROIDS = 2048
 """Up to this many start by k-means++ (Arthur & Vassilvitskii 2007), more by its sampled form AFK-MC² (Bachem et al. 2016)."""
 
@@ -141,7 +142,7 @@ def coreset(
 
     Centroids start by k-means++ and are trained by FAISS (spherical in unit space) on at most 256 rows each; then one pass
     over the bank assigns every active row and takes of each cluster the row nearest to its centroid. Where a cluster is empty,
-    the row that is farthest from its own centroid is taken instead.
+    the row that is farthest from its own centroid is taken instead. Masked rows stay.
 
     Args:
         bank_path: the bank.
@@ -171,7 +172,8 @@ def coreset(
                 f"seed must be 0 or more and iterations 1 or more, got {seed} and {iterations}", key="seed"
             )
         medoids, mean_cosine = find_medoids(edit.bank, num_rows, seed, iterations, progress)
-        return keep_only(edit, medoids, mean_cosine_to_centroid=round(mean_cosine, 6))
+        masked = np.setdiff1d(np.arange(len(edit.bank)), rows)
+        return keep_only(edit, np.union1d(medoids, masked), mean_cosine_to_centroid=round(mean_cosine, 6))
 
 
 def find_medoids(
@@ -181,7 +183,7 @@ def find_medoids(
     faiss = require_faiss()
     rows = bank.rows()
     rng = np.random.Generator(np.random.PCG64(seed))
-    most = POINTS_PER_CENTROID * k
+    most = max(k, min(POINTS_PER_CENTROID * k, MOST_TRAINING_ROWS))
     training = rows if len(rows) <= most else np.sort(rng.choice(rows, most, replace=False))
     spherical = bank.space == "unit"
     start_with = (
@@ -191,7 +193,11 @@ def find_medoids(
         bank.dim, k, niter=iterations, seed=seed, spherical=spherical, max_points_per_centroid=POINTS_PER_CENTROID,
         min_points_per_centroid=1, init_method=start_with,
     )  # fmt: skip
-    kmeans.train(np.concatenate([snippets for _, snippets in bank.snippet_blocks(training)]))
+    sample = np.empty((len(training), bank.dim), np.float32)
+    for start, snippets in bank.snippet_blocks(training):
+        sample[start : start + len(snippets)] = snippets
+    kmeans.train(sample)
+    del sample
     nearest = np.full(k, -1, np.int64)
     smallest = np.full(k, np.inf, np.float32)
     distances, total = np.empty(len(rows), np.float32), 0.0

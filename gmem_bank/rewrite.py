@@ -25,6 +25,9 @@ from gmem_bank.keys import require_offsets
 from gmem_bank.storage import Payload, atomic, previous, real_target, write
 from gmem_bank.storage.schema import Header, Segment
 
+KNOWN = {"snippets", "coefficients", "values", "index", "scale", "keys.bytes", "keys.offsets", "source"}
+"""What a segment may hold, as far as this version knows."""
+
 
 def save(bank: MemoryBank, output: str | os.PathLike[str], *, overwrite: bool = True) -> Header:
     """Write a bank to another file or folder, in the form that the suffix names; rows, values and history stay.
@@ -47,9 +50,18 @@ def save(bank: MemoryBank, output: str | os.PathLike[str], *, overwrite: bool = 
         header, payloads = Draft(bank, target).finish(None)
         if not overwrite and target.exists():
             return _there_already(target, replace(header, hashes=bank.header.hashes))
+        if target.exists() and target.resolve() == bank.path.resolve():
+            _require_unchanged(bank)
         written = write(target, header, {name: streams.verified(payload) for name, payload in payloads.items()})
         previous.tidy(target, labels_needed(written))
         return written
+
+
+def _require_unchanged(bank: MemoryBank) -> None:
+    """Raise GMemError where the file is no longer the bank that was opened: writing that one back would undo an edit."""
+    there = kinds.open(bank.path).header
+    if (there.fingerprint, there.history) != (bank.fingerprint, bank.header.history):
+        raise GMemError(f"{bank.path} was edited since it was opened: open it again", path=bank.path)
 
 
 def _there_already(target: Path, wanted: Header) -> Header:
@@ -109,9 +121,17 @@ def _numbered(parts: Sequence[tuple[Segment, dict[str, Payload]]]) -> list[tuple
 
 def _cut(draft: Draft, segment: Segment, rows: int) -> list[tuple[Segment, dict[str, Payload]]]:
     entries = draft.segment_entries(segment)
+    if set(entries) - KNOWN:
+        odd = sorted(set(entries) - KNOWN)[0]
+        raise GMemError(
+            f"{draft.bank.path}: segment {segment.name} has an entry {odd!r} of a later version: it is not cut"
+        )
     bounds = [*range(0, segment.num_rows, rows), segment.num_rows]
     if len(bounds) == 2:
         return [(segment, entries)]
+    for payload in entries.values():
+        for _ in streams.checked(payload):  # once for all parts
+            pass
     text, offsets = streams.read(entries["keys.bytes"]), streams.read(entries["keys.offsets"])
     require_offsets(offsets, len(text), draft.bank.path)
     parts = []
@@ -149,7 +169,8 @@ def compact(
     """
     with editing(bank_path, "compact", {}, output=output, dry_run=dry_run, undo=undo) as edit:
         if edit.made is not None or (edit.in_place and len(edit.bank.header.segments) == 1):
-            return edit.unchanged(details={"segments_before": len(edit.bank.header.segments), "num_segments": 1})
+            count = len(edit.bank.header.segments)
+            return edit.unchanged(details={"segments_before": count, "num_segments": count})
         draft = edit.draft()
         before = len(draft.segments)
         join_segments(draft)
@@ -177,6 +198,8 @@ def join_if_many(draft: Draft) -> None:
 
 def _alike(entries: dict[str, Payload]) -> tuple[Any, ...]:
     """Return what two segments must share to be joined without a change of value."""
+    if set(entries) - KNOWN:  # of a later minor version: kept as they are
+        return tuple(sorted(entries)), id(entries)
     kinds_of = tuple((what, entries[what].dtype) for what in ("snippets", "coefficients", "values") if what in entries)
     return (*kinds_of, streams.read(entries["scale"]).tobytes() if "scale" in entries else b"")
 

@@ -38,7 +38,7 @@ def checked(payload: Payload) -> Iterator[bytes | memoryview]:
 
 def verified(payload: Payload) -> Payload:
     """Return the payload, its bytes checked against its hash while they are copied."""
-    return replace(payload, blocks=lambda: checked(payload))
+    return replace(payload, blocks=lambda: checked(payload), part=None)
 
 
 def read(payload: Payload) -> NDArray[Any]:
@@ -91,11 +91,22 @@ def filtered(payload: Payload, keep: NDArray[np.bool_]) -> Payload:
             if len(kept):
                 yield _bytes(kept)
 
-    return replace(payload, shape=(int(keep.sum()), *payload.shape[1:]), blocks=blocks, sha256=None)
+    return replace(payload, shape=(int(keep.sum()), *payload.shape[1:]), blocks=blocks, sha256=None, part=None)
 
 
 def sliced(payload: Payload, begin: int, end: int) -> Payload:
-    """Return rows begin to end; the payload itself where that is all of them."""
+    """Return rows begin to end; the payload itself where that is all of them.
+
+    Of a stored entry only those rows are read, so they are not checked: whoever cuts one checks it whole, once.
+    """
+    if (begin, end) == (0, payload.shape[0]):
+        return payload
+    part = payload.part
+    if part is not None:
+        row_bytes = np.dtype(NUMPY_DTYPE[payload.dtype]).itemsize * math.prod(payload.shape[1:])
+        shape = (end - begin, *payload.shape[1:])
+        own = lambda: part(begin * row_bytes, end * row_bytes)  # noqa: E731
+        return replace(payload, shape=shape, blocks=own, sha256=None, part=None)
     keep = np.zeros(payload.shape[0], np.bool_)
     keep[begin:end] = True
     return filtered(payload, keep)

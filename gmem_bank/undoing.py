@@ -7,6 +7,7 @@ Shapes: N rows.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -36,7 +37,8 @@ def undo(bank_path: str | os.PathLike[str], *, dry_run: bool = False) -> EditRep
         LockedError, WriteError: another writer, or the disk refused; the bank stands.
     """
     target = real_target(bank_path)
-    with atomic.locked(target):
+    kinds.open(target)  # where there is no bank, no folder is made for its lock
+    with contextlib.nullcontext() if dry_run else atomic.locked(target):
         bank = kinds.open(target)
         if len(bank.history) < 2 or "parent" not in bank.history[-1]:
             raise GMemError(f"{target}: nothing to undo, it is as {_first_operation(bank)} left it", path=target)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from gmem_bank import factors, segments
 from gmem_bank.bank import MemoryBank
 from gmem_bank.draft import Draft
+from gmem_bank.errors import CorruptError
 from gmem_bank.kinds import FactoredBank
 from gmem_bank.storage import Payload
 from gmem_bank.storage.rules import COEFFICIENT_DTYPES, SNIPPET_DTYPES
@@ -33,7 +34,7 @@ def stored_dtype(bank: MemoryBank) -> str:
 def new_vectors(
     draft: Draft, blocks: Blocks, num_rows: int, *, grow_below: float | None = None
 ) -> tuple[dict[str, Payload], dict[str, Any]]:
-    """Return what new rows are stored as, in the type of the bank's last segment, and what was lost by it.
+    """Return what new rows are stored as, in the numeric type of the bank's last segment (all coefficients of each), and what was lost by it.
 
     A factored bank's basis grows where projection alone would lose what is new (see `factors.grow`); the draft then gets
     the grown basis.
@@ -48,7 +49,7 @@ def new_vectors(
     if not isinstance(bank, FactoredBank):
         return {"snippets": segments.snippet_payload(blocks, num_rows, bank.dim, stored_dtype(bank))}, {}
     snippets = np.concatenate(list(blocks()))
-    target = grow_below if grow_below is not None else float(bank.header.extras.get("grow_below", factors.GROW_BELOW))
+    target = grow_below if grow_below is not None else recorded_grow_below(bank)
     grown = factors.grow(snippets, bank.basis, bank.mean, below=target)
     num_grown = len(grown.basis) - bank.rank
     if num_grown:
@@ -64,6 +65,14 @@ def new_vectors(
         "cosine": {"mean": float(after.mean()), "min": float(after.min())},
     }  # fmt: skip
     return coefficient_payloads(grown.coefficients, stored_dtype(bank)), details
+
+
+def recorded_grow_below(bank: MemoryBank) -> float:
+    """Return the cosine that a factored bank asks of new rows; raises CorruptError where it is none."""
+    value = bank.header.extras.get("grow_below", factors.GROW_BELOW)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not -1 <= value <= 1:
+        raise CorruptError(f"{bank.path}: its grow_below is {value!r}, expected -1 to 1", path=bank.path)
+    return float(value)
 
 
 def coefficient_payloads(coefficients: NDArray[np.float32], dtype: str) -> dict[str, Payload]:

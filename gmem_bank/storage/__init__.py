@@ -44,6 +44,8 @@ def require_known_suffix(path: str | os.PathLike[str]) -> Path:
 def real_target(output: str | os.PathLike[str]) -> Path:
     """Return the file to write: a link is followed, so that the bank it leads to is the one replaced and locked."""
     target = require_known_suffix(output)
+    if target.name.startswith(".undo-"):
+        raise FormatError(f"{target} is a state that 'undo' goes back to: it is not written to", path=target)
     return target.resolve() if target.is_symlink() else target
 
 

@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -77,6 +78,8 @@ def replacing(path: Path, *, needed: int | None = None) -> Iterator[BinaryIO]:
         with temporary.open("w+b") as stream:
             yield stream
             stream.flush()
+            with contextlib.suppress(FileNotFoundError):
+                os.fchmod(stream.fileno(), stat.S_IMODE(path.stat().st_mode))  # who may read it stays as it was
             os.fsync(stream.fileno())
         temporary.replace(path)
     except OSError as error:

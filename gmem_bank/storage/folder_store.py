@@ -21,6 +21,10 @@ from gmem_bank.storage.stored import OpenFile, Place, StoredBank, naming
 SUFFIX = ".gmem"
 MANIFEST = "manifest.json"
 FORMAT = "gmem-bank-folder"
+_OUR_HIDDEN = re.compile(
+    r"\.undo-\d+-[0-9a-f]{12}\.manifest\.json|\.?\.(segment-[A-Za-z0-9_-]{1,64}|factors|tables)\.new(\.tmp)?|\.manifest\.json\.tmp"
+)
+"""What a killed writer of ours may leave; all else in the folder is somebody's."""
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}-[0-9a-f]{16}\.safetensors")
 
 
@@ -171,6 +175,6 @@ def sweep(path: Path, manifests: set[str]) -> None:
     """Remove what none of the manifests lists: files of older states, and what a killed writer left."""
     listed = set().union(*(files_of(path, manifest) for manifest in manifests)) | manifests
     for file in path.iterdir():
-        ours = _FILE_NAME.fullmatch(file.name) or file.name.startswith(".")
+        ours = _FILE_NAME.fullmatch(file.name) or _OUR_HIDDEN.fullmatch(file.name)
         if file.name not in listed and ours and file.is_file():
             file.unlink(missing_ok=True)

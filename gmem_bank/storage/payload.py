@@ -34,6 +34,8 @@ class Payload:
     """Yields the bytes, little-endian and C-ordered, in order."""
     sha256: str | None = None
     """Hash of the bytes where it is known already (a copied entry)."""
+    part: Callable[[int, int], Iterable[bytes | memoryview]] | None = None
+    """Yields only the bytes from one place to another, where the source can: not checked against the hash."""
     label: str = ""
     """Where it came from, for messages: "bank.safetensors: entry '0/snippets'"."""
     file: Path | None = None

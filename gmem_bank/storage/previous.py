@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -44,8 +46,12 @@ def keep(path: Path, label: str) -> None:
 def labels(path: Path) -> set[str]:
     """Return the labels of the states that are kept."""
     current = _current(path)
-    pattern = f".undo-*.{current.name}"
-    return {file.name.removeprefix(".undo-").removesuffix(f".{current.name}") for file in current.parent.glob(pattern)}
+    ours = re.compile(rf"\.undo-(\d+-[0-9a-f]{{12}})\.{re.escape(current.name)}")
+    try:
+        names = os.listdir(current.parent)
+    except OSError:
+        return set()
+    return {match[1] for name in names if (match := ours.fullmatch(name))}
 
 
 def open_previous(path: Path, label: str) -> StoredBank:

@@ -206,7 +206,11 @@ def _segment(item: Json) -> Segment:
 
 
 def _history(item: Json) -> Mapping[str, Json]:
-    if not isinstance(item, dict) or not isinstance(item.get("operation"), str):
+    if (
+        not isinstance(item, dict)
+        or not isinstance(item.get("operation"), str)
+        or not isinstance(item.get("arguments", {}), dict)
+    ):
         raise CorruptError("a history entry must be an object that names its operation")
     return item
 

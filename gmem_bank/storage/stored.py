@@ -116,13 +116,13 @@ class StoredBank:
         count = (place.end - place.begin) // dtype.itemsize
         return np.frombuffer(place.file.mapped(), dtype, count, place.begin).reshape(place.shape)
 
-    def blocks(self, name: str, size: int = BLOCK_BYTES) -> Iterator[bytes]:
-        """Yield an entry's bytes without mapping it, `size` at a time."""
+    def blocks(self, name: str, size: int = BLOCK_BYTES, begin: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """Yield an entry's bytes, or those from `begin` to `end`, without mapping it, `size` at a time."""
         place = self._places[name]
-        position = place.begin
-        while position < place.end:
-            block = place.file.pread(min(size, place.end - position), position)
-            if len(block) < min(size, place.end - position):
+        position, stop = place.begin + begin, place.end if end is None else place.begin + end
+        while position < stop:
+            block = place.file.pread(min(size, stop - position), position)
+            if len(block) < min(size, stop - position):
                 path = place.file.path
                 raise CorruptError(f"{path} was cut short after it was opened", path=path, tensor=name)
             position += len(block)
@@ -138,7 +138,7 @@ class StoredBank:
         place = self._places[name]
         return Payload(
             dtype=place.dtype, shape=place.shape, blocks=lambda: self.blocks(name),
-            sha256=self.header.hashes[name], label=f"{self.path}: entry {name!r}",
+            sha256=self.header.hashes[name], part=lambda begin, end: self.blocks(name, BLOCK_BYTES, begin, end), label=f"{self.path}: entry {name!r}",
             file=place.file.path,
         )  # fmt: skip
 

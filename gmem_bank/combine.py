@@ -75,9 +75,11 @@ def merge(
 def _merged(edit: Edit, banks: Sequence[MemoryBank], on_duplicate: str) -> EditReport:
     draft = edit.draft()
     origins = [0] * len(draft.segments)  # which bank each segment came from
-    num_dropped = 0
+    placed = [(edit.bank, np.arange(len(edit.bank), dtype=np.int64))]  # each bank, and where its rows are in the draft
+    num_dropped = num_joined = 0
     for number, other in enumerate(banks, 1):
-        twice = _keys_there([edit.bank, *banks[: number - 1]], other)
+        known = _places_of_known_keys(placed, other)
+        twice = np.flatnonzero(known >= 0)
         if len(twice) and on_duplicate == "error":
             raise ConceptExistsError(
                 f"{other.path} has {len(twice)} keys that an earlier bank has, such as {_shown(other, twice)}: "
@@ -85,23 +87,49 @@ def _merged(edit: Edit, banks: Sequence[MemoryBank], on_duplicate: str) -> EditR
                 path=other.path, key=other.keys(twice[:1])[0],
             )  # fmt: skip
         num_dropped += len(twice)
-        if len(twice) == len(other):
-            continue
         theirs = Draft(other, edit.target)
-        if len(twice):
-            keep = np.ones(len(other), np.bool_)
-            keep[twice] = False
-            theirs.keep(keep)
-        _absorb(draft, theirs)
-        origins += [number] * len(theirs.segments)
-    details: dict[str, Any] = {"num_banks": 1 + len(banks), "num_duplicates": num_dropped}
-    if len(draft.segments) == len(edit.bank.header.segments) and edit.in_place:
+        place = known.copy()
+        if len(twice) < len(other):
+            place[place < 0] = np.arange(draft.num_rows, draft.num_rows + len(other) - len(twice))
+            if len(twice):
+                keep = np.ones(len(other), np.bool_)
+                keep[twice] = False
+                theirs.keep(keep)
+            _absorb(draft, theirs)
+            origins += [number] * len(theirs.segments)
+        placed.append((other, place))
+        num_joined += _join_concepts(draft, other, known)
+    details: dict[str, Any] = {
+        "num_banks": 1 + len(banks), "num_duplicates": num_dropped, "num_memberships_of_earlier_rows": num_joined,
+    }  # fmt: skip
+    if draft.num_rows == len(edit.bank) and not num_joined and edit.in_place:
         return edit.unchanged(details=details)
     if isinstance(edit.bank, FactoredBank):
         details |= _rebase(draft, [edit.bank, *banks], origins)
     join_if_many(draft)
     added = draft.num_rows - len(edit.bank)
     return edit.finish(draft, num_rows=added, num_added=added, details=details)
+
+
+def _join_concepts(draft: Draft, other: MemoryBank, known: NDArray[np.int64]) -> int:
+    """Let rows that stay for one of the same key belong to what the other belonged to; return how many memberships are new.
+
+    Args:
+        draft: with the bank's other rows absorbed.
+        other: the bank.
+        known: (N,) place in the draft of its rows whose key was there before, -1 for the others.
+    """
+    concepts, gained = dict(draft.concepts()), 0
+    for name in other.names:
+        places = known[other.all_rows_of(name)]
+        old = concepts.get(name, np.zeros(0, np.int64))
+        new = np.setdiff1d(places[places >= 0], old)
+        if len(new):
+            concepts[name] = np.union1d(old, new)
+            gained += len(new)
+    if gained:
+        draft.set_concepts(concepts)
+    return gained
 
 
 def _require_alike(bank: MemoryBank, other: MemoryBank) -> None:
@@ -113,15 +141,18 @@ def _require_alike(bank: MemoryBank, other: MemoryBank) -> None:
         )
 
 
-def _keys_there(earlier: Sequence[MemoryBank], other: MemoryBank) -> NDArray[np.int64]:
-    """Return the rows of a bank, ascending, whose key an earlier bank has; only keys of equal hash are compared."""
+def _places_of_known_keys(
+    placed: Sequence[tuple[MemoryBank, NDArray[np.int64]]], other: MemoryBank
+) -> NDArray[np.int64]:
+    """Return for each row of a bank where in the draft its key is already, or -1; only keys of equal hash are compared."""
     hashes, rows = other.stored.array("keys.hash"), other.stored.array("keys.row")
-    found: set[int] = set()
-    for bank in earlier:
+    known = np.full(len(other), -1, np.int64)
+    for bank, places in placed:
         candidates = np.sort(np.asarray(rows[np.isin(hashes, bank.stored.array("keys.hash"))], np.int64))
-        there = bank.find_rows(other.keys(candidates)) >= 0 if len(candidates) else np.zeros(0, np.bool_)
-        found |= set(candidates[there].tolist())
-    return np.array(sorted(found), np.int64)
+        candidates = candidates[known[candidates] < 0]
+        found = bank.find_rows(other.keys(candidates)) if len(candidates) else candidates
+        known[candidates[found >= 0]] = places[found[found >= 0]]
+    return known
 
 
 def _shown(bank: MemoryBank, rows: NDArray[np.int64]) -> str:

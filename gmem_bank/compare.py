@@ -19,6 +19,8 @@ from gmem_bank.space import to_space
 
 BLOCK_ROWS = 16_384
 SHOWN = 20
+DESCRIPTIVE = ("first", "second", "num_common", "num_not_compared")
+"""Fields that are no difference."""
 TOLERANCE = 1e-6
 """Cosine distance up to which two snippets are the same, beside float32 rounding."""
 
@@ -53,9 +55,7 @@ class DiffReport:
     def same(self) -> bool:
         """Whether nothing differs."""
         facts = asdict(self)
-        return not any(
-            value for name, value in facts.items() if name not in ("first", "second", "num_common", "num_not_compared")
-        )
+        return not any(value for name, value in facts.items() if name not in DESCRIPTIVE)
 
     def to_json(self) -> dict[str, Json]:
         """Return the report as a JSON object."""

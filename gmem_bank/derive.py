@@ -176,13 +176,14 @@ def _derived(
 def append_rows(
     edit: Edit, concept: str, keys: Sequence[str], snippets: NDArray[np.float32], sources: Sequence[Source],
     details: Mapping[str, Json] | None = None,
+    grow_below: float | None = None,
 ) -> EditReport:  # fmt: skip
     """Finish an edit that appends (n, D) snippets in the bank's space as a new concept, all from the first of the sources."""
     require_new_keys(edit.bank, keys)
     draft = edit.draft()
     place = np.full(len(keys), len(draft.sources), np.int64)
     draft.sources += sources
-    vectors, kept = new_vectors(draft, lambda: [snippets], len(keys))
+    vectors, kept = new_vectors(draft, lambda: [snippets], len(keys), grow_below=grow_below)
     draft.append(NewRows.of(keys, place, vectors), concept)
     join_if_many(draft)
     return edit.finish(

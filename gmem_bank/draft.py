@@ -22,7 +22,7 @@ from gmem_bank.errors import CorruptError, GMemError
 from gmem_bank.provenance import EncoderSpec, Json, Source, relative_to_bank
 from gmem_bank.storage import Payload
 from gmem_bank.storage.rules import BANK_WIDE, vector_entries
-from gmem_bank.storage.schema import Header, Segment
+from gmem_bank.storage.schema import VERSION, Header, Segment
 
 MAX_SEGMENTS = 64
 """Past this many, an edit joins segments: each costs a search per lookup."""
@@ -255,8 +255,9 @@ class Draft:
         if entry is not None:
             added = {"appended": self._appended()} if self._only_appended else {}
             history = (*history, {**entry, **added, "parent": self.bank.fingerprint})
+        version = self.bank.header.version if entry is None else max(self.bank.header.version, VERSION)
         header = replace(
-            self.bank.header, segments=tuple(self.segments), encoder=self.encoder, sources=tuple(self.sources),
+            self.bank.header, version=version, segments=tuple(self.segments), encoder=self.encoder, sources=tuple(self.sources),
             concepts=concepts, history=history,
         )  # fmt: skip
         payloads = self._stored | self.payloads
@@ -277,6 +278,8 @@ class Draft:
             "concepts": len(concepts) - len(old.concepts),
             "active": ("active" in self._stored) != ("active" in self.bank.stored),
         }
+        if old.version < VERSION:
+            counts["version"] = list(old.version)
         if "basis" in self.payloads:
             counts["rank"] = self.payloads["basis"].shape[0] - self.bank.stored.shape("basis")[0]
         return counts

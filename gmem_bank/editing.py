@@ -82,15 +82,18 @@ class Edit:
         keys = made.keys(made.all_rows_of(concept)) if concept is not None and concept in made.names else []
         return self._report(made.header, **{"concept": concept, "keys": keys, "unchanged": True, **facts})
 
-    def finish(self, draft: Draft, *, num_rows: int, **facts: Any) -> EditReport:
+    def finish(
+        self, draft: Draft, *, num_rows: int, noted: Mapping[str, Json] | None = None, **facts: Any
+    ) -> EditReport:
         """Write the draft with one entry in its history.
 
         Args:
             draft: the new bank.
             num_rows: rows that the operation added, removed or touched, for the history.
+            noted: what else the history says of it.
             facts: fields of the report.
         """
-        entry = {"operation": self.operation, "arguments": dict(self.arguments), "num_rows": num_rows}
+        entry = {"operation": self.operation, "arguments": dict(self.arguments), "num_rows": num_rows, **(noted or {})}
         header, payloads = draft.finish(entry)
         if not self.dry_run:
             header = commit(self.bank, self.target, header, payloads, self.keep_undo and not draft.only_appended)

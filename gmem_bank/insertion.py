@@ -6,7 +6,6 @@ Shapes: N rows of the old bank, n new rows, D dimensions.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from gmem_bank.rewrite import join_if_many
 from gmem_bank.selection import Selection, rows_selected
 from gmem_bank.sources import Listing, with_flips
 from gmem_bank.space import to_space, unusable_rows
-from gmem_bank.staging import Encoded, encode_listings
+from gmem_bank.staging import Encoded, discard_own, encode_in_memory, encode_listings
 from gmem_bank.tars import list_source
 from gmem_bank.vectors import new_vectors
 
@@ -97,7 +96,10 @@ def insert_concept(
         staging = staging_folder(edit.target, "insert")
         there = edit.made if edit.made is not None else edit.bank
         if concept in there.names:
-            return _already_inserted(edit, there, concept, listings, encoder, staging, batch_size)
+            result = _already_inserted(edit, there, concept, listings, encoder, batch_size)
+            if not dry_run:
+                discard_own(staging, listings, encoder, batch_size)  # of this very insert, killed after its last write
+            return result
         planned = [item.key for listing in listings for item in listing.items]
         require_new_keys(edit.bank, planned)
         if dry_run:
@@ -138,8 +140,8 @@ def _append_encoded(
 
 def _wants_report(bank: MemoryBank, report: bool | None) -> bool:
     if report is not None:
-        return report
-    if len(bank.rows()) > SAMPLE_ROWS:
+        return report and len(bank.rows()) > 0
+    if not 0 < len(bank.rows()) <= SAMPLE_ROWS:
         return False
     try:
         from gmem_bank.index import require_faiss
@@ -156,6 +158,7 @@ def insert_snippets(
     *,
     name: str,
     report: bool | None = None,
+    grow_below: float | None = None,
     output: PathLike | None = None,
     dry_run: bool = False,
     undo: bool = True,
@@ -166,7 +169,7 @@ def insert_snippets(
         bank_path: the bank.
         rows: an (n, D) array, or what `read_array` gives.
         name: the concept's name.
-        report, output, dry_run, undo: as `insert_concept`.
+        report, grow_below, output, dry_run, undo: as `insert_concept`.
 
     Raises:
         EncoderMismatchError: another dimension than the bank's.
@@ -185,7 +188,7 @@ def insert_snippets(
         source = Source(kind="array", path=path, prefix=f"{concept}/", digest=given.digest, num_images=len(given.keys))
         keys = [f"{concept}/{key}" for key in given.keys]
         novelty = {"novelty": compare_with_bank(edit.bank, snippets, keys)} if _wants_report(edit.bank, report) else {}
-        return append_rows(edit, concept, keys, snippets, [source], novelty)
+        return append_rows(edit, concept, keys, snippets, [source], novelty, grow_below)
 
 
 def _in_memory(snippets: NDArray[np.float32]) -> ArrayRows:
@@ -268,43 +271,41 @@ def _require_unique(listings: Sequence[Listing]) -> None:
 
 
 def _already_inserted(
-    edit: Edit,
-    bank: MemoryBank,
-    concept: str,
-    listings: Sequence[Listing],
-    encoder: Encoder,
-    staging: Path,
-    batch_size: int,
+    edit: Edit, bank: MemoryBank, concept: str, listings: Sequence[Listing], encoder: Encoder, batch_size: int
 ) -> EditReport:
     """Report a concept that holds these very images already, or refuse the name."""
     keys = [item.key for listing in listings for item in listing.items]
     recorded = [source.digest for source in bank.sources if source.prefix == f"{concept}/"]
+    present = {key for key, row in zip(keys, bank.find_rows(keys).tolist(), strict=True) if row >= 0}
     if recorded:
         same = recorded == [listing.content_digest() for listing in listings]
+        same = same and len(present) == _num_inserted(bank, concept)
     else:  # a class folder of the build: the images have no source of their own, so their snippets are compared
         same = set(bank.keys(bank.all_rows_of(concept))) <= set(keys)
-        same = same and _same_rows(bank, concept, listings, encoder, staging, batch_size)
+        same = same and (edit.dry_run or _same_rows(bank, concept, listings, encoder, batch_size))
     if not same:
         raise ConceptExistsError(taken_message(bank, concept), path=bank.path, key=concept)
-    shutil.rmtree(staging, ignore_errors=True)  # of the run that was killed after its last write
-    present = {key for key, row in zip(keys, bank.find_rows(keys).tolist(), strict=True) if row >= 0}
     skipped = [{"path": key, "reason": "it gave no row when it was inserted"} for key in keys if key not in present]
     facts: dict[str, Any] = {"skipped": skipped, "keys": bank.keys(bank.all_rows_of(concept))}
     return edit.unchanged(concept=concept, output=str(bank.path), **facts)
 
 
-def _same_rows(
-    bank: MemoryBank, concept: str, listings: Sequence[Listing], encoder: Encoder, staging: Path, batch_size: int
-) -> bool:
-    encoded: Encoded = encode_listings(
-        listings, encoder, staging_folder=staging, batch_size=batch_size, progress=no_progress
-    )
-    try:
-        rows, stored = bank.find_rows([item.key for item in encoded.items]), bank.all_rows_of(concept)
-        if not np.array_equal(np.sort(rows), stored) or not np.isin(rows, bank.rows()).all():
-            return False
-        there = to_space(bank.snippets(rows), "unit")
-        here = to_space(np.concatenate(list(encoded.blocks())), "unit")
-        return bool(((there * here).sum(axis=1) >= SAME_COSINE).all())
-    finally:
-        encoded.staging.discard()
+def _num_inserted(bank: MemoryBank, concept: str) -> int:
+    """Return how many rows the last insert of a concept added, by the history."""
+    made = [
+        entry for entry in bank.history
+        if entry["operation"] == "insert-concept" and entry.get("arguments", {}).get("name") == concept
+    ]  # fmt: skip
+    return int(made[-1].get("num_rows", -1)) if made else -1
+
+
+def _same_rows(bank: MemoryBank, concept: str, listings: Sequence[Listing], encoder: Encoder, batch_size: int) -> bool:
+    """Say whether the images give the very snippets that the concept has; nothing is written for it."""
+    parts = [encode_in_memory(own, encoder, batch_size=batch_size, progress=no_progress) for own in listings]
+    keys = [item.key for items, _, _ in parts for item in items]
+    rows, stored = bank.find_rows(keys), bank.all_rows_of(concept)
+    if not np.array_equal(np.sort(rows), stored) or not np.isin(rows, bank.rows()).all():
+        return False
+    there = to_space(bank.snippets(rows), "unit")
+    here = to_space(np.concatenate([snippets for _, snippets, _ in parts]), "unit")
+    return bool(((there * here).sum(axis=1) >= SAME_COSINE).all())

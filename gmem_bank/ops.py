@@ -88,7 +88,7 @@ def _without(edit: Edit, doomed: NDArray[np.int64], *, concept: str | None = Non
     dropped = [name for name in draft.keep(keep) if name != concept]
     return edit.finish(
         draft, num_rows=len(doomed), concept=concept, num_removed=len(doomed), dropped_concepts=dropped,
-        details=_basis_stays(draft),
+        details=_basis_stays(draft), noted=_basis_stays(draft),
     )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def keep_only(edit: Edit, rows: NDArray[np.int64], **details: object) -> EditRep
     dropped = draft.keep(keep)
     return edit.finish(
         draft, num_rows=len(rows), num_removed=len(edit.bank) - len(rows), dropped_concepts=dropped,
-        details=_basis_stays(draft) | details,
+        details=_basis_stays(draft) | details, noted=_basis_stays(draft),
     )  # fmt: skip
 
 

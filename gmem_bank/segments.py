@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from gmem_bank.errors import GMemError
 from gmem_bank.space import MANY, scale_to_unit
 from gmem_bank.storage import Payload
 from gmem_bank.storage.rules import SNIPPET_DTYPES
+
+DENSE_ROWS = 4096
 
 
 def narrow(snippets: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
@@ -167,9 +169,19 @@ def coefficients_as_f32(entries: Mapping[str, Payload], rank: int) -> Payload:
         stored = entries["coefficients"]
         change = lambda block: np.pad(scaled(block, scale), ((0, 0), (0, rank - block.shape[1])))  # noqa: E731
         return streams.mapped(stored, change, "F32", (stored.shape[0], rank))
-    values, index = streams.read(entries["values"]), streams.read(entries["index"])
-    wide = scaled(values, None if scale is None else scale[index])
-    return Payload.of(factors.scatter(wide, index, rank))
+    values, index = entries["values"], streams.read(entries["index"])  # two bytes a value: the values themselves stream
+
+    def blocks() -> Iterator[memoryview]:
+        start = 0
+        for block in streams.row_blocks(values):
+            own = index[start : start + len(block)]
+            start += len(block)
+            wide = scaled(block, None if scale is None else scale[own])
+            for first in range(0, len(block), DENSE_ROWS):  # made dense they are many times as large
+                part = slice(first, first + DENSE_ROWS)
+                yield factors.scatter(wide[part], own[part], rank).view(np.uint8).data.cast("B")
+
+    return Payload(dtype="F32", shape=(values.shape[0], rank), blocks=blocks)
 
 
 def scaled(stored: NDArray[Any], scale: NDArray[np.float32] | None) -> NDArray[np.float32]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gmem_bank.bank import MemoryBank
 from gmem_bank.errors import ConfigError, UnknownKeyError
-from gmem_bank.provenance import Json
+from gmem_bank.provenance import Json, sha256_of
 
 BLOCK_KEYS = 65_536
 
@@ -46,9 +46,11 @@ class Selection:
 
     def to_json(self) -> dict[str, Json]:
         """Return what was asked for, without what was not, for the history."""
-        given = {
+        given: dict[str, Json] = {
             name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items() if value
         }
+        if self.keys:  # not the keys themselves: there may be a million, and a removed one should be gone
+            given["keys"] = {"number": len(self.keys), "sha256": sha256_of(sorted(self.keys))}
         return given if self.random is not None else {name: value for name, value in given.items() if name != "seed"}
 
 

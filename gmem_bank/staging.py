@@ -239,6 +239,12 @@ def _plan(listings: Sequence[Listing], encoder: Encoder, batch_size: int) -> Jso
     }
 
 
+def discard_own(folder: Path, listings: Sequence[Listing], encoder: Encoder, batch_size: int) -> None:
+    """Remove finished batches that a job with this very plan has left; another job's stay."""
+    if _read_text(folder / PLAN) == canonical_json(_plan(listings, encoder, batch_size)):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def encode_in_memory(
     listing: Listing, encoder: Encoder, *, batch_size: int, progress: Progress
 ) -> tuple[list[Item], NDArray[np.float32], list[Skipped]]:

@@ -102,8 +102,9 @@ def _front(bank: MemoryBank, appended: Mapping[str, Any]) -> tuple[Header, dict[
     gone = tuple(f"{segment.name}/" for segment in old.segments[len(kept) :])
     num_rows = sum(segment.num_rows for segment in kept)
     names = old.concepts[: len(old.concepts) - _count(appended, "concepts")]
+    version = appended.get("version", list(old.version))
     header = replace(
-        old, segments=kept, concepts=names, history=old.history[:-1],
+        old, version=(version[0], version[1]), segments=kept, concepts=names, history=old.history[:-1],
         sources=old.sources[: len(old.sources) - _count(appended, "sources")],
     )  # fmt: skip
     stored = bank.stored

@@ -34,7 +34,9 @@ def stored_dtype(bank: MemoryBank) -> str:
 def new_vectors(
     draft: Draft, blocks: Blocks, num_rows: int, *, grow_below: float | None = None
 ) -> tuple[dict[str, Payload], dict[str, Any]]:
-    """Return what new rows are stored as, in the numeric type of the bank's last segment (all coefficients of each), and what was lost by it.
+    """Return what new rows are stored as, in the numeric type of the bank's last segment, and what was lost by it.
+
+    A sparse bank keeps all coefficients of its new rows: which to drop is for `mask` to decide.
 
     A factored bank's basis grows where projection alone would lose what is new (see `factors.grow`); the draft then gets
     the grown basis.

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gmem_bank import key_checks, kinds, segments
+from gmem_bank import factors, key_checks, kinds, segments
 from gmem_bank.bank import MemoryBank
 from gmem_bank.errors import CorruptError, GMemError
-from gmem_bank.kinds import FactoredBank
+from gmem_bank.kinds import FactoredBank, read_coefficients
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import Json
 from gmem_bank.space import all_finite
@@ -31,6 +31,8 @@ UNIT_TOLERANCE = {"F32": 1e-4, "F16": 2e-3, "BF16": 2e-2}
 """How far from 1 the norm of a stored unit snippet may be, by type."""
 NORM_STRIDE = 16
 """f16 and bf16 snippets are brought to length 1 when they are read, so of them every 16th norm is looked at, and each for 0."""
+LARGEST = 1e18
+"""A coefficient beyond this has a square that float32 cannot hold."""
 ORTHONORMAL = 1e-4
 
 ValueCheck = Callable[[NDArray[Any], int], str]
@@ -207,6 +209,25 @@ def _other_checks(bank: MemoryBank) -> Iterator[str]:
         wide = bank.basis.astype(np.float64)
         off = float(np.abs(wide @ wide.T - np.eye(len(wide))).max())
         yield "" if off < ORTHONORMAL else f"the rows of 'basis' are not orthonormal: off by {off:.1e}"
+        yield from _check_reconstructions(bank)
+
+
+def _check_reconstructions(bank: FactoredBank) -> Iterator[str]:
+    """Yield the first row of each segment that cannot be rebuilt: beyond float32, or in unit space without a direction."""
+    step = max(1, BLOCK_BYTES // (8 * bank.rank))
+    for segment in bank.header.segments:
+        for start in range(0, segment.num_rows, step):
+            rows = np.arange(start, min(start + step, segment.num_rows))
+            coefficients = read_coefficients(bank.stored, segment.name, rows, bank.rank)
+            with np.errstate(all="ignore"):
+                norms = factors.inverse_norms(coefficients, bank.basis[: coefficients.shape[1]], bank.mean)
+            bad = ~np.isfinite(norms) | (norms <= (0 if bank.space == "unit" else -1))
+            bad |= ~np.isfinite(coefficients).all(axis=1) | (np.abs(coefficients).max(axis=1) > LARGEST)
+            if bad.any():
+                yield f"segment {segment.name}: its row {start + int(np.flatnonzero(bad)[0])} cannot be rebuilt"
+                break
+            yield ""
+        bank.stored.release()
 
 
 def _check_concepts(bank: MemoryBank) -> Iterator[str]:

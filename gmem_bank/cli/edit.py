@@ -35,7 +35,8 @@ def remove(bank: str, output: str | None, dry_run: bool, no_undo: bool, as_json:
     import gmem_bank
 
     report = gmem_bank.remove(bank, selection_from(**selection), **_edit(output, dry_run, no_undo))
-    print_edit(report, as_json, "(removal)")
+    drawn = "has had these rows drawn and removed (another --seed draws others)" if selection["random"] else ""
+    print_edit(report, as_json, "(removal)", drawn)
 
 
 @click.command()

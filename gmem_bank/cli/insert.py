@@ -67,7 +67,9 @@ def insert_concept(
             raise click.UsageError("a concept of rows in the bank needs a --name")
         result = gmem_bank.concept_of_rows(bank, name, chosen, **edit)
     elif _are_arrays(images):
-        result = _insert_array(bank, images, name, same_encoder, report, edit)
+        if flip:
+            raise click.UsageError("--flip is for images: an array has no pictures to mirror")
+        result = _insert_array(bank, images, name, same_encoder, {"report": report, "grow_below": grow_below, **edit})
     else:
         result = _insert_images(
             bank, images, weights, device, quiet,
@@ -102,7 +104,7 @@ def _are_arrays(images: tuple[str, ...]) -> bool:
 
 
 def _insert_array(
-    bank: str, images: tuple[str, ...], name: str | None, same_encoder: bool, report: bool | None, edit: dict[str, Any]
+    bank: str, images: tuple[str, ...], name: str | None, same_encoder: bool, options: dict[str, Any]
 ) -> Any:
     import gmem_bank
 
@@ -113,9 +115,7 @@ def _insert_array(
             "--same-encoder"
         )
     rows = gmem_bank.read_array(Path(images[0]))
-    return gmem_bank.insert_snippets(
-        bank, rows, name=Path(images[0]).stem if name is None else name, report=report, **edit
-    )
+    return gmem_bank.insert_snippets(bank, rows, name=Path(images[0]).stem if name is None else name, **options)
 
 
 def _insert_images(

@@ -76,8 +76,9 @@ def export(
 ) -> None:  # fmt: skip
     """Write BANK for other programs: a Parquet table, or the tensors that the official GMem code reads.
 
-    The official tensors come as safetensors; pickles are never written. In Python,
-    torch.save(safetensors.torch.load_file(FILE), "bank.pth") makes the official file of them.
+    The official tensors come as safetensors; pickles are never written. In Python, after tensors =
+    safetensors.torch.load_file(FILE), torch.save(tensors, "bank.pth") makes the official file of a factored bank, and
+    torch.save(tensors["memory_bank"], "bank.pth") that of a dense one.
     """
     import gmem_bank
     from gmem_bank.progress import ProgressBar

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
 import shutil
 from collections.abc import Collection
@@ -48,7 +47,7 @@ def labels(path: Path) -> set[str]:
     current = _current(path)
     ours = re.compile(rf"\.undo-(\d+-[0-9a-f]{{12}})\.{re.escape(current.name)}")
     try:
-        names = os.listdir(current.parent)
+        names = [file.name for file in current.parent.iterdir()]
     except OSError:
         return set()
     return {match[1] for name in names if (match := ours.fullmatch(name))}

@@ -138,7 +138,8 @@ class StoredBank:
         place = self._places[name]
         return Payload(
             dtype=place.dtype, shape=place.shape, blocks=lambda: self.blocks(name),
-            sha256=self.header.hashes[name], part=lambda begin, end: self.blocks(name, BLOCK_BYTES, begin, end), label=f"{self.path}: entry {name!r}",
+            sha256=self.header.hashes[name], label=f"{self.path}: entry {name!r}",
+            part=lambda begin, end: self.blocks(name, BLOCK_BYTES, begin, end),
             file=place.file.path,
         )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -26,7 +27,7 @@ from gmem_bank.errors import (
 from gmem_bank.novelty import compare_with_bank
 from gmem_bank.query import snippet_or_image
 from gmem_bank.selection import Selection, rows_selected
-from gmem_bank.storage import folder_store
+from gmem_bank.storage import Payload, folder_store, write
 from tests.conftest import BankMaker, stored_oracle
 
 FORMS = ["bank.safetensors", "bank.h5", "bank.gmem"]
@@ -720,3 +721,158 @@ def test_an_edit_that_fails_leaves_no_kept_state_of_its_own(
         gmem_bank.remove_concept(bank.path, "class1")
     assert files(bank.path) == before
     assert [path.name for path in Path.cwd().iterdir()] == [bank.path.name]
+
+
+# -- what a reviewer found
+
+
+def test_one_banks_states_are_never_anothers(make_bank: BankMaker) -> None:
+    """A bank whose name ends in another's, or holds pattern characters, keeps its own undo."""
+    banks = [make_bank(name, seed=i) for i, name in enumerate(("b.safetensors", "cats.b.safetensors", "x[1]*.h5"))]
+    before = [files(bank.path) for bank in banks]
+    for bank in reversed(banks):
+        gmem_bank.remove_concept(bank.path, "class1")
+    for bank, old in zip(banks, before, strict=True):
+        gmem_bank.undo(bank.path)
+        assert files(bank.path) == old
+    gmem_bank.remove_concept(banks[2].path, "class1")
+    gmem_bank.remove_concept(banks[2].path, "class2", undo=False)
+    assert not list(Path.cwd().glob(".undo-*"))
+
+
+def test_hidden_files_of_others_in_a_folder_stay(make_bank: BankMaker) -> None:
+    """A folder under version control keeps its .gitattributes."""
+    bank = make_bank("bank.gmem")
+    (bank.path / ".gitattributes").write_text("*.safetensors filter=lfs")
+    (bank.path / ".segment-9.new").write_text("of a killed writer")
+    gmem_bank.remove_concept(bank.path, "class1")
+    assert (bank.path / ".gitattributes").exists()
+    assert not (bank.path / ".segment-9.new").exists()
+
+
+def test_the_right_to_read_a_bank_stays_as_it_was(make_bank: BankMaker) -> None:
+    """A private bank is private after an edit."""
+    bank = make_bank()
+    bank.path.chmod(0o600)
+    gmem_bank.interpolate(bank.path, "class0", "class1")
+    assert bank.path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_merge_keeps_what_duplicate_rows_belong_to(make_bank: BankMaker) -> None:
+    """The row that stays belongs to the concepts of the one that does not, also where that was all of a concept."""
+    first = make_bank("a.safetensors", rows=9)
+    second = make_bank("b.safetensors", rows=12)
+    gmem_bank.concept_of_rows(second.path, "sunsets", Selection(keys=(all_keys(second)[2], all_keys(second)[10])))
+    gmem_bank.concept_of_rows(second.path, "old", Selection(keys=(all_keys(second)[4],)))
+    report = gmem_bank.merge(first.path, [second.path], on_duplicate="first", output="m.safetensors")
+    merged = kinds.open("m.safetensors")
+    assert merged.rows_of("sunsets").tolist() == [2, 10]
+    assert merged.rows_of("old").tolist() == [4]
+    assert merged.rows_of("class0").tolist() == [0, 3, 6, 9]
+    assert report.details["num_memberships_of_earlier_rows"] == 2
+    assert gmem_bank.verify("m.safetensors").ok
+    before = files(first.path)
+    gmem_bank.merge(first.path, [second.path], on_duplicate="first")
+    gmem_bank.undo(first.path)
+    assert files(first.path) == before
+
+
+def test_deleted_keys_do_not_stay_in_the_history(make_bank: BankMaker) -> None:
+    """Neither as keys nor as arguments; many keys make no large header."""
+    bank = make_bank(rows=20)
+    keys = tuple(all_keys(bank)[3:9])
+    gmem_bank.remove(bank.path, Selection(keys=keys), undo=False)
+    data = bank.path.read_bytes()
+    assert not any(key.encode() in data for key in keys)
+    assert kinds.open(bank.path).history[-1]["arguments"]["keys"]["number"] == 6
+
+
+def test_saving_an_old_view_onto_an_edited_bank_is_refused(make_bank: BankMaker) -> None:
+    """An edit that came in between is not lost."""
+    bank = make_bank()
+    gmem_bank.remove_concept(bank.path, "class1")
+    edited = files(bank.path)
+    with pytest.raises(GMemError, match="open it again"):
+        gmem_bank.save(bank, bank.path)
+    assert files(bank.path) == edited
+
+
+def test_an_insert_whose_rows_were_removed_since_is_not_done_already(photos: Path, new_photos: Path) -> None:
+    """Two of eight rows removed: the same insert is refused, not called done."""
+    encoder = gmem_bank.load_encoder("hog")
+    gmem_bank.build(photos, encoder, "bank.safetensors")
+    report = gmem_bank.insert_concept("bank.safetensors", [new_photos], encoder)
+    assert gmem_bank.insert_concept("bank.safetensors", [new_photos], encoder).unchanged
+    gmem_bank.remove("bank.safetensors", Selection(keys=tuple(report.keys[:2])))
+    with pytest.raises(ConceptExistsError):
+        gmem_bank.insert_concept("bank.safetensors", [new_photos], encoder)
+
+
+def test_a_finished_insert_leaves_the_batches_of_another_alone(photos: Path, new_photos: Path) -> None:
+    """An interrupted insert goes on after a repeated one of another concept, dry or not."""
+    encoder = gmem_bank.load_encoder("hog")
+    gmem_bank.build(photos, encoder, "bank.safetensors")
+    gmem_bank.insert_concept("bank.safetensors", [new_photos], encoder)
+
+    def stop(done: int, total: int) -> None:
+        if done > 4:
+            raise KeyboardInterrupt
+
+    hats = photos / "hat"
+    with pytest.raises(KeyboardInterrupt):
+        gmem_bank.insert_concept("bank.safetensors", [hats], encoder, name="x", batch_size=2, progress=stop)
+    kept = sorted(path.name for path in Path(".bank.safetensors.insert").iterdir())
+    for dry_run in (True, False):
+        assert gmem_bank.insert_concept("bank.safetensors", [new_photos], encoder, dry_run=dry_run).unchanged
+        assert sorted(path.name for path in Path(".bank.safetensors.insert").iterdir()) == kept
+
+
+def test_a_bank_without_an_active_row_takes_inserts(make_bank: BankMaker) -> None:
+    """There is nothing to compare with, and that is no error."""
+    bank = make_bank(active=np.arange(20) < 2)
+    gmem_bank.remove(bank.path, Selection(keys=tuple(all_keys(bank)[:2])))
+    assert gmem_bank.insert_snippets(bank.path, np.ones((2, 8), np.float32), name="new").num_added == 2
+
+
+def test_a_bank_never_differs_from_itself(make_bank: BankMaker) -> None:
+    """Rows of zeros in raw space included; what was not compared is counted."""
+    values = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+    values[2] = 0
+    bank = make_bank(snippets=values, space="raw", active=np.arange(6) != 4)
+    report = gmem_bank.diff(bank.path, bank.path)
+    assert report.same
+    assert report.num_not_compared == 1
+
+
+def test_an_old_bank_that_gains_new_things_says_its_new_version(make_bank: BankMaker) -> None:
+    """1.0 becomes 1.1 by an edit, and 1.0 again by undoing it, byte for byte."""
+    bank = make_bank()
+    write("old.safetensors", replace(bank.header, version=(1, 0)), bank.stored.payloads())
+    before = Path("old.safetensors").read_bytes()
+    gmem_bank.interpolate("old.safetensors", "class0", "class1")
+    assert kinds.open("old.safetensors").header.version == (1, 1)
+    gmem_bank.undo("old.safetensors")
+    assert Path("old.safetensors").read_bytes() == before
+
+
+def test_verify_finds_factored_rows_that_cannot_be_rebuilt(make_bank: BankMaker) -> None:
+    """A reconstruction without a direction, and one beyond float32: found before anything reads them."""
+    bank = make_bank("good.safetensors", kind="factored")
+    coefficients = np.array(bank.stored.array("0/coefficients"))
+    basis, mean = np.array(bank.stored.array("basis")), np.zeros(8, np.float32)
+    coefficients[7] = 0
+    payloads = bank.stored.payloads() | {"0/coefficients": Payload.of(coefficients), "mean": Payload.of(mean)}
+    write("zero.safetensors", bank.header, payloads)
+    coefficients[7] = 3e38
+    write("huge.safetensors", bank.header, payloads | {"0/coefficients": Payload.of(coefficients)})
+    for name in ("zero.safetensors", "huge.safetensors"):
+        assert any("row 7 cannot be rebuilt" in problem for problem in gmem_bank.verify(name).problems)
+    assert len(basis) == 4
+
+
+def test_nothing_is_made_for_a_bank_that_is_not_there() -> None:
+    """A mistyped path leaves no folder behind, and a dry undo needs no lock."""
+    for call in (lambda p: gmem_bank.remove_concept(p, "x"), gmem_bank.undo):
+        with pytest.raises(FileNotFoundError):
+            call("typo/bank.safetensors")
+    assert not Path("typo").exists()

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from gmem_bank.array_insertion import concept_of_rows as concept_of_rows
+    from gmem_bank.array_insertion import insert_snippets as insert_snippets
     from gmem_bank.arrays import read_array as read_array
     from gmem_bank.bank import MemoryBank as MemoryBank
     from gmem_bank.builder import BuildReport as BuildReport
@@ -48,9 +50,7 @@ if TYPE_CHECKING:
     from gmem_bank.errors import SourceError as SourceError
     from gmem_bank.errors import UnknownKeyError as UnknownKeyError
     from gmem_bank.errors import WriteError as WriteError
-    from gmem_bank.insertion import concept_of_rows as concept_of_rows
     from gmem_bank.insertion import insert_concept as insert_concept
-    from gmem_bank.insertion import insert_snippets as insert_snippets
     from gmem_bank.interface import Bank as Bank
     from gmem_bank.kinds import open as open  # noqa: A004
     from gmem_bank.legacy import import_official as import_official
@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     from gmem_bank.verifier import verify as verify
 
 _DOOR = {
+    "array_insertion": ("concept_of_rows", "insert_snippets"),
     "arrays": ("read_array",),
     "bank": ("MemoryBank",),
     "builder": ("BuildReport", "build"),
@@ -108,7 +109,7 @@ _DOOR = {
         "UnknownKeyError",
         "WriteError",
     ),
-    "insertion": ("concept_of_rows", "insert_concept", "insert_snippets"),
+    "insertion": ("insert_concept",),
     "interface": ("Bank",),
     "kinds": ("open",),
     "legacy": ("import_official",),

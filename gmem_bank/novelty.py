@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmem_bank.bank import MemoryBank
-from gmem_bank.index import search_flat
+from gmem_bank.errors import MissingDependencyError
+from gmem_bank.index import require_faiss, search_flat
 
 SAMPLE_ROWS = 50_000
 """Up to this many active rows a bank is compared with whole; of a larger one, this many are drawn."""
@@ -76,3 +77,16 @@ def _own_neighbours(bank: MemoryBank, rows: NDArray[np.int64], rng: np.random.Ge
 def _quantiles(cosines: NDArray[np.float32]) -> dict[str, float]:
     places = {"min": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
     return {name: round(float(np.quantile(cosines, q)), 6) for name, q in places.items()}
+
+
+def wants_report(bank: MemoryBank, report: bool | None) -> bool:
+    """Say whether to compare new rows with a bank: as asked, or by itself where it is small and FAISS is installed."""
+    if report is not None:
+        return report and len(bank.rows()) > 0
+    if not 0 < len(bank.rows()) <= SAMPLE_ROWS:
+        return False
+    try:
+        require_faiss()
+    except MissingDependencyError:
+        return False
+    return True

@@ -427,10 +427,9 @@ def test_the_report_compares_new_rows_with_the_banks_own_neighbours(make_bank: B
 
 def test_a_large_bank_is_sampled_only_when_asked(make_bank: BankMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Above the limit nothing is compared by itself; asked for, the sample is stated."""
-    from gmem_bank import insertion, novelty
+    from gmem_bank import novelty
 
-    for module in (insertion, novelty):
-        monkeypatch.setattr(module, "SAMPLE_ROWS", 15)
+    monkeypatch.setattr(novelty, "SAMPLE_ROWS", 15)
     bank = make_bank(rows=20)
     values = np.random.default_rng(1).standard_normal((3, 8)).astype(np.float32)
     assert "novelty" not in gmem_bank.insert_snippets(bank.path, values, name="a", dry_run=True).details

@@ -25,7 +25,7 @@ from gmem_bank.errors import (
     GMemError,
     first_three,
 )
-from gmem_bank.novelty import compare_with_bank
+from gmem_bank.novelty import compare_with_bank, wants_report
 from gmem_bank.ops import PathLike, check_concept_name
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.rewrite import join_if_many

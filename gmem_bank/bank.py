@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from gmem_bank import keys as key_tables
 from gmem_bank.errors import CorruptError, MaskedRowError, UnknownKeyError, first_three, suggest
 from gmem_bank.interface import INTERFACE_VERSION, ImagesFrom
-from gmem_bank.naming import FLIP_SUFFIX
 from gmem_bank.provenance import IMAGE_KINDS, EncoderSpec, Source
 from gmem_bank.space import Space, all_finite
 from gmem_bank.storage import StoredBank
@@ -301,10 +300,10 @@ class MemoryBank:
         """
         from gmem_bank.locating import is_there
 
-        ids, keys = self.source_ids(rows).tolist(), self.keys(rows)
-        found = [is_there(key, self.sources[i], self.folder, images) for key, i in zip(keys, ids, strict=True)]
-        there = np.array(found, np.bool_)
-        return np.asarray(rows, np.int64)[~there] if len(rows) else np.zeros(0, np.int64)
+        wanted = np.asarray(rows, np.int64)
+        places = zip(self.keys(wanted), self.source_ids(wanted).tolist(), strict=True)
+        there = [is_there(key, self.sources[source], self.folder, images) for key, source in places]
+        return wanted[~np.array(there, np.bool_)]
 
     def read_image(self, row: int, images: ImagesFrom = None) -> NDArray[np.uint8]:
         """Return the (H, W, 3) uint8 RGB image of a row.
@@ -312,14 +311,11 @@ class MemoryBank:
         Raises:
             SourceError: the image is absent or cannot be decoded, or the row has none.
         """
-        from gmem_bank.decoding import decode_named
-        from gmem_bank.locating import locate
+        from gmem_bank.locating import read_pixels
 
         rows = np.array([row])
         [key], [source] = self.keys(rows), self.source_ids(rows).tolist()
-        item = locate(key, self.sources[source], self.folder, images)
-        pixels = decode_named(item.read(), item.path)
-        return np.ascontiguousarray(pixels[:, ::-1]) if key.endswith(FLIP_SUFFIX) else pixels
+        return read_pixels(key, self.sources[source], self.folder, images)
 
     def nearest(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return the (B, k) cosines, descending, and the (B, k) active rows nearest to (B, D) queries (needs FAISS)."""

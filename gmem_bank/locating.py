@@ -1,9 +1,16 @@
-"""Where the image of a row is: a file, or a member of a tar file."""
+"""Where the image of a row is, a file or a member of a tar file, and what it shows.
+
+Shapes: H×W pixels.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+from gmem_bank.decoding import decode_named
 from gmem_bank.errors import SourceError
 from gmem_bank.interface import ImagesFrom
 from gmem_bank.naming import FLIP_SUFFIX
@@ -43,3 +50,10 @@ def is_there(key: str, source: Source, bank_folder: Path, images: ImagesFrom) ->
         raise
     except OSError:  # a key may be longer than a file's name can be
         return False
+
+
+def read_pixels(key: str, source: Source, bank_folder: Path, images: ImagesFrom) -> NDArray[np.uint8]:
+    """Return the (H, W, 3) uint8 image of a row, mirrored where its key says so; raises SourceError."""
+    item = locate(key, source, bank_folder, images)
+    pixels = decode_named(item.read(), item.path)
+    return np.ascontiguousarray(pixels[:, ::-1]) if key.endswith(FLIP_SUFFIX) else pixels

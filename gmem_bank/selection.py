@@ -54,13 +54,12 @@ class Selection:
         return given if self.random is not None else {name: value for name, value in given.items() if name != "seed"}
 
 
-def rows_selected(bank: MemoryBank, selection: Selection, *, active_only: bool = False) -> NDArray[np.int64]:
+def rows_selected(bank: MemoryBank, selection: Selection) -> NDArray[np.int64]:
     """Return the (n,) rows of a selection, ascending; at least one.
 
     Args:
         bank: where.
         selection: which.
-        active_only: leave masked rows out.
 
     Raises:
         ConfigError: nothing was asked for, or more at random than there are.
@@ -79,10 +78,6 @@ def rows_selected(bank: MemoryBank, selection: Selection, *, active_only: bool =
         chosen |= _matching(bank, selection.patterns)
     if selection.invert:
         chosen = ~chosen
-    if active_only:
-        active = np.zeros(len(bank), np.bool_)
-        active[bank.rows()] = True
-        chosen &= active
     rows = np.flatnonzero(chosen).astype(np.int64)
     if selection.random is not None:
         if selection.random > len(rows):

@@ -27,7 +27,7 @@ from gmem_bank.errors import (
 from gmem_bank.novelty import compare_with_bank
 from gmem_bank.query import snippet_or_image
 from gmem_bank.selection import Selection, rows_selected
-from gmem_bank.storage import Payload, folder_store, write
+from gmem_bank.storage import Payload, folder_store, hdf5_store, write
 from tests.conftest import BankMaker, stored_oracle
 
 FORMS = ["bank.safetensors", "bank.h5", "bank.gmem"]
@@ -875,3 +875,20 @@ def test_nothing_is_made_for_a_bank_that_is_not_there() -> None:
         with pytest.raises(FileNotFoundError):
             call("typo/bank.safetensors")
     assert not Path("typo").exists()
+
+
+def test_hdf5_that_cannot_lay_out_its_file_is_a_write_error(
+    make_bank: BankMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a full disk its library raises whatever fails first: one clear error, the bank as before, nothing left."""
+    bank = make_bank("bank.h5")
+    before = files(bank.path)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("Disable slist on flush dest failure failed")
+
+    monkeypatch.setattr(hdf5_store, "_create", fail)
+    with pytest.raises(WriteError, match="could not lay the file out"):
+        gmem_bank.interpolate(bank.path, "class0", "class1")
+    assert files(bank.path) == before
+    assert [path.name for path in Path.cwd().iterdir()] == [bank.path.name]

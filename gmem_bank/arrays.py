@@ -1,4 +1,4 @@
-"""Snippets from files of arrays: npy, npz, safetensors, HDF5; read without pickle, keys with them where there are any.
+"""Snippets from files of arrays: npy, npz, safetensors, HDF5, Parquet; read without pickle, keys with them where there are any.
 
 Shapes: n rows, D dimensions.
 """
@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gmem_bank.arrow import require_pyarrow
 from gmem_bank.errors import SourceError
 
-ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors", ".h5", ".hdf5")
-SNIPPET_NAMES = ("snippets", "embeddings", "features", "vectors")
+ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors", ".h5", ".hdf5", ".parquet")
+SNIPPET_NAMES = ("snippets", "embeddings", "features", "vectors", "vector", "embedding")
 BLOCK_ROWS = 8192
 MOST_EXPANSION = 200
-KEY_NAMES = ("keys", "paths", "names", "ids")
+KEY_NAMES = ("keys", "paths", "names", "ids", "key", "path", "name", "id")
 
 
 @dataclass(kw_only=True)
@@ -91,6 +92,8 @@ def _read_any(path: Path) -> dict[str, NDArray[Any]]:
             return dict(stored.items())
     if suffix == ".safetensors":
         return _read_safetensors(path)
+    if suffix == ".parquet":
+        return _read_parquet(path)
     import h5py
 
     with h5py.File(path, "r") as stored:
@@ -126,6 +129,38 @@ def _require_modest(path: Path) -> None:
         raise SourceError(f"could not read {path}: {error}", path=path) from error
     if unpacked > MOST_EXPANSION * path.stat().st_size:
         raise SourceError(f"{path} would unpack to {unpacked:,} bytes: save it without compression", path=path)
+
+
+def _read_parquet(path: Path) -> dict[str, NDArray[Any]]:
+    """Return the columns of vectors (lists of one length) and of keys (texts)."""
+    arrow = require_pyarrow()
+    try:
+        file = arrow.parquet.ParquetFile(path)
+        wanted = [f.name for f in file.schema_arrow if _is_vector(arrow.types, f.type) or f.name in KEY_NAMES]
+        table = file.read(columns=wanted)
+    except arrow.ArrowException as error:
+        raise SourceError(f"could not read {path}: {error}", path=path) from error
+    return {name: _numpy_column(path, name, table.column(name).combine_chunks()) for name in wanted}
+
+
+def _is_vector(types: Any, kind: Any) -> bool:
+    lists = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return bool(lists and (types.is_floating(kind.value_type) or types.is_integer(kind.value_type)))
+
+
+def _numpy_column(path: Path, name: str, column: Any) -> NDArray[Any]:
+    if column.null_count:
+        row = column.is_null().index(True).as_py()
+        raise SourceError(f"{path}: row {row} has no value in column {name!r}", path=path, row=row)
+    if not hasattr(column, "flatten") or not _is_vector(require_pyarrow().types, column.type):
+        return np.asarray(column.to_pylist())
+    lengths = np.asarray(column.value_lengths())
+    if len(lengths) and (lengths != lengths[0]).any():
+        row = int(np.flatnonzero(lengths != lengths[0])[0])
+        raise SourceError(
+            f"{path}: the vector of row {row} has {lengths[row]} numbers, the first {lengths[0]}", path=path, row=row
+        )
+    return np.asarray(column.flatten().to_numpy(zero_copy_only=False)).reshape(len(column), -1)
 
 
 def _read_safetensors(path: Path) -> dict[str, NDArray[Any]]:

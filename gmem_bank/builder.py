@@ -1,4 +1,4 @@
-"""Build a bank from a folder of images, streamed to disk and resumable.
+"""Build a bank from the images of a source, streamed to disk and resumable.
 
 Shapes: N rows, D dimensions.
 """
@@ -19,21 +19,24 @@ import numpy as np
 
 from gmem_bank import keys as key_tables
 from gmem_bank import kinds, segments
+from gmem_bank.batch_size import AUTO, BatchSize, resumed
+from gmem_bank.columns import Columns
+from gmem_bank.contents import content_digest, list_source
 from gmem_bank.decode_worker import decode_one
 from gmem_bank.encoders import Encoder, SupportsPrecision
+from gmem_bank.encoding import Encoded, encode_listings
 from gmem_bank.errors import ConfigError, GMemError, OutputExistsError
+from gmem_bank.listing import Listing, Skipped
 from gmem_bank.narrowing import Narrowing, narrowed
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import EncoderSpec, Json, canonical_json, relative_to_bank
-from gmem_bank.sources import Listing, Skipped
-from gmem_bank.staging import Encoded, encode_listings
 from gmem_bank.storage import atomic, previous, real_target, write
 from gmem_bank.storage.rules import SNIPPET_DTYPES
 from gmem_bank.storage.schema import Header, Segment
-from gmem_bank.tars import list_source
 
 DEFAULT_BANK = "bank.safetensors"
-DEFAULT_BATCH_SIZE = 32
+PROBE_IMAGES = 8
+"""Images on which the cosine of a lower precision to float32 is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,24 +78,28 @@ def build(
     output: str | os.PathLike[str] = DEFAULT_BANK,
     *,
     dtype: str = "f32",
-    batch_size: int = DEFAULT_BATCH_SIZE,
+    batch_size: BatchSize = AUTO,
     num_workers: int | None = None,
     narrowing: Narrowing | None = None,
+    columns: Columns | None = None,
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> BuildReport:
-    """Encode the images below a folder into a new bank; the same call again continues after a kill.
+    """Encode the images of a source into a new bank; the same call again continues after a kill.
 
     Class folders become concepts. Images that cannot be used are listed in `<output>.report.json` and passed over.
 
     Args:
-        source: folder of images, searched recursively in sorted order.
+        source: a folder of images, searched recursively in sorted order, or what else `gmem-bank build` takes: a list file, tar
+            files, arrays of pixels, tables.
         encoder: from `load_encoder`.
         output: bank file to write.
         dtype: "f32", "f16" or "bf16": how snippets are stored.
-        batch_size: images per call of the encoder; part of what a resumed build must share with the interrupted one.
+        batch_size: images per call of the encoder, part of what a resumed build must share with the interrupted one;
+            "auto" is the encoder's own choice.
         num_workers: processes that decode images; 0 decodes in this one, None takes one a core where it pays.
         narrowing: which images to take, and in which order; default: all, sorted.
+        columns: of arrays of pixels and tables: which columns to take.
         overwrite: replace an existing bank that was built differently.
         progress: told images done and images in all.
 
@@ -106,16 +113,16 @@ def build(
     """
     if dtype not in SNIPPET_DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(SNIPPET_DTYPES)}, not {dtype!r}", key="dtype")
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1, got {batch_size}", key="batch_size")
     target = real_target(output)
     started = time.perf_counter()
     with atomic.locked(target):
         wanted = narrowing or Narrowing()
-        listing = narrowed(list_source(os.fspath(source), exclude=(target, report_path(target))), wanted, batch_size)
-        spec = localised(encoder.spec, target)
-        arguments = {"dtype": dtype, "batch_size": batch_size, **wanted.to_json()}
         staging = staging_folder(target, "build")
+        whole = list_source(os.fspath(source), exclude=(target, report_path(target)), columns=columns)
+        size = resumed(batch_size, encoder, staging, lambda size: [narrowed(whole, wanted, size)])
+        listing = narrowed(whole, wanted, size)
+        spec = localised(encoder.spec, target)
+        arguments = {"dtype": dtype, "batch_size": size, **wanted.to_json()}
         built = target.exists() and not overwrite
         if built:
             _require_already_built(target, listing, spec, arguments)
@@ -126,12 +133,12 @@ def build(
             [listing],
             encoder,
             staging_folder=staging,
-            batch_size=batch_size,
+            batch_size=size,
             num_workers=num_workers,
             progress=progress,
         )
         if not built:
-            _write_new(target, encoded, listing, with_accuracy(spec, encoder, listing, batch_size), arguments)
+            _write_new(target, encoded, listing, with_accuracy(spec, encoder, listing), arguments)
         report = _report(
             target, [*encoded.skipped, *listing.ignored], len(encoded.skipped), encoded.num_resumed, started
         )
@@ -153,14 +160,14 @@ def localised(spec: EncoderSpec, bank: Path) -> EncoderSpec:
     return dataclasses.replace(spec, weights_path=relative_to_bank(Path(spec.weights_path), bank.parent))
 
 
-def with_accuracy(spec: EncoderSpec, encoder: Encoder, listing: Listing, batch_size: int) -> EncoderSpec:
-    """Return the spec with the cosine to float32 that a lower precision reaches on the first batch, among its labels.
+def with_accuracy(spec: EncoderSpec, encoder: Encoder, listing: Listing) -> EncoderSpec:
+    """Return the spec with the cosine to float32 that a lower precision reaches on the first images, among its labels.
 
     It is measured on the same images however often a build was interrupted, so that the bank's bytes do not depend on that.
     """
     if not isinstance(encoder, SupportsPrecision) or encoder.spec.parameters.get("dtype", "fp32") == "fp32":
         return spec
-    decoded = [decode_one(item, spec.preprocessing)[1] for item in listing.items[:batch_size]]
+    decoded = [decode_one(item, spec.preprocessing)[1] for item in listing.items[:PROBE_IMAGES]]
     crops = [found for found in decoded if not isinstance(found, str)]
     if not crops:
         return spec
@@ -169,8 +176,8 @@ def with_accuracy(spec: EncoderSpec, encoder: Encoder, listing: Listing, batch_s
 
 
 def _write_new(target: Path, encoded: Encoded, listing: Listing, spec: EncoderSpec, arguments: dict[str, Any]) -> None:
-    keys = [item.key for item in encoded.items]
-    concepts = segments.concepts_of_folders(keys)
+    keys = encoded.keys
+    concepts = segments.concepts_of_folders(keys) if listing.classes else {}
     header = Header(
         kind="dense",
         space=spec.space,
@@ -233,7 +240,7 @@ def _require_already_built(target: Path, listing: Listing, spec: EncoderSpec, ar
         len(history) == 1 and history[0].get("arguments") == arguments and bank.encoder.fingerprint == spec.fingerprint
     )
     # contents are compared last: that reads every image
-    if not same or bank.sources != (listing.to_source(target.parent, listing.content_digest()),):
+    if not same or bank.sources != (listing.to_source(target.parent, content_digest(listing)),):
         operations = Counter(str(entry["operation"]) for entry in history)
         made = ", ".join(f"{count}× {name}" if count > 1 else name for name, count in operations.items())
         raise OutputExistsError(
@@ -246,7 +253,7 @@ def _require_already_built(target: Path, listing: Listing, spec: EncoderSpec, ar
 def _unchanged(target: Path, listing: Listing, started: float) -> BuildReport:
     """Report a bank that is there already; images without a row are named again, with the stored reasons."""
     bank = kinds.open(target)
-    keys = [item.key for item in listing.items]
+    keys = list(listing.items.all_keys())
     absent = [key for key, row in zip(keys, bank.find_rows(keys).tolist(), strict=True) if row < 0]
     reasons = _stored_reasons(target)
     unknown = "it gave no row; the report that said why is gone"

@@ -79,12 +79,33 @@ def encoder_run_options(command: Command) -> Command:
     """Add --device and --batch-size."""
     command = click.option(
         "--batch-size",
-        type=click.IntRange(min=1),
-        default=32,
+        type=BatchSizeType(),
+        default="auto",
         show_default=True,
-        help="Images per call of the encoder.",
+        metavar="auto|N",
+        help="Images per call of the encoder; auto: the encoder's own choice.",
     )(command)
     return device_option(command)
+
+
+class BatchSizeType(click.ParamType):  # type: ignore[type-arg]
+    """A whole number of at least 1, or "auto"."""
+
+    name = "auto|N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return "auto" or the number; anything else is a usage error."""
+        if value == "auto":
+            return value
+        try:
+            number = int(value)
+        except (TypeError, ValueError):
+            number = 0
+        return (
+            number
+            if number >= 1
+            else self.fail(f"{value!r} is neither 'auto' nor a whole number of at least 1", param, ctx)
+        )
 
 
 def workers_option(command: Command) -> Command:

@@ -16,21 +16,21 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gmem_bank.decode_worker import decode_one
+from gmem_bank.decode_worker import decode_one, record_of
 from gmem_bank.errors import GMemError
+from gmem_bank.listing import Item
 from gmem_bank.provenance import Json
-from gmem_bank.sources import Item
 
 JOB_IMAGES = 8
 """Images a worker is given at a time: few, so that the workers end a batch together."""
-AHEAD_BYTES = 256 << 20
+AHEAD_BYTES = 32 << 20
 """Decoded pixels that may wait for the encoder."""
 PIPE_BYTES = 1 << 20
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -80,18 +80,16 @@ class DecodePool:
                     with contextlib.suppress(OSError):  # what was not yet sent to a worker that is gone
                         stream.close()
 
-    def batches(self, batches: Sequence[Sequence[Item]]) -> Iterator[list[Decoded]]:
+    def batches(self, batches: Iterable[Sequence[Item]]) -> Iterator[list[Decoded]]:
         """Yield the decoded images of each batch, in order; as many batches ahead as AHEAD_BYTES hold, at least two."""
         if self._threads is None:
             for batch in batches:
                 yield [decode_one(item, self._preprocessing) for item in batch]
             return
         waiting: deque[list[Future[list[Decoded]]]] = deque()
-        largest = max((len(batch) for batch in batches), default=1)
-        ahead = max(2, AHEAD_BYTES // (largest * self._size**2 * 3))
         for batch in batches:
             waiting.append([self._threads.submit(self._run, job) for job in _cut(batch)])
-            if len(waiting) >= ahead:
+            if len(waiting) >= max(2, AHEAD_BYTES // (len(batch) * self._size**2 * 3)):
                 yield _collected(waiting.popleft())
         while waiting:
             yield _collected(waiting.popleft())
@@ -116,10 +114,7 @@ class DecodePool:
         process = self._process()
         assert process.stdin is not None
         assert process.stdout is not None
-        record = {
-            "items": [[i.key, os.fspath(i.path), i.flipped, i.offset, i.size] for i in items],
-            "preprocessing": self._preprocessing,
-        }
+        record = {"items": [record_of(item) for item in items], "preprocessing": self._preprocessing}
         process.stdin.write(json.dumps(record).encode() + b"\n")
         process.stdin.flush()
         facts: list[Any] = json.loads(process.stdout.readline() or b"?")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Mapping
@@ -19,17 +20,21 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from gmem_bank.contents import read_item
 from gmem_bank.decoding import decode_picture
 from gmem_bank.encoders.preprocess import crop
 from gmem_bank.errors import SourceError
-from gmem_bank.sources import Item
+from gmem_bank.listing import Item
+
+NICE = 10
+"""Workers yield to the encoder: on a CPU its threads wait for one another, and one that is held up holds up all."""
 
 
 def decode_one(item: Item, preprocessing: Mapping[str, Any]) -> tuple[str, NDArray[np.uint8] | str]:
     """Return the sha256 of an image's bytes ("" where there are none) and its (S, S, 3) crop, or why there is none."""
     data = b""
     try:
-        data = item.read()
+        data = read_item(item)
         pixels = crop(decode_picture(data), preprocessing)
     except SourceError as error:
         return _sha256(data), error.message.removeprefix(f"{item.path}: ")
@@ -41,17 +46,12 @@ def _sha256(data: bytes) -> str:
 
 
 def answer(line: bytes, output: BinaryIO) -> None:
-    """Do one job: {"items": [[key, path, flipped, offset, size], …], "preprocessing": {…}}.
+    """Do one job: {"items": [[key, path, size, flipped, inside, place, column], …], "preprocessing": {…}}.
 
     The answer is [[sha256, reason or null], …] on a line, then the pixels of those that have no reason.
     """
     job = json.loads(line)
-    results = [
-        decode_one(
-            Item(key=key, path=Path(path), size=size, modified=0, flipped=flipped, offset=offset), job["preprocessing"]
-        )
-        for key, path, flipped, offset, size in job["items"]
-    ]
+    results = [decode_one(_item(record), job["preprocessing"]) for record in job["items"]]
     facts = [[digest, found if isinstance(found, str) else None] for digest, found in results]
     output.write(json.dumps(facts).encode() + b"\n")
     for _, found in results:
@@ -60,9 +60,22 @@ def answer(line: bytes, output: BinaryIO) -> None:
     output.flush()
 
 
+def record_of(item: Item) -> list[Any]:
+    """Return what a worker has to know of an image, as JSON."""
+    return [item.key, os.fspath(item.path), item.size, item.flipped, item.inside, item.place, item.column]
+
+
+def _item(record: list[Any]) -> Item:
+    key, path, size, flipped, inside, place, column = record
+    return Item(
+        key=key, path=Path(path), size=size, modified=0, flipped=flipped, inside=inside, place=place, column=column
+    )
+
+
 def main() -> int:
     """Answer jobs until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever started this; then the input ends
+    os.nice(NICE)
     for line in sys.stdin.buffer:
         answer(line, sys.stdout.buffer)
     return 0

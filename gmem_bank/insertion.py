@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,28 @@ import numpy as np
 
 from gmem_bank import keys as key_tables
 from gmem_bank.bank import MemoryBank
-from gmem_bank.builder import DEFAULT_BATCH_SIZE, staging_folder
+from gmem_bank.batch_size import AUTO, BatchSize, resumed
+from gmem_bank.builder import staging_folder
+from gmem_bank.columns import Columns
+from gmem_bank.contents import content_digest, list_source
 from gmem_bank.derive import require_new_keys, taken_message
 from gmem_bank.draft import NewRows
 from gmem_bank.editing import Edit, EditReport, editing
 from gmem_bank.encoders import Encoder, require_same_encoder
+from gmem_bank.encoding import Encoded, encode_in_memory, encode_listings
 from gmem_bank.errors import (
     ConceptExistsError,
     ConfigError,
     GMemError,
     first_three,
 )
+from gmem_bank.listing import Listing
 from gmem_bank.novelty import compare_with_bank, wants_report
 from gmem_bank.ops import PathLike, check_concept_name
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.rewrite import join_if_many
-from gmem_bank.sources import Listing, with_flips
 from gmem_bank.space import to_space
-from gmem_bank.staging import Encoded, discard_own, encode_in_memory, encode_listings
-from gmem_bank.tars import list_source
+from gmem_bank.staging import discard_own
 from gmem_bank.vectors import new_vectors
 
 SAME_COSINE = 0.9999
@@ -46,9 +50,10 @@ def insert_concept(
     *,
     name: str | None = None,
     flip: bool = False,
+    columns: Columns | None = None,
     report: bool | None = None,
     grow_below: float | None = None,
-    batch_size: int = DEFAULT_BATCH_SIZE,
+    batch_size: BatchSize = AUTO,
     num_workers: int | None = None,
     output: PathLike | None = None,
     dry_run: bool = False,
@@ -61,15 +66,16 @@ def insert_concept(
 
     Args:
         bank_path: the bank.
-        images: folders of images, or image files.
+        images: folders of images, image files, or other sources as `build` takes them.
         encoder: the one that made the bank (`reload_encoder`).
         name: the concept's name; default: the name of the only folder.
         flip: add a mirrored twin of each image, under its key with "#flip".
+        columns: of arrays of pixels and tables: which columns to take.
         report: compare the new rows with the bank (`details["novelty"]`); None: where the bank has at most 50,000 active rows
             and FAISS is installed; True on a larger one compares with a sample of that many.
         grow_below: factored banks only: cosine that each new snippet's reconstruction must reach, else the basis grows; None
             takes the bank's own, -1 never grows it.
-        batch_size: images per call of the encoder.
+        batch_size: images per call of the encoder; "auto" is the encoder's own choice.
         num_workers: as in `build`.
         output: bank file to write; default: replace the bank.
         dry_run: list the images and check names, but encode and write nothing.
@@ -84,22 +90,24 @@ def insert_concept(
     concept = _concept_name(images, name)
     with editing(bank_path, "insert-concept", {"name": concept}, output=output, dry_run=dry_run, undo=undo) as edit:
         require_same_encoder(encoder.spec, edit.bank.encoder)
-        listings = [list_source(os.fspath(path), prefix=f"{concept}/") for path in images]
-        listings = [with_flips(listing) for listing in listings] if flip else listings
+        listings = [list_source(os.fspath(path), prefix=f"{concept}/", columns=columns) for path in images]
+        if flip:
+            listings = [replace(listing, items=listing.items.with_flips()) for listing in listings]
         _require_unique(listings)
         staging = staging_folder(edit.target, "insert")
+        size = resumed(batch_size, encoder, staging, lambda _: listings)
         there = edit.made if edit.made is not None else edit.bank
         if concept in there.names:
-            result = _already_inserted(edit, there, concept, listings, encoder, batch_size)
+            result = _already_inserted(edit, there, concept, listings, encoder, size)
             if not dry_run:
-                discard_own(staging, listings, encoder, batch_size)  # of this very insert, killed after its last write
+                discard_own(staging, listings, encoder, size)  # of this very insert, killed after its last write
             return result
-        planned = [item.key for listing in listings for item in listing.items]
+        planned = [key for listing in listings for key in listing.items.all_keys()]
         require_new_keys(edit.bank, planned)
         if dry_run:
             return edit.unchanged(concept=concept, num_added=len(planned), unchanged=False, keys=planned)
         encoded = encode_listings(
-            listings, encoder, staging_folder=staging, batch_size=batch_size, num_workers=num_workers, progress=progress
+            listings, encoder, staging_folder=staging, batch_size=size, num_workers=num_workers, progress=progress
         )
         result = _append_encoded(edit, concept, listings, encoded, report, grow_below)
         encoded.staging.discard()
@@ -114,7 +122,7 @@ def _append_encoded(
     report: bool | None,
     grow_below: float | None,
 ) -> EditReport:
-    keys = [item.key for item in encoded.items]
+    keys = encoded.keys
     draft = edit.draft()
     first_source = len(draft.sources)
     draft.sources += [
@@ -144,7 +152,7 @@ def _concept_name(images: Sequence[PathLike], name: str | None) -> str:
 
 
 def _require_unique(listings: Sequence[Listing]) -> None:
-    keys = [item.key for listing in listings for item in listing.items]
+    keys = [key for listing in listings for key in listing.items.all_keys()]
     twice = key_tables.duplicates(keys)
     if twice:
         raise GMemError(
@@ -156,11 +164,11 @@ def _already_inserted(
     edit: Edit, bank: MemoryBank, concept: str, listings: Sequence[Listing], encoder: Encoder, batch_size: int
 ) -> EditReport:
     """Report a concept that holds these very images already, or refuse the name."""
-    keys = [item.key for listing in listings for item in listing.items]
+    keys = [key for listing in listings for key in listing.items.all_keys()]
     recorded = [source.digest for source in bank.sources if source.prefix == f"{concept}/"]
     present = {key for key, row in zip(keys, bank.find_rows(keys).tolist(), strict=True) if row >= 0}
     if recorded:
-        same = recorded == [listing.content_digest() for listing in listings]
+        same = recorded == [content_digest(listing) for listing in listings]
         same = same and len(present) == _num_inserted(bank, concept)
     else:  # a class folder of the build: the images have no source of their own, so their snippets are compared
         same = set(bank.keys(bank.all_rows_of(concept))) <= set(keys)

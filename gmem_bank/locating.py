@@ -1,4 +1,4 @@
-"""Where the image of a row is, a file or a member of a tar file, and what it shows.
+"""Where the image of a row is, a file or a place inside one, and what it shows.
 
 Shapes: H×W pixels.
 """
@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from gmem_bank.columns import Columns
+from gmem_bank.contents import find_item, read_item
 from gmem_bank.decoding import decode_named
 from gmem_bank.errors import SourceError
 from gmem_bank.interface import ImagesFrom
+from gmem_bank.listing import Item
 from gmem_bank.naming import FLIP_SUFFIX
-from gmem_bank.provenance import Source
-from gmem_bank.sources import Item, image_path
-from gmem_bank.tars import member_of
+from gmem_bank.provenance import IN_ONE_FILE, Source
+from gmem_bank.sources import image_path
 
 
 def locate(key: str, source: Source, bank_folder: Path, images: ImagesFrom) -> Item:
@@ -29,15 +31,23 @@ def locate(key: str, source: Source, bank_folder: Path, images: ImagesFrom) -> I
         images: as in `sources.image_path`; None looks where the provenance says.
 
     Raises:
-        SourceError: the row has no image, or its tar file is gone or does not have it.
+        SourceError: the row has no image, or the file that it lies in is gone or does not have it.
     """
     folder = source.folder(bank_folder)
-    if source.kind != "tar" or images is not None or folder is None:
+    if source.kind not in IN_ONE_FILE or images is not None or folder is None:
         return Item(key=key, path=image_path(key, source, bank_folder, images), size=0, modified=0)
-    found = member_of(folder, source.prefix, key.removesuffix(FLIP_SUFFIX))
+    found = find_item(folder, source.prefix, _columns(source), key.removesuffix(FLIP_SUFFIX))
     if found is None:
         raise SourceError(f"{folder} has no image {key!r} any more", path=folder, key=key)
     return found
+
+
+def _columns(source: Source) -> Columns:
+    """Return the columns that the source recorded, "none" for classes that were not taken."""
+    if source.kind == "tar":
+        return Columns()
+    recorded = {name: str(value) for name, value in source.columns.items() if name in ("image", "label", "key")}
+    return Columns(**{"label": "none", **recorded})
 
 
 def is_there(key: str, source: Source, bank_folder: Path, images: ImagesFrom) -> bool:
@@ -45,7 +55,7 @@ def is_there(key: str, source: Source, bank_folder: Path, images: ImagesFrom) ->
     try:
         return locate(key, source, bank_folder, images).path.is_file()
     except SourceError:
-        if source.kind == "tar":
+        if source.kind in IN_ONE_FILE:
             return False
         raise
     except OSError:  # a key may be longer than a file's name can be
@@ -55,5 +65,5 @@ def is_there(key: str, source: Source, bank_folder: Path, images: ImagesFrom) ->
 def read_pixels(key: str, source: Source, bank_folder: Path, images: ImagesFrom) -> NDArray[np.uint8]:
     """Return the (H, W, 3) uint8 image of a row, mirrored where its key says so; raises SourceError."""
     item = locate(key, source, bank_folder, images)
-    pixels = decode_named(item.read(), item.path)
+    pixels = decode_named(read_item(item), item.path)
     return np.ascontiguousarray(pixels[:, ::-1]) if key.endswith(FLIP_SUFFIX) else pixels

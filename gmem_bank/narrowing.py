@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from gmem_bank.errors import ConfigError, SourceError
+from gmem_bank.listing import Listing, Skipped
 from gmem_bank.provenance import Json
-from gmem_bank.sources import Listing, Skipped, with_flips
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,28 +57,31 @@ def narrowed(listing: Listing, wanted: Narrowing, batch_size: int) -> Listing:
     Raises:
         SourceError: no image is left.
     """
-    items = [item for item in listing.items if _matches(item.key, wanted)]
-    left_out = len(listing.items) - len(items)
+    places = np.fromiter(
+        (place for place, key in enumerate(listing.items.all_keys()) if _matches(key, wanted)), np.int64
+    )
+    left_out = len(listing.items) - len(places)
     if wanted.shuffle_seed is not None:
-        order = np.random.Generator(np.random.PCG64(wanted.shuffle_seed)).permutation(len(items))
-        items = [items[place] for place in order.tolist()]
-    items = items[: wanted.limit]
-    if not items:
+        places = places[np.random.Generator(np.random.PCG64(wanted.shuffle_seed)).permutation(len(places))]
+    places = places[: wanted.limit]
+    if not len(places):
         raise SourceError(
             f"none of the {len(listing.items)} images in {listing.root} is left by the patterns", path=listing.root
         )
     note = [Skipped(path=str(listing.root), reason=f"{left_out} images left out by the patterns")] if left_out else []
-    taken = replace(listing, items=tuple(items), ignored=(*listing.ignored, *note))
-    taken = with_flips(taken) if wanted.flip else taken
+    all_of_it = len(places) == len(listing.items) and wanted.shuffle_seed is None
+    items = listing.items if all_of_it else listing.items.take(places.tolist())
+    items = items.with_flips() if wanted.flip else items
+    taken = replace(listing, items=items, ignored=(*listing.ignored, *note))
     if wanted.num_shards == 1:
         return taken
-    num_batches = -(-len(taken.items) // batch_size)
+    num_batches = -(-len(items) // batch_size)
     begin, end = (num_batches * part // wanted.num_shards * batch_size for part in (wanted.shard, wanted.shard + 1))
-    if begin >= min(end, len(taken.items)):
+    if begin >= min(end, len(items)):
         raise SourceError(
-            f"{len(taken.items)} images are {num_batches} batches of {batch_size}: too few for {wanted.num_shards} shards"
+            f"{len(items)} images are {num_batches} batches of {batch_size}: too few for {wanted.num_shards} shards"
         )
-    return replace(taken, items=taken.items[begin:end])
+    return replace(taken, items=items.take(range(begin, min(end, len(items)))))
 
 
 def _matches(key: str, wanted: Narrowing) -> bool:

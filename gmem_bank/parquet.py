@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gmem_bank.arrow import require_pyarrow
 from gmem_bank.bank import MemoryBank
-from gmem_bank.errors import ConfigError, MissingDependencyError, SourceError
+from gmem_bank.errors import ConfigError, SourceError
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import IMAGE_KINDS, Json
 from gmem_bank.sources import image_path
@@ -82,7 +83,7 @@ def export_parquet(
         raise ConfigError(f"{target}: a Parquet table is named .parquet or .pq", path=target, key="output")
     atomic.require_free(target, overwrite)
     table = _Table(bank, target, vectors=vectors, coordinates=coordinates)
-    _, parquet = _require_pyarrow()
+    parquet = require_pyarrow().parquet
     step = max(1, min(GROUP_ROWS, GROUP_BYTES // (4 * bank.dim) if vectors else GROUP_ROWS))
     with atomic.replacing(target) as stream, parquet.ParquetWriter(stream, table.schema, **table.encodings) as writer:
         for start in range(0, len(bank), step):
@@ -95,25 +96,13 @@ def export_parquet(
     )  # fmt: skip
 
 
-def _require_pyarrow() -> tuple[Any, Any]:
-    """Return pyarrow and its Parquet module; raises MissingDependencyError that names the extra."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise MissingDependencyError(
-            "exporting Parquet needs pyarrow: pip install pyarrow (the extra gmem[parquet])", extra="parquet"
-        ) from error
-    return pyarrow, parquet
-
-
 class _Table:
     """A bank's rows as record batches."""
 
     def __init__(
         self, bank: MemoryBank, target: Path, *, vectors: bool, coordinates: NDArray[np.floating[Any]] | None
     ) -> None:
-        self._arrow, _ = _require_pyarrow()
+        self._arrow = require_pyarrow()
         self._bank = bank
         self._folder = target.absolute().parent
         self._vectors = vectors

@@ -131,7 +131,9 @@ class EncoderSpec:
         return f"{self.name} (dim {self.dim}, {self.space} space, {self.fingerprint[:8]})"
 
 
-IMAGE_KINDS = ("folder", "list", "tar")
+IN_ONE_FILE = ("tar", "pixels", "table")
+"""Kinds of sources whose images lie inside other files."""
+IMAGE_KINDS = ("folder", "list", *IN_ONE_FILE)
 """Kinds of sources whose rows have an image."""
 
 
@@ -140,8 +142,8 @@ class Source:
     """Where rows came from; every row points at one by its position in the bank's list."""
 
     kind: str
-    """"folder" (images below a folder), "list" (images that a file names), "tar" (members of tar files), "array" (a file of
-    snippets) or "derived" (arithmetic on other rows)."""
+    """"folder" (images below a folder), "list" (images that a file names), "tar" (members of tar files), "pixels"
+    (arrays of images), "table" (Parquet or Arrow), "array" (a file of snippets) or "derived" (arithmetic on other rows)."""
     path: str | None = None
     """Folder, relative to the bank's folder; absolute when it is on another root; None for derived rows."""
     prefix: str = ""
@@ -150,6 +152,8 @@ class Source:
     """sha256 over keys and contents of the images listed."""
     num_images: int = 0
     """Images listed, readable or not."""
+    columns: Mapping[str, Json] = field(default_factory=dict)
+    """Of "pixels" and "table": {"image": …, "label": …, "key": …}, what was taken from where; not written where empty."""
     extras: Mapping[str, Json] = field(default_factory=dict)
     """Fields of a later minor version: kept as they are."""
 
@@ -157,10 +161,12 @@ class Source:
         _check(str, kind=self.kind, prefix=self.prefix, digest=self.digest)
         _check((str, type(None)), path=self.path)
         _check(int, num_images=self.num_images)
+        _check(Mapping, columns=self.columns)
 
     def to_json(self) -> dict[str, Json]:
         """Return a JSON object that `from_json` reads back."""
-        return _to_json(self)
+        record = _to_json(self)
+        return record if self.columns else {name: value for name, value in record.items() if name != "columns"}
 
     @classmethod
     def from_json(cls, record: Json) -> Self:

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from gmem_bank.bank import MemoryBank
 from gmem_bank.encoders import Encoder, SupportsText, require_same_encoder
+from gmem_bank.encoding import encode_in_memory
 from gmem_bank.errors import EncoderError, UnknownKeyError, suggest
 from gmem_bank.index import require_faiss
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import Json
 from gmem_bank.sources import list_images
 from gmem_bank.space import to_space
-from gmem_bank.staging import encode_in_memory
 
 
 @dataclass(frozen=True, kw_only=True)

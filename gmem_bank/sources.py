@@ -2,102 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
+import glob
 import os
 import stat
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from gmem_bank.decoding import EXTENSIONS, read_bytes, read_span
+from gmem_bank.decoding import EXTENSIONS
 from gmem_bank.errors import SourceError
 from gmem_bank.interface import ImagesFrom
+from gmem_bank.listing import Items, Listing, Skipped
 from gmem_bank.naming import FLIP_SUFFIX, concept_name_problem, key_problem
-from gmem_bank.provenance import IMAGE_KINDS, Source, relative_to_bank, sha256_of
+from gmem_bank.provenance import IMAGE_KINDS, IN_ONE_FILE, Source
 
 BANK_FOLDER = ".gmem"
 """A folder of this suffix is a bank and no source of images."""
+UNREADABLE = {
+    suffix: f"{name} is not decoded here: convert it to JPEG or PNG"
+    for suffix, name in {".heic": "HEIC", ".heif": "HEIF", ".jxl": "JPEG XL", ".svg": "SVG", ".dng": "camera raw",
+                         ".cr2": "camera raw", ".nef": "camera raw", ".arw": "camera raw", ".psd": "Photoshop"}.items()
+}  # fmt: skip
+"""Pictures by their extension that no permitted format of Pillow reads."""
 RUN_MARKER = ".gmem-run"
 """A folder with this file in it is a training run of ours and no source of images."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Skipped:
-    """A file that gave no row, and why."""
-
-    path: str
-    reason: str
-
-    def to_json(self) -> dict[str, str]:
-        """Return {"path": …, "reason": …}."""
-        return {"path": self.path, "reason": self.reason}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Item:
-    """One image of a source."""
-
-    key: str
-    path: Path
-    size: int
-    """Bytes."""
-    modified: int
-    """Nanoseconds; tells a resumed build that a file was replaced, and never enters a bank."""
-    flipped: bool = False
-    """True: the twin whose picture is mirrored left to right."""
-    offset: int = -1
-    """Of a member of a tar file: where its bytes begin; -1: the path is the image's own file."""
-
-    def read(self) -> bytes:
-        """Return the image's bytes; raises SourceError."""
-        return read_bytes(self.path) if self.offset < 0 else read_span(self.path, self.offset, self.size)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Listing:
-    """The images of a source in their one order, and what else lay there."""
-
-    root: Path
-    prefix: str
-    items: tuple[Item, ...]
-    ignored: tuple[Skipped, ...]
-    kind: str = "folder"
-    """Of the provenance record: "folder", "list" or "tar"."""
-
-    def to_source(self, bank_folder: Path, digest: str) -> Source:
-        """Return the provenance record of the source, with its content digest, for a bank in that folder."""
-        return Source(
-            kind=self.kind,
-            path=relative_to_bank(self.root, bank_folder),
-            prefix=self.prefix,
-            digest=digest,
-            num_images=len(self.items),
-        )
-
-    def content_digest(self) -> str:
-        """Return the digest that encoding these files as they are now would record; reads every file."""
-        return digest_of((item.key, content_hash(item)) for item in self.items)
-
-
-def with_flips(listing: Listing) -> Listing:
-    """Return the listing with a mirrored twin after each image, its key ending in "#flip"."""
-    twins = (replace(item, key=item.key + FLIP_SUFFIX, flipped=True) for item in listing.items)
-    pairs = (item for pair in zip(listing.items, twins, strict=True) for item in pair)
-    return replace(listing, items=tuple(pairs))
-
-
-def content_hash(item: Item) -> str:
-    """Return the sha256 of an image file's bytes, "" where it is empty or cannot be read."""
-    try:
-        data = item.read()
-    except SourceError:
-        return ""
-    return hashlib.sha256(data).hexdigest() if data else ""
-
-
-def digest_of(contents: Iterable[tuple[str, str]]) -> str:
-    """Return the digest of a source from (key, sha256 of the file) in order."""
-    return sha256_of([list(pair) for pair in contents])
 
 
 def require_path(path: str | os.PathLike[str]) -> Path:
@@ -116,6 +43,15 @@ def require_folder(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
+def matching_files(pattern: str | os.PathLike[str]) -> list[Path]:
+    """Return the file of a path, or the files that a glob pattern matches, sorted; raises SourceError where there is none."""
+    text = os.fspath(pattern)
+    found = [Path(text)] if Path(text).is_file() else [Path(path) for path in sorted(glob.glob(text, recursive=True))]  # noqa: PTH207
+    if not found:
+        raise SourceError(f"no file at {text}", path=text)
+    return found
+
+
 def list_folder(root: str | os.PathLike[str], *, prefix: str = "", exclude: Sequence[Path] = ()) -> Listing:
     """List the images below a folder, sorted by path, hidden and run folders left out.
 
@@ -130,20 +66,20 @@ def list_folder(root: str | os.PathLike[str], *, prefix: str = "", exclude: Sequ
     folder = require_folder(root)
     ours = {path.resolve() for path in exclude}
     names = {path.name for path in exclude}
-    items: list[Item] = []
+    items = Items(folder, prefix)
     ignored: list[Skipped] = []
-    for path in _walk(folder, ignored):
+    for path, inside in _walk(folder, ignored):
         if path.name in names and path.parent.resolve() / path.name in ours:
             continue
-        found = _item(path, prefix + path.relative_to(folder).as_posix())
-        if isinstance(found, Item):
-            items.append(found)
+        found = _facts(path, prefix + inside)
+        if isinstance(found, os.stat_result):
+            items.append(prefix + inside, found.st_size, found.st_mtime_ns)
         else:
-            ignored.append(Skipped(path=printable_path(path.relative_to(folder).as_posix()), reason=found))
+            ignored.append(Skipped(path=printable_path(inside), reason=found))
+    ignored.sort(key=lambda entry: entry.path)
     if not items:
         raise SourceError(_no_images(folder, ignored), path=folder)
-    items.sort(key=lambda item: item.key.encode())
-    return Listing(root=folder, prefix=prefix, items=tuple(items), ignored=tuple(ignored))
+    return Listing(root=folder, items=items.sorted_by_key(), ignored=tuple(ignored))
 
 
 def list_file(path: str | os.PathLike[str], *, prefix: str = "") -> Listing:
@@ -157,15 +93,18 @@ def list_file(path: str | os.PathLike[str], *, prefix: str = "") -> Listing:
         lines = [line.strip() for line in where.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"could not read {where}: {error}", path=where) from error
-    found = [(line, _item(where.parent / line, prefix + line)) for line in lines]
-    items = [item for _, item in found if isinstance(item, Item)]
-    ignored = tuple(Skipped(path=printable_path(line), reason=item) for line, item in found if isinstance(item, str))
-    twice = {item.key for item in items}
-    if len(twice) != len(items):
+    items, ignored = Items(where.parent, prefix), []
+    for line in lines:
+        found = _facts(where.parent / line, prefix + line)
+        if isinstance(found, os.stat_result):
+            items.append(prefix + line, found.st_size, found.st_mtime_ns)
+        else:
+            ignored.append(Skipped(path=printable_path(line), reason=found))
+    if len(set(items.all_keys())) != len(items):
         raise SourceError(f"{where} names an image twice", path=where)
     if not items:
         raise SourceError(_no_images(where, ignored), path=where)
-    return Listing(root=where.parent, prefix=prefix, items=tuple(items), ignored=ignored, kind="list")
+    return Listing(root=where.parent, items=items, ignored=tuple(ignored), kind="list")
 
 
 def list_images(path: str | os.PathLike[str], *, prefix: str = "") -> Listing:
@@ -173,10 +112,12 @@ def list_images(path: str | os.PathLike[str], *, prefix: str = "") -> Listing:
     where = require_path(path)
     if not where.is_file():
         return list_folder(where, prefix=prefix)
-    item = _item(where, prefix + where.name)
-    if not isinstance(item, Item):
-        raise SourceError(f"{where}: {item}", path=where)
-    return Listing(root=where.parent, prefix=prefix, items=(item,), ignored=())
+    found = _facts(where, prefix + where.name)
+    if not isinstance(found, os.stat_result):
+        raise SourceError(f"{where}: {found}", path=where)
+    items = Items(where.parent, prefix)
+    items.append(prefix + where.name, found.st_size, found.st_mtime_ns)
+    return Listing(root=where.parent, items=items, ignored=())
 
 
 def image_path(key: str, source: Source, bank_folder: Path, images: ImagesFrom) -> Path:
@@ -195,7 +136,7 @@ def image_path(key: str, source: Source, bank_folder: Path, images: ImagesFrom) 
     folder = source.folder(bank_folder)
     if folder is None:
         raise SourceError(f"row {key!r} was computed from other rows: it has no image", key=key)
-    if source.kind not in IMAGE_KINDS or (source.kind == "tar" and images is None):
+    if source.kind not in IMAGE_KINDS or (source.kind in IN_ONE_FILE and images is None):
         raise SourceError(
             f"row {key!r} came from a source of kind {source.kind!r}, which this gmem cannot read", key=key
         )
@@ -213,9 +154,8 @@ def image_path(key: str, source: Source, bank_folder: Path, images: ImagesFrom) 
     return next((path for path in candidates if path.is_file()), candidates[0] if candidates else recorded)
 
 
-def _walk(folder: Path, ignored: list[Skipped]) -> list[Path]:
-    """Return the files below a folder, links to folders followed, hidden and run folders left out."""
-    found: list[Path] = []
+def _walk(folder: Path, ignored: list[Skipped]) -> Iterator[tuple[Path, str]]:
+    """Yield the files below a folder and their paths in it, links to folders followed, hidden and run folders left out."""
 
     def complain(error: OSError) -> None:
         ignored.append(Skipped(path=printable_path(str(error.filename)), reason=f"unreadable folder: {error.strerror}"))
@@ -233,8 +173,9 @@ def _walk(folder: Path, ignored: list[Skipped]) -> list[Path]:
             folders.remove(name)
             path = printable_path((here / name).relative_to(folder).as_posix())
             ignored.append(Skipped(path=path, reason="a link to a folder that it lies in"))
-        found.extend(here / name for name in files if not name.startswith("."))
-    return sorted(found)
+        inside = here.relative_to(folder).as_posix()
+        lead = "" if inside == "." else f"{inside}/"
+        yield from ((here / name, lead + name) for name in files if not name.startswith("."))
 
 
 def _is_cycle(path: Path) -> bool:
@@ -244,10 +185,11 @@ def _is_cycle(path: Path) -> bool:
     return Path(os.path.realpath(path.parent)).is_relative_to(target)
 
 
-def _item(path: Path, key: str) -> Item | str:
-    """Return the item of a file, or why it is none."""
-    if path.suffix.lower() not in EXTENSIONS:
-        return "not an image by its extension"
+def _facts(path: Path, key: str) -> os.stat_result | str:
+    """Return size and time of an image file, or why it is none."""
+    suffix = path.suffix.lower()
+    if suffix not in EXTENSIONS:
+        return UNREADABLE.get(suffix, "not an image by its extension")
     problem = key_problem(key)
     if problem:
         return f"its path {problem}"
@@ -257,9 +199,7 @@ def _item(path: Path, key: str) -> Item | str:
         facts = path.stat()
     except OSError as error:
         return f"a link to nothing, or gone: {error.strerror}"
-    if not stat.S_ISREG(facts.st_mode):
-        return "not a regular file"
-    return Item(key=key, path=path, size=facts.st_size, modified=facts.st_mtime_ns)
+    return facts if stat.S_ISREG(facts.st_mode) else "not a regular file"
 
 
 def class_folder_problem(key: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from gmem_bank.cli.options import column_options, columns_from
 from gmem_bank.console import (
     encoder_run_options,
     human_bytes,
@@ -54,6 +55,7 @@ from gmem_bank.console import (
 @click.option(
     "--shard", type=click.IntRange(min=0), default=0, show_default=True, help="… and do this one; 'merge' joins them."
 )
+@column_options
 @workers_option
 @encoder_run_options
 @click.option("--overwrite", is_flag=True, help="Replace an existing bank that was built differently.")
@@ -61,19 +63,23 @@ from gmem_bank.console import (
 @quiet_option
 def build(
     source: str, encoder: str, weights: str | None, pairs: tuple[str, ...], output: str, space: str, dtype: str,
-    workers: int | None, device: str, batch_size: int, overwrite: bool, as_json: bool, quiet: bool, **narrowing: Any,
+    workers: int | None, device: str, batch_size: Any, image_column: str | None,
+    label_column: str | None, key_column: str | None,
+    overwrite: bool, as_json: bool, quiet: bool, **narrowing: Any,
 ) -> None:  # fmt: skip
     """Encode the images of SOURCE (default: this folder) into a bank.
 
-    SOURCE is a folder, a text file that names images (.txt), tar files (webdataset shards: "shards/*.tar"), or with
-    --encoder precomputed a file of arrays. Class folders become concepts. Unusable images are listed in FILE.report.json and
-    passed over. After a kill or Ctrl-C the same command continues.
+    SOURCE is a folder, a text file that names images (.txt), tar files (webdataset shards: "shards/*.tar"), arrays of pixels
+    (.npy, .npz), a table with a column of images (.parquet, .arrow, a folder of datasets.save_to_disk,
+    hf://datasets/OWNER/NAME), or with --encoder precomputed a file of snippets. Class folders and labels
+    become concepts. Unusable images are listed in FILE.report.json and passed over. After a kill or Ctrl-C the same
+    command continues.
     """
     import gmem_bank
+    from gmem_bank.contents import require_source
     from gmem_bank.narrowing import Narrowing
     from gmem_bank.progress import ProgressBar
     from gmem_bank.storage import require_known_suffix
-    from gmem_bank.tars import require_source
 
     wanted = Narrowing(**narrowing)
     if encoder == "precomputed":
@@ -87,6 +93,7 @@ def build(
     with ProgressBar("encode", "image", quiet=quiet) as progress:
         report = gmem_bank.build(
             source, loaded, output, dtype=dtype, batch_size=batch_size, num_workers=workers, narrowing=wanted,
+            columns=columns_from(image_column, label_column, key_column),
             overwrite=overwrite, progress=progress,
         )  # fmt: skip
     list_skipped(report.skipped)

@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from gmem_bank.cli.options import edit_options, print_edit, selection_from, selection_options
+from gmem_bank.cli.options import (
+    column_options,
+    columns_from,
+    edit_options,
+    print_edit,
+    selection_from,
+    selection_options,
+)
 from gmem_bank.console import (
     bank_option,
     encoder_run_options,
@@ -40,19 +47,22 @@ from gmem_bank.console import (
 )
 @selection_options
 @edit_options
+@column_options
 @workers_option
 @encoder_run_options
 @quiet_option
 def insert_concept(
     images: tuple[str, ...], bank: str, name: str | None, flip: bool, report: bool | None, grow_below: float | None,
     same_encoder: bool, weights: str | None, output: str | None, dry_run: bool, no_undo: bool, as_json: bool, device: str,
-    workers: int | None, batch_size: int, quiet: bool, **selection: Any,
+    workers: int | None, batch_size: Any, image_column: str | None,
+    label_column: str | None, key_column: str | None,
+    quiet: bool, **selection: Any,
 ) -> None:  # fmt: skip
     """Add IMAGES to a bank as a new concept, without any training.
 
-    IMAGES are folders or image files, encoded by the encoder that made the bank; or array files (.npy, .npz, .safetensors,
-    .h5) of snippets that it made elsewhere. Without IMAGES, --key, --keys, --pattern and so on make a concept of rows that are
-    in the bank already. Rows that are there stay byte for byte.
+    IMAGES are folders, image files or whatever else 'build' takes, encoded by the encoder that made the bank; or array files
+    (.npy, .npz, .safetensors, .h5, .parquet) of snippets that it made elsewhere. Without IMAGES, --key, --keys,
+    --pattern and so on make a concept of rows that are in the bank already. Rows that are there stay byte for byte.
     """
     import gmem_bank
 
@@ -74,7 +84,7 @@ def insert_concept(
         result = _insert_images(
             bank, images, weights, device, quiet,
             {"name": name, "flip": flip, "report": report, "grow_below": grow_below, "batch_size": batch_size,
-             "num_workers": workers, **edit},
+             "num_workers": workers, "columns": columns_from(image_column, label_column, key_column), **edit},
         )  # fmt: skip
     list_skipped(result.skipped)
     if as_json:
@@ -96,8 +106,9 @@ def insert_concept(
 
 def _are_arrays(images: tuple[str, ...]) -> bool:
     from gmem_bank.arrays import is_array_file
+    from gmem_bank.contents import has_images
 
-    arrays = [is_array_file(Path(path)) for path in images]
+    arrays = [is_array_file(Path(path)) and not has_images(Path(path)) for path in images]
     if any(arrays) and (len(images) > 1):
         raise click.UsageError("give one array file, or any number of folders and images")
     return arrays[0]
@@ -122,8 +133,8 @@ def _insert_images(
     bank: str, images: tuple[str, ...], weights: str | None, device: str, quiet: bool, options: dict[str, Any]
 ) -> Any:
     import gmem_bank
+    from gmem_bank.contents import require_source
     from gmem_bank.progress import ProgressBar
-    from gmem_bank.tars import require_source
 
     opened = gmem_bank.open(bank)
     for path in images:

@@ -81,3 +81,22 @@ def print_edit(report: Any, as_json: bool, what: str, unchanged: str = "") -> No
     click.echo(f"{report.output}: {would}{done}, {would}{report.num_rows} rows{now}")
     if report.dropped_concepts:
         click.echo(f"concepts that lose their last row: {', '.join(map(printable, report.dropped_concepts))}")
+
+
+def column_options(command: Command) -> Command:
+    """Add --image-column, --label-column and --key-column."""
+    for name, text in (
+        ("key", "Column of a table that names the images; default: the file's name and the row's number."),
+        ("label", "Column (or array) of classes, which become concepts; 'none': no classes."),
+        ("image", "Column of a table, or array of a .npz, with the images; default: the only one."),
+    ):
+        command = click.option(f"--{name}-column", default=None, metavar="NAME", help=text)(command)
+    return command
+
+
+def columns_from(image_column: str | None, label_column: str | None, key_column: str | None) -> Any:
+    """Return the Columns of the options, None where none is given."""
+    from gmem_bank.columns import Columns
+
+    given = Columns(image=image_column, label=label_column, key=key_column)
+    return None if given == Columns() else given

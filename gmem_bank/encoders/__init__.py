@@ -47,6 +47,14 @@ class SupportsPrecision(Protocol):
 
 
 @runtime_checkable
+class SupportsBatchSize(Protocol):
+    """An encoder that knows how many images it is best given at a time."""
+
+    def best_batch_size(self) -> int:
+        """Return the number: the same on machines of a kind, so that builds there give the same bytes."""
+
+
+@runtime_checkable
 class SupportsText(Protocol):
     """An encoder whose embeddings of texts and of images can be compared."""
 

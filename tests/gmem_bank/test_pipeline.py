@@ -14,7 +14,7 @@ from gmem_bank import decode_pool
 from gmem_bank.decode_pool import DecodePool, default_workers
 from gmem_bank.errors import ConfigError, GMemError, SourceError
 from gmem_bank.narrowing import Narrowing
-from gmem_bank.sources import list_folder, with_flips
+from gmem_bank.sources import list_folder
 
 ADM = {"crop": "adm", "crop_size": 32}
 
@@ -38,7 +38,7 @@ def same(a: list, b: list) -> bool:
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_workers_give_what_this_process_would_in_the_same_order(odd_photos: Path, num_workers: int) -> None:
     """Pixels, hashes and reasons, whoever decodes, flips included."""
-    items = with_flips(list_folder(odd_photos)).items
+    items = list_folder(odd_photos).items.with_flips()
     batches = [items[start : start + 7] for start in range(0, len(items), 7)]
     with DecodePool(ADM, 0) as pool:
         expected = list(pool.batches(batches))

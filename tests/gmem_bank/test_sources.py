@@ -11,6 +11,7 @@ from PIL import Image
 
 from gmem_bank.decoding import decode_image, read_image
 from gmem_bank.errors import SourceError
+from gmem_bank.contents import content_digest
 from gmem_bank.sources import list_folder
 
 
@@ -157,14 +158,14 @@ def test_content_digest_follows_keys_and_contents_not_times(tmp_path: Path) -> N
 
     path = tmp_path / "a.png"
     path.write_bytes(b"123")
-    digest = list_folder(tmp_path).content_digest()
+    digest = content_digest(list_folder(tmp_path))
     os.utime(path, (1, 1))
-    assert list_folder(tmp_path).content_digest() == digest
+    assert content_digest(list_folder(tmp_path)) == digest
     path.write_bytes(b"124")
-    assert list_folder(tmp_path).content_digest() != digest
+    assert content_digest(list_folder(tmp_path)) != digest
     path.write_bytes(b"123")
     path.rename(tmp_path / "b.png")
-    assert list_folder(tmp_path).content_digest() != digest
+    assert content_digest(list_folder(tmp_path)) != digest
 
 
 def test_a_file_name_that_is_not_unicode_is_listed_not_fatal(tmp_path: Path) -> None:

@@ -1,0 +1,42 @@
+"""How many images an encoder is given at a time.
+
+Shapes: none here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from gmem_bank.encoders import Encoder, SupportsBatchSize
+from gmem_bank.errors import ConfigError
+from gmem_bank.listing import Listing
+from gmem_bank.staging import planned_batch_size
+
+BatchSize = int | Literal["auto"]
+AUTO: Literal["auto"] = "auto"
+DEFAULT = 32
+"""What "auto" takes for an encoder that has no wish of its own."""
+
+
+def resolve(asked: BatchSize, encoder: Encoder) -> int:
+    """Return the batch size: as asked, or for "auto" the encoder's own choice; raises ConfigError."""
+    if asked == AUTO:
+        return encoder.best_batch_size() if isinstance(encoder, SupportsBatchSize) else DEFAULT
+    if type(asked) is not int or asked < 1:
+        raise ConfigError(f"batch_size must be 'auto' or at least 1, got {asked!r}", key="batch_size")
+    return asked
+
+
+def resumed(asked: BatchSize, encoder: Encoder, staging: Path, listed: Callable[[int], list[Listing]]) -> int:
+    """Return the batch size, for "auto" that of unfinished work on the same images where there is any.
+
+    Args:
+        asked: a number or "auto".
+        encoder: what encodes.
+        staging: folder of the unfinished work.
+        listed: returns the listings for a batch size (parts of a source are cut between batches).
+    """
+    own = resolve(asked, encoder)
+    return own if asked != AUTO else planned_batch_size(staging, listed, encoder) or own

@@ -1,0 +1,72 @@
+"""Which columns of a table, or arrays of a file, hold images, classes and keys; and the keys that follow.
+
+Shapes: N images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gmem_bank.errors import SourceError
+from gmem_bank.naming import concept_name_problem
+
+NONE = "none"
+"""Asked for as the label column: no classes, whatever columns there are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """What the user asked for; None: found by its usual name."""
+
+    image: str | None = None
+    """Column of a table, or array of a .npz file, that holds the images."""
+    label: str | None = None
+    """Its classes, which become concepts; "none" for no classes."""
+    key: str | None = None
+    """Column of a table that names the images; None: "<stem>/<number>"."""
+
+    def label_among(self, usual: Sequence[str], names: Sequence[str], path: Path) -> str | None:
+        """Return the label column to take, if any; raises SourceError where the one asked for is not there."""
+        if self.label == NONE:
+            return None
+        if self.label is None:
+            return usual[0] if usual else None
+        if self.label not in names:
+            raise SourceError(
+                f"{path} has no column {self.label!r}; it has {list(names)[:12]}", path=path, key=self.label
+            )
+        return self.label
+
+    def refuse_key(self, path: Path) -> None:
+        """Raise SourceError where a key column is asked for of a file that can have none."""
+        if self.key is not None:
+            raise SourceError(f"{path}: --key-column is for tables", path=path, key=self.key)
+
+    def refuse_all(self, source: str) -> None:
+        """Raise SourceError where any column is asked for of a source that has none."""
+        if (self.image, self.label, self.key) != (None, None, None):
+            raise SourceError(
+                f"{source} has no columns: --image-column, --label-column and --key-column are for arrays and tables"
+            )
+
+
+def numbered(stem: str, row: int, num_rows: int, *, flat: bool) -> str:
+    """Return "<stem>/<number>" with leading zeros, or where `flat` "<stem>-<number>"."""
+    return f"{stem}{'-' if flat else '/'}{row:0{len(str(num_rows - 1))}d}"
+
+
+def labelled_key(classes: Sequence[str] | None, row: int, name: str) -> str:
+    """Return the name, below its class where there are classes."""
+    return name if classes is None else f"{classes[row]}/{name}"
+
+
+def class_names(labels: Sequence[object], path: Path) -> list[str]:
+    """Return a concept's name for every label; raises SourceError for one that cannot be."""
+    texts = [label.decode(errors="replace") if isinstance(label, bytes) else str(label) for label in labels]
+    for text in dict.fromkeys(texts):
+        problem = concept_name_problem(text)
+        if problem:
+            raise SourceError(f"{path}: the class {text[:60]!r} cannot name a concept: it {problem}", path=path)
+    return texts

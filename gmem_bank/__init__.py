@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gmem_bank.bank import MemoryBank as MemoryBank
     from gmem_bank.builder import BuildReport as BuildReport
     from gmem_bank.builder import build as build
+    from gmem_bank.columns import Columns as Columns
     from gmem_bank.combine import merge as merge
     from gmem_bank.compare import DiffReport as DiffReport
     from gmem_bank.compare import diff as diff
@@ -73,7 +74,10 @@ if TYPE_CHECKING:
     from gmem_bank.rewrite import save as save
     from gmem_bank.rewrite import shard as shard
     from gmem_bank.selection import Selection as Selection
+    from gmem_bank.shards import Shards as Shards
+    from gmem_bank.shards import ShardWriter as ShardWriter
     from gmem_bank.sources import RUN_MARKER as RUN_MARKER
+    from gmem_bank.tokens import write_tokens as write_tokens
     from gmem_bank.undoing import undo as undo
     from gmem_bank.verifier import verify as verify
 
@@ -82,6 +86,7 @@ _DOOR = {
     "arrays": ("read_array",),
     "bank": ("MemoryBank",),
     "builder": ("BuildReport", "build"),
+    "columns": ("Columns",),
     "combine": ("merge",),
     "compare": ("DiffReport", "diff"),
     "console": ("CommandGroup",),
@@ -124,7 +129,9 @@ _DOOR = {
     "reduce": ("coreset", "dedup"),
     "rewrite": ("compact", "save", "shard"),
     "selection": ("Selection",),
+    "shards": ("ShardWriter", "Shards"),
     "sources": ("RUN_MARKER",),
+    "tokens": ("write_tokens",),
     "undoing": ("undo",),
     "verifier": ("verify",),
 }

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from gmem_bank.batching import DEFAULT_BATCH_SIZE
 from gmem_bank.encoders import Encoder, SupportsBatchSize
 from gmem_bank.errors import ConfigError
 from gmem_bank.listing import Listing
@@ -16,14 +17,12 @@ from gmem_bank.staging import planned_batch_size
 
 BatchSize = int | Literal["auto"]
 AUTO: Literal["auto"] = "auto"
-DEFAULT = 32
-"""What "auto" takes for an encoder that has no wish of its own."""
 
 
 def resolve(asked: BatchSize, encoder: Encoder) -> int:
     """Return the batch size: as asked, or for "auto" the encoder's own choice; raises ConfigError."""
     if asked == AUTO:
-        return encoder.best_batch_size() if isinstance(encoder, SupportsBatchSize) else DEFAULT
+        return encoder.best_batch_size() if isinstance(encoder, SupportsBatchSize) else DEFAULT_BATCH_SIZE
     if type(asked) is not int or asked < 1:
         raise ConfigError(f"batch_size must be 'auto' or at least 1, got {asked!r}", key="batch_size")
     return asked

@@ -55,6 +55,14 @@ class SupportsBatchSize(Protocol):
 
 
 @runtime_checkable
+class SupportsPatchTokens(Protocol):
+    """An encoder that has an embedding for every patch of an image."""
+
+    def encode_tokens(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return (B, T, D) float32 patch tokens, row by row of the image, of (B, S, S, 3) images; raises EncoderError."""
+
+
+@runtime_checkable
 class SupportsText(Protocol):
     """An encoder whose embeddings of texts and of images can be compared."""
 
@@ -114,8 +122,14 @@ _BUILT_IN = {
             extra="hf",
         ),
         EncoderInfo(
+            name="onnx:",
+            description="a network in an ONNX file: onnx:FILE",
+            target="gmem_bank.encoders.onnx:make_onnx",
+            extra="onnx",
+        ),
+        EncoderInfo(
             name="precomputed",
-            description="snippets computed elsewhere: SOURCE is an array file (npy, npz, safetensors, h5)",
+            description="snippets computed elsewhere: SOURCE is an array file (npy, npz, safetensors, h5, parquet)",
             target="gmem_bank.encoders:refuse_precomputed",
         ),
         EncoderInfo(
@@ -131,7 +145,7 @@ _BUILT_IN = {
         ),
     )
 }
-PREFIXES = ("hf:",)
+PREFIXES = ("hf:", "onnx:")
 """Names that go on with what the user chooses."""
 
 
@@ -156,7 +170,7 @@ def load_encoder(
     """Load an encoder by name.
 
     Args:
-        name: one of `available_encoders()`; "hf:" goes on with a repository or folder.
+        name: one of `available_encoders()`; "hf:" goes on with a repository or folder, "onnx:" with a file.
         weights: local folder with the weights, where the encoder has any.
         device: "auto" (CUDA where there is one), "cpu", "cuda", …
         space: "unit" or "raw", recorded in the spec.

@@ -5,7 +5,8 @@ Shapes: B images, S×S pixels of the crop, T tokens, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from gmem_bank.encoders import EncoderOptions, preprocess, refuse_unknown
 from gmem_bank.encoders.names import POOLINGS, PRESETS, HubModel, model_named
 from gmem_bank.encoders.native import native_preprocessing
 from gmem_bank.encoders.precision import TORCH_DTYPES, choose_dtype
+from gmem_bank.encoders.sizing import best_batch_size
 from gmem_bank.encoders.weights import hub_folder, local_folder, model_sha256, read_config, revision_of
 from gmem_bank.errors import EncoderError, MissingDependencyError
 from gmem_bank.provenance import EncoderSpec
@@ -59,11 +61,32 @@ class TransformersEncoder:
         """Return (B, D) float32 embeddings of (B, S, S, 3) uint8 images (not yet in any space)."""
         return self._encode(images, self._dtype)
 
+    def best_batch_size(self) -> int:
+        """Return 32 on a CPU; on a GPU as many images as a quarter of its memory holds, up to 512."""
+        return best_batch_size(self._device, lambda count: self.encode(self._blank(count)))
+
+    def _blank(self, count: int) -> NDArray[np.uint8]:
+        side = int(self._spec.preprocessing["crop_size"])
+        return np.zeros((count, side, side, 3), np.uint8)
+
     def cosine_to_fp32(self, images: NDArray[np.uint8]) -> float:
         """Return the mean cosine between what `encode` gives for (B, S, S, 3) images and what float32 would give."""
         own, exact = self.encode(images).astype(np.float64), self._encode(images, torch.float32).astype(np.float64)
         norms = np.linalg.norm(own, axis=1) * np.linalg.norm(exact, axis=1)
         return float(np.mean(np.vecdot(own, exact) / norms))
+
+    def encode_tokens(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return (B, T, D) float32 patch tokens of (B, S, S, 3) images, of the encoder's layer (-1: the last, normalised).
+
+        Raises:
+            EncoderError: the model has no tokens.
+        """
+        with self._running(self._dtype):
+            states = self._states(self._input(images))
+        if states.ndim != 3:
+            raise EncoderError(f"encoder {self._spec.describe()} is a convolutional network: it has no patch tokens")
+        tokens: NDArray[np.float32] = states[:, num_special_tokens(self._model.config) :].float().cpu().numpy()
+        return tokens
 
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return (B, D) float32 embeddings of texts, comparable with those of images.
@@ -80,23 +103,39 @@ class TransformersEncoder:
             return _numbers(self._model.get_text_features(**inputs))
 
     def _encode(self, images: NDArray[np.uint8], dtype: torch.dtype) -> NDArray[np.float32]:
+        with self._running(dtype):
+            return _numbers(self._pooled(self._input(images)))
+
+    @contextlib.contextmanager
+    def _running(self, dtype: torch.dtype) -> Iterator[None]:
         lower = dtype != torch.float32
         with (
             torch.inference_mode(),
             torch.autocast(self._device.type, dtype if lower else torch.bfloat16, enabled=lower),
         ):
-            pixels = preprocess.to_input(torch.from_numpy(images).to(self._device), self._spec.preprocessing)
-            return _numbers(self._pooled(pixels))
+            yield
+
+    def _input(self, images: NDArray[np.uint8]) -> torch.Tensor:
+        return preprocess.to_input(torch.from_numpy(images).to(self._device), self._spec.preprocessing)
+
+    def _output(self, pixels: torch.Tensor, layer: int) -> Any:
+        tower = getattr(self._model, "vision_model", self._model)
+        return tower(pixel_values=pixels, output_hidden_states=layer != -1)
+
+    def _states(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the tokens (B, T, D), or the map (B, D, H, W), of the encoder's layer."""
+        layer = int(self._spec.parameters["layer"])
+        output = self._output(pixels, layer)
+        states: torch.Tensor = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+        return states
 
     def _pooled(self, pixels: torch.Tensor) -> Any:
-        pooling, layer = str(self._spec.parameters["pooling"]), int(self._spec.parameters["layer"])
+        pooling = str(self._spec.parameters["pooling"])
         if pooling == "projected":
             return self._model.get_image_features(pixel_values=pixels)
-        tower = getattr(self._model, "vision_model", self._model)
-        output = tower(pixel_values=pixels, output_hidden_states=layer != -1)
         if pooling == "pooler":
-            return output.pooler_output
-        states = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+            return self._output(pixels, -1).pooler_output
+        states = self._states(pixels)
         if states.ndim == 4:  # a convolutional network: (B, D, H, W)
             return states.mean(dim=(2, 3))
         return pool(states, pooling, num_special_tokens(self._model.config))

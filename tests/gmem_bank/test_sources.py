@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gmem_bank.contents import content_digest
 from gmem_bank.decoding import decode_image, read_image
 from gmem_bank.errors import SourceError
-from gmem_bank.contents import content_digest
 from gmem_bank.sources import list_folder
 
 

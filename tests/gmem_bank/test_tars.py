@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import gmem_bank
-from gmem_bank.errors import SourceError
 from gmem_bank.contents import list_source, read_item
+from gmem_bank.errors import SourceError
 from gmem_bank.tars import list_tars
 
 

@@ -1,0 +1,192 @@
+"""Patch tokens of a bank's images, for losses that compare a generator's features with an encoder's (REPA, arXiv 2410.06940).
+
+Shapes: N rows, B images of a batch, T patch tokens of an image, D dimensions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gmem_bank.bank import MemoryBank
+from gmem_bank.batch_size import AUTO, BatchSize, resolve
+from gmem_bank.decode_pool import Decoded, DecodePool, default_workers
+from gmem_bank.encoders import Encoder, SupportsPatchTokens, require_same_encoder
+from gmem_bank.encoding import WORTH_WORKERS
+from gmem_bank.errors import ConfigError, EncoderError, SourceError
+from gmem_bank.interface import ImagesFrom
+from gmem_bank.listing import Item
+from gmem_bank.locating import locate
+from gmem_bank.naming import FLIP_SUFFIX
+from gmem_bank.progress import Progress, no_progress
+from gmem_bank.provenance import IMAGE_KINDS, Json, sha256_of
+from gmem_bank.shards import DTYPES, Shards, ShardWriter
+from gmem_bank.storage import atomic
+
+SHARD_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensReport:
+    """What was written."""
+
+    output: str
+    num_rows: int
+    shape: list[int]
+    """[T, D]."""
+    num_shards: int
+    num_resumed: int
+    """Shards that an earlier, interrupted run had left."""
+    seconds: float
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the report as a JSON object."""
+        return dataclasses.asdict(self)
+
+
+def write_tokens(
+    bank: MemoryBank,
+    encoder: Encoder,
+    output: str | os.PathLike[str],
+    *,
+    dtype: str = "f16",
+    flip: bool = False,
+    images: ImagesFrom = None,
+    batch_size: BatchSize = AUTO,
+    num_workers: int | None = None,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> TokensReport:
+    """Encode the images of a bank's active rows into a folder of shards by key (`Shards` reads it); resumable.
+
+    Args:
+        bank: rows without an image (arrays, interpolations) are left out.
+        encoder: the one that made the bank, with patch tokens.
+        output: folder for the shards.
+        dtype: "f16" or "f32".
+        flip: also the mirrored twin of every image, under its key with "#flip".
+        images: where the images are, instead of where the provenance says.
+        batch_size: images per call of the encoder.
+        num_workers: as in `build`.
+        overwrite: replace shards that were made otherwise.
+        progress: told images done and images in all.
+
+    Raises:
+        EncoderError: the encoder has no patch tokens.
+        EncoderMismatchError: it did not make the bank.
+        SourceError: an image is gone or cannot be decoded; finished shards stay, and the same call goes on.
+        OutputExistsError: the folder holds something else.
+    """
+    started = time.perf_counter()
+    require_same_encoder(encoder.spec, bank.encoder)
+    if not isinstance(encoder, SupportsPatchTokens):
+        raise EncoderError(
+            f"encoder {encoder.spec.describe()} has no patch tokens: DINOv2 and other vision transformers have"
+        )
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}", key="dtype")
+    job = _Job(bank, encoder, images, flip=flip, batch_size=resolve(batch_size, encoder))
+    folder = Path(output)
+    with atomic.locked(folder):
+        writer = ShardWriter(folder, job.plan(dtype), overwrite=overwrite)
+        missing = [] if writer.finished else [number for number in range(job.num_shards) if not writer.has(number)]
+        workers = default_workers() if num_workers is None and len(job) >= WORTH_WORKERS else num_workers or 0
+        for number, keys, tokens in job.encode(missing, workers, progress):
+            writer.write(number, keys, tokens.astype(DTYPES[dtype]))
+        if not writer.finished:
+            writer.finish(job.num_shards, {"holds": "patch tokens", "encoder": encoder.spec.to_json()})
+    shards = Shards(folder)
+    return TokensReport(
+        output=str(folder), num_rows=len(shards), shape=list(shards.shape), num_shards=job.num_shards,
+        num_resumed=job.num_shards - len(missing), seconds=round(time.perf_counter() - started, 3),
+    )  # fmt: skip
+
+
+class _Job:
+    """The images of a bank, cut into shards of whole batches."""
+
+    def __init__(self, bank: MemoryBank, encoder: Encoder, images: ImagesFrom, *, flip: bool, batch_size: int) -> None:
+        assert isinstance(encoder, SupportsPatchTokens)
+        self._bank, self._encoder, self._images, self._batch_size = bank, encoder, images, batch_size
+        rows = bank.rows()
+        with_image = np.array([source.kind in IMAGE_KINDS for source in bank.sources])
+        rows = rows[with_image[bank.source_ids(rows)]]
+        if not len(rows):
+            raise SourceError(f"no active row of {bank.path} has an image", path=bank.path)
+        keys = bank.keys(rows)
+        self._places = list(zip(keys, rows.tolist(), strict=True))
+        if flip:
+            have = set(keys)
+            twin_of = {key: key + FLIP_SUFFIX for key in keys if not key.endswith(FLIP_SUFFIX)}
+            self._places = [
+                (name, row) for key, row in self._places
+                for name in (key, twin_of.get(key, key)) if name == key or name not in have
+            ]  # fmt: skip
+            self._places = list(dict.fromkeys(self._places))
+        one = encoder.encode_tokens(np.zeros((1, *[int(encoder.spec.preprocessing["crop_size"])] * 2, 3), np.uint8))
+        per_shard = max(1, SHARD_BYTES // (batch_size * 2 * one[0].size)) * batch_size
+        self._shards = [self._places[start : start + per_shard] for start in range(0, len(self._places), per_shard)]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards in all."""
+        return len(self._shards)
+
+    def plan(self, dtype: str) -> dict[str, Json]:
+        """Return what decides the shards."""
+        return {
+            "encoder": self._encoder.spec.fingerprint, "batch_size": self._batch_size, "dtype": dtype,
+            "keys": sha256_of([key for key, _ in self._places]), "sources": [source.to_json() for source in self._bank.sources],
+        }  # fmt: skip
+
+    def encode(
+        self, numbers: Sequence[int], workers: int, progress: Progress
+    ) -> Iterator[tuple[int, list[str], NDArray[np.float32]]]:
+        """Yield (number, keys, (n, T, D) tokens) of shards."""
+        assert isinstance(self._encoder, SupportsPatchTokens)
+        wanted = [(number, self._shards[number]) for number in numbers]
+        done = len(self) - sum(len(shard) for _, shard in wanted)
+        size = self._batch_size
+        batches = (
+            [self._item(*p) for p in shard[a : a + size]] for _, shard in wanted for a in range(0, len(shard), size)
+        )
+        progress(done, len(self))
+        with DecodePool(self._encoder.spec.preprocessing, workers) as pool:
+            decoded = pool.batches(batches)
+            for number, shard in wanted:
+                parts = []
+                for start in range(0, len(shard), size):
+                    crops = _all_readable(next(decoded), shard[start : start + size])
+                    parts.append(self._encoder.encode_tokens(np.stack(crops)))
+                    done += len(crops)
+                    progress(done, len(self))
+                yield number, [key for key, _ in shard], np.concatenate(parts)
+
+    def _item(self, key: str, row: int) -> Item:
+        stored = key.removesuffix(FLIP_SUFFIX)
+        source = self._bank.sources[int(self._bank.source_ids(np.array([row]))[0])]
+        found = locate(stored, source, self._bank.folder, self._images)
+        return replace(found, key=key, flipped=key.endswith(FLIP_SUFFIX))
+
+
+def _all_readable(decoded: Sequence[Decoded], places: Sequence[tuple[str, int]]) -> list[NDArray[np.uint8]]:
+    crops = []
+    for (_, found), (key, _) in zip(decoded, places, strict=True):
+        if isinstance(found, str):
+            raise SourceError(
+                f"the image of row {key!r} cannot be used: {found}. It could be read when the bank was built: restore it, or "
+                "give another folder with --images",
+                key=key,
+            )
+        crops.append(found)
+    return crops

@@ -1,0 +1,85 @@
+"""The batch size: chosen by the encoder for "auto", kept by unfinished work, and without effect on the numbers beyond rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gmem_bank
+from gmem_bank.encoders.sizing import LARGEST, SHARE, best_batch_size, largest_that_fits
+from gmem_bank.errors import ConfigError
+from tests.gmem_bank.test_hub_models import make_model
+
+
+class Wishful:
+    """A hog that wants to be given some number of images."""
+
+    def __init__(self, wish: int) -> None:
+        self._hog = gmem_bank.load_encoder("hog")
+        self.wish, self.given = wish, []
+
+    @property
+    def spec(self):
+        return self._hog.spec
+
+    def best_batch_size(self) -> int:
+        return self.wish
+
+    def encode(self, images):
+        self.given.append(len(images))
+        return self._hog.encode(images)
+
+
+def test_auto_asks_the_encoder_and_a_number_does_not(photos: Path) -> None:
+    """What was taken stands in the history; 32 for an encoder without a wish."""
+    gmem_bank.build(photos, Wishful(5), "a.safetensors")
+    gmem_bank.build(photos, Wishful(5), "b.safetensors", batch_size=7)
+    gmem_bank.build(photos, gmem_bank.load_encoder("hog"), "c.safetensors")
+    sizes = [gmem_bank.open(f"{n}.safetensors").history[0]["arguments"]["batch_size"] for n in "abc"]
+    assert sizes == [5, 7, 32]
+    for wrong in (0, -1, 2.5, "many"):
+        with pytest.raises(ConfigError, match="batch_size must be 'auto' or at least 1"):
+            gmem_bank.build(photos, Wishful(5), "d.safetensors", batch_size=wrong)
+
+
+def test_unfinished_work_keeps_its_batch_size(photos: Path) -> None:
+    """A build that is taken up on a machine with another wish goes on with the first, and its finished batches count."""
+
+    def stop(done: int, total: int) -> None:
+        if done >= 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gmem_bank.build(photos, Wishful(5), "a.safetensors", progress=stop)
+    later = Wishful(8)
+    report = gmem_bank.build(photos, later, "a.safetensors")
+    assert report.num_resumed == 10
+    assert max(later.given) == 5
+    gmem_bank.build(photos, Wishful(5), "b.safetensors")
+    assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "clip", "siglip"])
+def test_snippets_do_not_depend_on_the_batch_size(kind: str, tmp_path: Path) -> None:
+    """In float32 to 1e-5 whatever the batch: stated in docs/DESIGN.md."""
+    make_model(tmp_path, kind)
+    encoder = gmem_bank.load_encoder(f"hf:{tmp_path}", parameters={"preset": "gmem", "input_size": 32, "dtype": "fp32"})
+    images = np.random.default_rng(0).integers(0, 256, (37, 256, 256, 3), dtype=np.uint8)
+    whole = encoder.encode(images)
+    for size in (1, 8, 32):
+        parts = np.concatenate([encoder.encode(images[at : at + size]) for at in range(0, 37, size)])
+        np.testing.assert_allclose(parts, whole, atol=1e-5)
+
+
+def test_the_choice_on_a_gpu_follows_memory_alone() -> None:
+    """The largest power of two within its share; a CPU has the default whatever the network."""
+    total = 80 << 30
+    for bytes_an_image in (1 << 20, 50 << 20, 3 << 30, 200 << 30):
+        size = largest_that_fits(bytes_an_image, total)
+        assert size & (size - 1) == 0
+        assert size == 1 or size * bytes_an_image <= SHARE * total
+        assert size == LARGEST or 2 * size * bytes_an_image > SHARE * total
+    assert best_batch_size(torch.device("cpu"), lambda count: pytest.fail("not tried")) == 32

@@ -76,6 +76,18 @@ def test_alpha_of_every_format_is_over_white(kind: str) -> None:
     near(decode_image(data), over_white(PICTURE / 255, alpha / 255), 1)
 
 
+def test_the_clear_colour_of_a_gif_and_a_palette_tiff() -> None:
+    """A palette's colours are seen, and through its clear one white."""
+    index = np.arange(60, dtype=np.uint8).reshape(6, 10)
+    palette = np.random.default_rng(6).integers(0, 256, (256, 3), dtype=np.uint8)
+    image = Image.fromarray(index, "P")
+    image.putpalette(palette.tobytes())
+    near(decode_image(saved(image, "TIFF")), palette[index])
+    wanted = palette[index].copy()
+    wanted[0, 7] = 255
+    near(decode_image(saved(image, "GIF", transparency=7)), wanted)
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF", "MPO"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_of_every_format(kind: str, orientation: int) -> None:
@@ -95,7 +107,7 @@ def test_orientation_of_every_format(kind: str, orientation: int) -> None:
     assert np.abs(got - wanted)[8::16, 8::16].max() <= (0 if kind in ("PNG", "TIFF", "WEBP") else 12)
 
 
-@pytest.mark.parametrize("dtype", ["<u2", "<i2", ">i2", "<u4", "<i4", ">i4", "<f4", ">f4"])
+@pytest.mark.parametrize("dtype", ["<u2", ">u2", "<i2", ">i2", "<u4", "<i4", ">i4", "<f4", ">f4"])
 def test_grey_tiff_of_every_sample_format(dtype: str) -> None:
     """Black is 0 and white the largest number of the type (1 for floats); below black is black."""
     kind = np.dtype(dtype)

@@ -53,12 +53,6 @@ FOREIGN = (
     (0, b"\0\0\1\0", "an icon"),
 )
 """Where what stands in files that are pictures to people, and not to us."""
-FOREIGN_EXTENSIONS = frozenset(
-    f".{name}"
-    for names in ("heic heif hif jxl psd svg ico cur icns exr hdr", "dng cr2 cr3 nef arw raf rw2 orf")
-    for name in names.split()
-)
-"""Extensions of images that are named as such when they are passed over."""
 TIFF = (b"II*\0", b"MM\0*")
 """How a TIFF begins."""
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 0x0112, 258, 262, 339
@@ -231,13 +225,3 @@ def _reason(data: bytes, error: Exception) -> str:
     if not isinstance(error, UnidentifiedImageError):  # whose own text holds a memory address
         return f"{type(error).__name__}: {error}"
     return "a TIFF of a kind that Pillow cannot read" if data[:4] in TIFF else "its format is not known"
-
-
-def extension_problem(name: str) -> str:
-    """Return why a file is not taken for an image by the extension of its name, or ""."""
-    extension = os.path.splitext(name)[1].lower()  # noqa: PTH122 - names of members of archives are no paths
-    if extension in EXTENSIONS:
-        return ""
-    if extension in FOREIGN_EXTENSIONS:
-        return f"images of the format {extension} are not read: convert it to JPEG or PNG"
-    return "not an image by its extension"

@@ -12,8 +12,9 @@ import pytest
 
 import gmem_bank
 from gmem_bank.errors import SourceError
-from gmem_bank.sources import list_folder
-from gmem_bank.tars import list_source, list_tars
+from gmem_bank.sources import list_file, list_folder
+from gmem_bank.tars import list_tars
+from tests.picture_oracle import write_png
 
 
 def header(name: str, size: int, kind: bytes = tarfile.REGTYPE, **fields: object) -> bytes:
@@ -48,22 +49,22 @@ def picture(photos: Path) -> bytes:
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_long_and_foreign_names_are_whole(form: int, picture: bytes) -> None:
+def test_long_and_foreign_names_are_whole(form: int) -> None:
     """Names of 300 letters, in other scripts and with pax records that concern something else keep every letter."""
     names = ["a/" + "long" * 75 + ".jpg", "ü/你好 " + "é" * 120 + ".png", "a/short.jpg"]
     with tarfile.open("names.tar", "w", format=form) as archive:
         for place, name in enumerate(names):
+            data = write_png(np.full((4, 4 + place, 3), 40 * place), 8, 2)
             found = tarfile.TarInfo(name)
-            found.size = len(picture) + place
+            found.size = len(data)
             found.pax_headers = {"comment": "x" * 5000, "mtime": "1.5", "SCHILY.xattr.user.note": "y"}
-            archive.addfile(found, io.BytesIO(picture + b"\0" * place))
-    listing = list_tars("names.tar")
-    assert [item.key for item in listing.items] == names
-    assert [item.read() for item in listing.items] == [picture + b"\0" * place for place in range(3)]
-    gmem_bank.build("names.tar", gmem_bank.load_encoder("pixels"), "bank.safetensors")
+            archive.addfile(found, io.BytesIO(data))
+    assert [item.key for item in list_tars("names.tar").items] == names
+    gmem_bank.build("names.tar", gmem_bank.load_encoder("random-projection"), "bank.safetensors")
     bank = gmem_bank.open("bank.safetensors")
+    assert bank.keys(bank.rows()) == names
     for row in range(3):
-        np.testing.assert_array_equal(bank.read_image(row), gmem_bank.decoding.decode_image(picture))
+        np.testing.assert_array_equal(bank.read_image(row), np.full((4, 4 + row, 3), 40 * row))
 
 
 def test_paths_out_of_the_archive_in_every_spelling(picture: bytes, tmp_path: Path) -> None:
@@ -137,20 +138,20 @@ def test_claims_that_lead_nowhere_or_round_in_circles(picture: bytes, name: str,
     sparse[386:410], sparse[483:495] = b"%011o\0%011o\0" % (0, 512), b"%011o\0" % 700
     data = {
         "negative": good + header("bad.jpg", -100) + END,
-        "backwards": member("first.jpg", picture) + good + header("bad.jpg", -512 - len(good)) + END,
+        "backwards": good + (note := member("note.txt", b"x")) + header("bad.txt", -512 - len(note)) + END,
         "sparse": good + checked(sparse) + b"x" * 512 + member("more.jpg", picture) + END,
         "record of 2 EiB": good + header("pax", 1 << 61, kind=tarfile.XHDTYPE) + b"abc" + END,
         "no end mark": good + member("more.jpg", picture)[:300],
     }[name]
     Path("odd.tar").write_bytes(data)
     try:
-        listing = list_tars("odd.tar")
+        report = gmem_bank.build("odd.tar", gmem_bank.load_encoder("pixels"), "bank.safetensors")
     except SourceError as error:
         assert words in str(error)
         return
-    assert words in " ".join(skipped.reason for skipped in listing.ignored)
-    assert {item.key for item in listing.items} <= {"first.jpg", "good.jpg", "more.jpg"}
-    assert all(len(item.read()) == item.size for item in listing.items)
+    assert words in " ".join(entry["reason"] for entry in report.skipped)
+    bank = gmem_bank.open("bank.safetensors")
+    assert set(bank.keys(bank.rows())) <= {"good.jpg", "more.jpg"}
 
 
 def test_scrambled_archives_end_in_a_listing_or_a_reason(picture: bytes) -> None:
@@ -167,7 +168,7 @@ def test_scrambled_archives_end_in_a_listing_or_a_reason(picture: bytes) -> None
             listing = list_tars("noisy.tar")
         except SourceError:
             continue
-        assert all(len(item.read()) == item.size for item in listing.items)
+        assert all(0 < len(item.key) <= 256 and item.size <= len(whole) for item in listing.items)
 
 
 def test_two_images_of_one_key_are_refused_with_both_places(picture: bytes, photos: Path) -> None:
@@ -187,12 +188,12 @@ def test_a_list_with_carriage_returns_blanks_and_what_is_not_there(photos: Path)
     keys = [item.key for item in list_folder(photos).items][:3]
     odd = ["hat", "/etc/passwd.png", "gone/1.jpg", "list.txt"]
     (photos / "list.txt").write_bytes("\r\n".join([keys[0], "", f"  {keys[1]}  ", *odd, keys[2]]).encode())
-    listing = list_source(photos / "list.txt")
+    listing = list_file(photos / "list.txt")
     assert [item.key for item in listing.items] == keys
     assert [skipped.path for skipped in listing.ignored] == odd
     (photos / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SourceError, match="could not read"):
-        list_source(photos / "bytes.txt")
+        list_file(photos / "bytes.txt")
 
 
 @pytest.mark.xfail(reason="sources.py takes the lines as they are", strict=False)
@@ -200,7 +201,7 @@ def test_a_list_as_find_and_windows_write_it(photos: Path) -> None:
     """Lines that begin with "./" name the same keys as those without, once; a byte order mark is no part of a name."""
     keys = [item.key for item in list_folder(photos).items][:3]
     (photos / "list.txt").write_bytes(b"\xef\xbb\xbf" + "\n".join(f"./{key}" for key in keys).encode())
-    assert [item.key for item in list_source(photos / "list.txt").items] == keys
+    assert [item.key for item in list_file(photos / "list.txt").items] == keys
     (photos / "twice.txt").write_text(f"{keys[0]}\n./{keys[0]}\n")
     with pytest.raises(SourceError, match="twice"):
-        list_source(photos / "twice.txt")
+        list_file(photos / "twice.txt")

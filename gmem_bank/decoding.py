@@ -65,8 +65,8 @@ MAX_FILE_BYTES = 2 << 30
 def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Decode an image file to RGB as a person would see it.
 
-    EXIF orientation is applied, transparency is laid over white, 16-bit samples are scaled to 8, CMYK, palette and grey
-    become RGB; of an animation the first frame is taken.
+    EXIF orientation is applied, transparency is laid over white, samples of more than 8 bits are scaled to 8, CMYK, palette
+    and grey become RGB; of an animation the first frame is taken. Damaged EXIF data turn nothing and lose no picture.
 
     Args:
         path: the file.

@@ -149,7 +149,7 @@ def decode_picture(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, png_depth: int) -> Image.Image:
-    from PIL import Image
+    from PIL import Image, ImageChops
 
     image.load()
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
@@ -160,6 +160,8 @@ def _to_rgb(image: Image.Image, png_depth: int) -> Image.Image:
         layered = image.convert("RGBA")
         white = Image.new("RGBA", layered.size, (255, 255, 255, 255))
         return _upright(Image.alpha_composite(white, layered), image).convert("RGB")
+    if (image.format, image.mode) == ("JPEG", "CMYK") and "adobe" not in image.info:
+        return _upright(ImageChops.invert(image).convert("RGB"), image)  # only Adobe's inks are stored inverted
     return _upright(image if image.mode == "RGB" else image.convert("RGB"), image)
 
 

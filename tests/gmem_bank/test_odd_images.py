@@ -147,12 +147,15 @@ def ink(cmyk: np.ndarray) -> np.ndarray:
 
 
 def test_cmyk_jpeg_tiff_and_the_inks_of_adobe() -> None:
-    """Inverted inks (Adobe) in JPEG, plain ones in TIFF, and YCCK, where Y, Cb and Cr stand for the inverted inks."""
+    """Inverted inks in JPEG by Adobe, plain ones in other JPEG and in TIFF, and YCCK, where Y, Cb and Cr stand for the inverted inks."""
     inks = np.random.default_rng(3).integers(0, 256, (4, 4, 4), dtype=np.uint8)
     image = Image.fromarray(np.kron(inks, np.ones((16, 16, 1), np.uint8)), "CMYK")
     near(decode_image(saved(image, "TIFF"))[8::16, 8::16], ink(inks), 2)
     data = saved(image, "JPEG", quality=100, subsampling=0)
     near(decode_image(data)[8::16, 8::16], ink(inks), 6)
+    marker = data.index(b"\xff\xee")
+    plain = data[:marker] + data[marker + 2 + int.from_bytes(data[marker + 2 : marker + 4], "big") :]
+    near(decode_image(plain)[8::16, 8::16], ink(255 - inks), 6)  # what was written inverted is now meant as it stands
     transform = data.index(b"Adobe") + 11
     assert data[transform] == 0
     ycck = data[:transform] + b"\x02" + data[transform + 1 :]

@@ -72,10 +72,19 @@ def _item(record: list[Any]) -> Item:
     )
 
 
+def _silence_libraries() -> None:
+    """Keep stderr for Python: libtiff writes its complaints there itself, and what cannot be decoded is reported anyway."""
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
+
+
 def main() -> int:
     """Answer jobs until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever started this; then the input ends
     os.nice(NICE)
+    _silence_libraries()
     for line in sys.stdin.buffer:
         answer(line, sys.stdout.buffer)
     return 0

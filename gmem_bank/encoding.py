@@ -22,7 +22,7 @@ from gmem_bank.batch_size import BatchSize, resolve
 from gmem_bank.decode_pool import Decoded, DecodePool, default_workers
 from gmem_bank.decode_worker import decode_one
 from gmem_bank.encoders import Encoder
-from gmem_bank.errors import EncoderError, SourceError
+from gmem_bank.errors import EncoderError, GMemError, SourceError
 from gmem_bank.listing import Digest, Item, Items, Listing, Skipped
 from gmem_bank.progress import Progress
 from gmem_bank.space import Space, to_space, unusable_rows
@@ -210,7 +210,7 @@ def _encode_batch(items: Sequence[Item], decoded: Sequence[Decoded], start: int,
     ]
     if not crops:
         return Batch(places=[], hashes=hashes, snippets=np.zeros((0, spec.dim), np.float32), skipped=skipped)
-    snippets = _checked(encoder.encode(np.stack(crops)), len(crops), encoder)
+    snippets = _checked(_run(encoder, np.stack(crops)), len(crops), encoder)
     space: Space = "unit" if spec.space == "unit" else "raw"
     reasons = unusable_rows(snippets, space)
     skipped += [Skipped(path=items[places[row] - start].key, reason=reason) for row, reason in reasons.items()]
@@ -218,6 +218,20 @@ def _encode_batch(items: Sequence[Item], decoded: Sequence[Decoded], start: int,
     return Batch(
         places=[places[row] for row in kept], hashes=hashes, snippets=to_space(snippets[kept], space), skipped=skipped
     )
+
+
+def _run(encoder: Encoder, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return what the encoder gives; raises EncoderError where it fails, but lets a lack of memory pass as that."""
+    try:
+        return encoder.encode(crops)
+    except (GMemError, MemoryError):
+        raise
+    except Exception as error:  # a plug-in may fail in any way
+        if isinstance(error, RuntimeError) and ("out of memory" in str(error) or "alloc" in str(error)):
+            raise
+        raise EncoderError(
+            f"encoder {encoder.spec.name!r} failed: {type(error).__name__}: {error}", key=encoder.spec.name
+        ) from error
 
 
 def _checked(snippets: NDArray[np.float32], num_images: int, encoder: Encoder) -> NDArray[np.float32]:

@@ -17,11 +17,15 @@ from gmem_bank.provenance import IMAGE_KINDS, IN_ONE_FILE, Source
 
 BANK_FOLDER = ".gmem"
 """A folder of this suffix is a bank and no source of images."""
+_NOT_DECODED = {
+    "HEIC": (".heic", ".heif", ".hif"), "JPEG XL": (".jxl",), "SVG": (".svg",), "Photoshop": (".psd",), "OpenEXR": (".exr",),
+    "camera raw": (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".rw2", ".orf"), "an icon": (".ico", ".icns"),
+}  # fmt: skip
 UNREADABLE = {
     suffix: f"{name} is not decoded here: convert it to JPEG or PNG"
-    for suffix, name in {".heic": "HEIC", ".heif": "HEIF", ".jxl": "JPEG XL", ".svg": "SVG", ".dng": "camera raw",
-                         ".cr2": "camera raw", ".nef": "camera raw", ".arw": "camera raw", ".psd": "Photoshop"}.items()
-}  # fmt: skip
+    for name, all_of in _NOT_DECODED.items()
+    for suffix in all_of
+}
 """Pictures by their extension that no permitted format of Pillow reads."""
 RUN_MARKER = ".gmem-run"
 """A folder with this file in it is a training run of ours and no source of images."""
@@ -90,7 +94,8 @@ def list_file(path: str | os.PathLike[str], *, prefix: str = "") -> Listing:
     """
     where = require_path(path)
     try:
-        lines = [line.strip() for line in where.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in where.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = [line.removeprefix("./") for line in lines]
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"could not read {where}: {error}", path=where) from error
     items, ignored = Items(where.parent, prefix), []

@@ -73,8 +73,10 @@ def _members(path: Path, prefix: str) -> Iterator[tuple[str, int, int, str]]:
     """Yield (key, offset, size, why it is no image or "") of the members of a tar file, folders left out."""
     try:
         file_size = path.stat().st_size
-        with tarfile.open(path, "r:") as archive:
+        with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             while (member := archive.next()) is not None:
+                if member.size < 0 or archive.offset < member.offset_data:  # it would be read in circles
+                    raise ValueError(f"{printable_path(member.name)!r} has a size of {member.size} bytes")
                 archive.members.clear()  # type: ignore[attr-defined]  # else every header stays in memory
                 if not member.isdir():
                     name = member.name.removeprefix("./")
@@ -84,8 +86,11 @@ def _members(path: Path, prefix: str) -> Iterator[tuple[str, int, int, str]]:
                         member.size,
                         _problem(member, name, prefix + name, file_size),
                     )
-    except (OSError, tarfile.TarError, ValueError, EOFError) as error:
-        raise SourceError(f"{path} is not a readable tar file: {error}", path=path) from error
+            stream.seek(archive.offset)
+            if stream.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                yield prefix, 0, 0, "the archive has no end mark: it may have been cut short"
+    except (OSError, tarfile.TarError, ValueError, EOFError, MemoryError, OverflowError) as error:
+        raise SourceError(f"{path} is not a readable tar file: {error or type(error).__name__}", path=path) from error
 
 
 def _problem(member: tarfile.TarInfo, name: str, key: str, file_size: int) -> str:

@@ -16,6 +16,7 @@ BANK_DOOR = [
     "BankNotFoundError",
     "BuildReport",
     "CheckpointError",
+    "Columns",
     "CommandGroup",
     "ConceptExistsError",
     "ConfigError",
@@ -40,6 +41,8 @@ BANK_DOOR = [
     "ProgressBar",
     "RUN_MARKER",
     "Selection",
+    "ShardWriter",
+    "Shards",
     "SourceError",
     "UnknownKeyError",
     "WriteError",
@@ -77,6 +80,7 @@ BANK_DOOR = [
     "undo",
     "unmask",
     "verify",
+    "write_tokens",
 ]
 GEN_DOOR = [
     "Conditions",

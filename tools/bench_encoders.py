@@ -3,8 +3,8 @@
 python -m tools.bench_encoders --data DIR [--runs clothing cifar10]
 
 DIR holds encoder_vit_tiny16/ and encoder_vit_tiny16_as_dinov2/ (one ViT-Ti/16 in two forms), clothing/{train,val}/ and
-cifar10/{train,test}.tar. Banks are built by gmem_bank; a held-out image takes the class that most of its 10 nearest rows by cosine
-have (ties to the nearer).
+cifar10/{train,test}.tar. Banks are built by gmem_bank; a held-out image takes the class that most of its 10
+nearest rows by cosine have (ties to the nearer).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ Shapes: B images, S×S pixels, D dimensions.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from gmem_bank.errors import EncoderError, EncoderMismatchError, GMemError, sugg
 from gmem_bank.provenance import DECIDING_FIELDS, EncoderSpec
 
 ENTRY_POINT_GROUP = "gmem_bank.encoders"
+BUILT_IN = "built in"
 
 
 @runtime_checkable
@@ -95,7 +97,7 @@ class EncoderInfo:
     description: str
     target: str
     """module:factory."""
-    origin: str = "built in"
+    origin: str = BUILT_IN
     """"built in", or the distribution that registers it."""
     extra: str | None = None
     """Extra that it needs: pip install 'gmem[extra]'."""
@@ -152,11 +154,20 @@ PREFIXES = ("hf:", "onnx:")
 def available_encoders() -> dict[str, EncoderInfo]:
     """Return name → info of every encoder, built-in ones first; plug-ins are listed from metadata, not imported."""
     found = dict(_BUILT_IN)
-    for point in metadata.entry_points(group=ENTRY_POINT_GROUP):
+    for point in _registered():
         origin = point.dist.name if point.dist is not None else "unknown distribution"
         info = EncoderInfo(name=point.name, description=f"plug-in {point.value}", target=point.value, origin=origin)
         found.setdefault(point.name, info)  # a plug-in cannot take a built-in name
     return found
+
+
+def _registered() -> list[metadata.EntryPoint]:
+    """Return the entry points of our group; a distribution whose metadata cannot be read has none."""
+    points: list[metadata.EntryPoint] = []
+    for distribution in metadata.distributions():
+        with contextlib.suppress(Exception):  # whatever damaged metadata make the parser raise
+            points.extend(distribution.entry_points.select(group=ENTRY_POINT_GROUP))
+    return points
 
 
 def load_encoder(
@@ -194,13 +205,32 @@ def load_encoder(
         space=space,
         parameters=dict(parameters or {}),
     )
-    encoder = _factory(known[listed])(name, options)
-    if not isinstance(encoder, Encoder):
-        raise EncoderError(f"encoder {name!r} of {known[listed].origin} lacks 'spec' or 'encode'", key=name)
-    problem = preprocessing_problem(encoder.spec.preprocessing)
+    factory, origin = _factory(known[listed]), known[listed].origin
+    try:
+        encoder = factory(name, options)
+        problem = _encoder_problem(encoder, None if origin == BUILT_IN else name)
+    except GMemError:
+        raise
+    except Exception as error:  # a plug-in may fail in any way while it is made
+        raise EncoderError(
+            f"encoder {name!r} of {origin} cannot be made: {type(error).__name__}: {error}", key=name
+        ) from error
     if problem:
-        raise EncoderError(f"encoder {name!r} of {known[listed].origin}: {problem}", key=name)
+        raise EncoderError(f"encoder {name!r} of {origin}{problem}", key=name)
     return encoder
+
+
+def _encoder_problem(encoder: Any, registered: str | None) -> str:
+    """Return what a message goes on with where a new encoder cannot be used, or ""."""
+    if not isinstance(encoder, Encoder):
+        return " lacks 'spec' or 'encode'"
+    spec: Any = encoder.spec
+    if not isinstance(spec, EncoderSpec):
+        return f": its spec is a {type(spec).__name__}, not an EncoderSpec"
+    if registered is not None and spec.name != registered:
+        return f": its spec says {spec.name!r}, a name by which a bank would not find it again"
+    problem = preprocessing_problem(spec.preprocessing)
+    return f": {problem}" if problem else ""
 
 
 def refuse_precomputed(name: str, options: EncoderOptions) -> Encoder:

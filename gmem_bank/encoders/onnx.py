@@ -136,7 +136,8 @@ def make_onnx(name: str, options: EncoderOptions) -> OnnxEncoder:
     spec = EncoderSpec(
         name=name, family="onnx", dim=_dim(path, OnnxEncoder(session, facts, probe)), space=options.space,
         weights_sha256=sha256_of([sha256_of_file(part) for part in (path, *_external(path, path.read_bytes()))]),
-        preprocessing=record, parameters=parameters, weights_path=path.as_posix(), software=f"onnxruntime {_runtime().__version__}",
+        preprocessing=record, parameters=parameters, weights_path=path.as_posix(),
+        software=f"onnxruntime {_runtime().__version__}",
     )  # fmt: skip
     return OnnxEncoder(session, facts, spec)
 

@@ -130,7 +130,6 @@ def test_sizes_that_are_not_there(picture: bytes) -> None:
         ("no end mark", "cut short"),
     ],
 )  # fmt: skip
-@pytest.mark.xfail(reason="tars.py trusts the sizes and the end that an archive claims", strict=False, run=False)
 def test_claims_that_lead_nowhere_or_round_in_circles(picture: bytes, name: str, words: str) -> None:
     """Sizes below zero, holes, boundless records and a missing end are said; the listing ends, and what it gives can be read."""
     good = member("good.jpg", picture)
@@ -196,7 +195,6 @@ def test_a_list_with_carriage_returns_blanks_and_what_is_not_there(photos: Path)
         list_file(photos / "bytes.txt")
 
 
-@pytest.mark.xfail(reason="sources.py takes the lines as they are", strict=False)
 def test_a_list_as_find_and_windows_write_it(photos: Path) -> None:
     """Lines that begin with "./" name the same keys as those without, once; a byte order mark is no part of a name."""
     keys = [item.key for item in list_folder(photos).items][:3]

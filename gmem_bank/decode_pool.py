@@ -32,6 +32,8 @@ JOB_IMAGES = 8
 """Images a worker is given at a time: few, so that the workers end a batch together."""
 AHEAD_BYTES = 32 << 20
 """Decoded pixels that may wait for the encoder."""
+MOST_AHEAD = 4
+"""Batches that may wait: more would only make memory depend on who is faster."""
 PIPE_BYTES = 1 << 20
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -89,7 +91,7 @@ class DecodePool:
         waiting: deque[list[Future[list[Decoded]]]] = deque()
         for batch in batches:
             waiting.append([self._threads.submit(self._run, job) for job in _cut(batch)])
-            if len(waiting) >= max(2, AHEAD_BYTES // (len(batch) * self._size**2 * 3)):
+            if len(waiting) >= max(2, min(MOST_AHEAD, AHEAD_BYTES // (len(batch) * self._size**2 * 3))):
                 yield _collected(waiting.popleft())
         while waiting:
             yield _collected(waiting.popleft())

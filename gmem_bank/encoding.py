@@ -49,7 +49,7 @@ class Encoded:
     @property
     def keys(self) -> list[str]:
         """N keys."""
-        return [self.jobs.key(place) for place in self.places.tolist()]
+        return [self.jobs.key(int(place)) for place in self.places]
 
     @property
     def listing_ids(self) -> NDArray[np.int64]:

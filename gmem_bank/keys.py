@@ -26,10 +26,12 @@ def check_key(key: str) -> str:
 
 def encode(keys: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Return the (S,) uint8 text and the (N+1,) int64 offsets of keys."""
-    encoded = [check_key(key).encode() for key in keys]
-    offsets = np.zeros(len(encoded) + 1, np.int64)
-    np.cumsum([len(text) for text in encoded], out=offsets[1:])
-    return np.frombuffer(b"".join(encoded), np.uint8), offsets
+    text = bytearray()
+    offsets = np.zeros(len(keys) + 1, np.int64)
+    for row, key in enumerate(keys, 1):
+        text += check_key(key).encode()
+        offsets[row] = len(text)
+    return np.frombuffer(text, np.uint8), offsets
 
 
 def decode(text: bytes, path: Path) -> str:
@@ -68,7 +70,9 @@ def filtered_table(
 
 def hashes_of(keys: Iterable[str]) -> NDArray[np.uint64]:
     """Return the (N,) uint64 hashes of keys: the first 8 bytes of blake2b(key, digest_size=8), little-endian."""
-    digests = b"".join(hashlib.blake2b(key.encode(errors="backslashreplace"), digest_size=8).digest() for key in keys)
+    digests = bytearray()
+    for key in keys:
+        digests += hashlib.blake2b(key.encode(errors="backslashreplace"), digest_size=8).digest()
     return np.frombuffer(digests, "<u8").astype(np.uint64)
 
 

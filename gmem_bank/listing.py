@@ -9,6 +9,7 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import overload
 
@@ -150,8 +151,14 @@ class Items(Sequence[Item]):
 
     def sorted_by_key(self) -> Items:
         """Return the images ordered by the bytes of their keys."""
-        text, ends = bytes(self._text), self._ends
-        return self.take(sorted(range(len(self)), key=lambda index: text[ends[index] : ends[index + 1]]))
+        if self._is_sorted():
+            return self
+        text, ends = self._text, self._ends
+        return self.take(sorted(range(len(self)), key=lambda index: bytes(text[ends[index] : ends[index + 1]])))
+
+    def _is_sorted(self) -> bool:
+        text, spans = memoryview(self._text), pairwise(self._ends)
+        return all(bytes(text[a:b]) <= bytes(text[c:d]) for (a, b), (c, d) in pairwise(spans))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -180,7 +180,7 @@ def _walk(folder: Path, ignored: list[Skipped]) -> Iterator[tuple[Path, str]]:
             ignored.append(Skipped(path=path, reason="a link to a folder that it lies in"))
         inside = here.relative_to(folder).as_posix()
         lead = "" if inside == "." else f"{inside}/"
-        yield from ((here / name, lead + name) for name in files if not name.startswith("."))
+        yield from ((here / name, lead + name) for name in sorted(files) if not name.startswith("."))
 
 
 def _is_cycle(path: Path) -> bool:

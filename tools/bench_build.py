@@ -28,7 +28,8 @@ import gmem_bank
 from gmem_bank.decode_pool import DecodePool, default_workers
 from gmem_bank.decode_worker import decode_one
 from gmem_bank.encoders.preprocess import gmem_preprocessing
-from gmem_bank.sources import Item, list_folder
+from gmem_bank.listing import Item
+from gmem_bank.sources import list_folder
 
 BATCH = 32
 SIZE = (500, 375)

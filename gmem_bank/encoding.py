@@ -8,9 +8,12 @@ Shapes: N rows, B images of a batch, D dimensions.
 
 from __future__ import annotations
 
+import contextlib
 from array import array
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -146,24 +149,53 @@ def encode_listings(
 def _batches(
     jobs: Jobs, staging: Staging, encoder: Encoder, num_workers: int | None, progress: Progress
 ) -> Iterator[tuple[int, Batch, int]]:
-    """Yield (index, batch, images of it that an earlier run had done) in order; new ones are kept on disk."""
+    """Yield (index, batch, images of it that an earlier run had done) in order; new ones are kept on disk.
+
+    The encoder has a thread of its own, and its next batch waits for it: a device does not idle while this thread stacks pixels
+    and writes.
+    """
     finished = [staging.has(index) for index in range(jobs.num_batches)]
     missing = [index for index, done in enumerate(finished) if not done]
     num_missing = sum(stop - start for start, stop in map(jobs.span, missing))
-    with DecodePool(encoder.spec.preprocessing, _num_workers(num_workers, num_missing)) as pool:
+    waiting: deque[tuple[int, Future[Batch]]] = deque()
+    with (
+        DecodePool(encoder.spec.preprocessing, _num_workers(num_workers, num_missing)) as pool,
+        _one_thread() as encoding,
+    ):
         decoded = pool.batches(jobs.batch(index) for index in missing)
         for index, done in enumerate(finished):
             start, stop = jobs.span(index)
             batch = staging.load(index) if done else None
             if batch is not None:
+                while waiting:
+                    yield _kept(staging, *waiting.popleft())
                 yield index, batch, stop - start
                 continue
-            progress(start, jobs.num_images)  # before the work, so that a rate counts this run's images only
+            if not waiting:
+                progress(start, jobs.num_images)  # before the work, so that a rate counts this run's images only
             own = jobs.batch(index)
             images = [decode_one(item, encoder.spec.preprocessing) for item in own] if done else next(decoded)
-            batch = _encode_batch(own, images, start, encoder)
-            staging.save(index, batch)
-            yield index, batch, 0
+            waiting.append((index, encoding.submit(_encode_batch, own, images, start, encoder)))
+            if len(waiting) > 1:
+                yield _kept(staging, *waiting.popleft())
+        while waiting:
+            yield _kept(staging, *waiting.popleft())
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[ThreadPoolExecutor]:
+    """Give a thread for the encoder; at an interrupt what it has not begun is dropped."""
+    executor = ThreadPoolExecutor(1, "encode")
+    try:
+        yield executor
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _kept(staging: Staging, index: int, encoded: Future[Batch]) -> tuple[int, Batch, int]:
+    batch = encoded.result()
+    staging.save(index, batch)
+    return index, batch, 0
 
 
 def _num_workers(asked: int | None, num_missing: int) -> int:

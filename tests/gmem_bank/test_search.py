@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gmem_bank import builder, index, query
+from gmem_bank import builder, coordinates, query
 from gmem_bank.encoders import load_encoder
 from gmem_bank.errors import ConfigError, EncoderMismatchError, MissingDependencyError, UnknownKeyError
 from gmem_bank.interface import SupportsSearch
@@ -22,7 +22,7 @@ def test_nearest_equals_brute_force_over_active_rows(
     make_bank: BankMaker, monkeypatch: pytest.MonkeyPatch, space: str, block_bytes: int
 ) -> None:
     """Same scores; same rows up to ties; masked rows never appear; blocks do not show."""
-    monkeypatch.setattr(index, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(coordinates, "BLOCK_BYTES", block_bytes)
     active = np.random.default_rng(5).random(60) > 0.3
     snippets = np.random.default_rng(4).standard_normal((60, 8)).astype(np.float32)
     snippets[7] = snippets[11]

@@ -67,11 +67,15 @@ class Coordinates:
         self, rows: NDArray[np.int64], least: int = 1
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]]:
         """Yield (rows, values, coordinates) of some rows at a time, `least` or more, in bounded memory."""
-        step = max(least, BLOCK_BYTES // (4 * self.dim))
-        for start in range(0, len(rows), step):
-            chunk = rows[start : start + step]
+        for chunk in self.row_chunks(rows, least):
             values = self.values(chunk)
             yield chunk, values, self.of_values(values)
+
+    def row_chunks(self, rows: NDArray[np.int64], least: int = 1) -> Iterator[NDArray[np.int64]]:
+        """Yield rows, as many at a time as 64 MiB of coordinates; what was mapped for one chunk is let go before the next."""
+        step = max(least, BLOCK_BYTES // (4 * self.dim))
+        for start in range(0, len(rows), step):
+            yield rows[start : start + step]
             self.bank.stored.release()
 
 

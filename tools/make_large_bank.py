@@ -53,7 +53,9 @@ class Clustered:
         rng = np.random.default_rng([self.seed, 1])
         num = max(1, self.num_rows // ROWS_PER_CLUSTER)
         groups = self._draw(rng, NUM_GROUPS)[rng.integers(NUM_GROUPS, size=num)]
-        centres = SHARES["mean"] * self._draw(rng, 1) + SHARES["group"] * groups + SHARES["cluster"] * self._draw(rng, num)
+        centres = (
+            SHARES["mean"] * self._draw(rng, 1) + SHARES["group"] * groups + SHARES["cluster"] * self._draw(rng, num)
+        )
         rotation = np.linalg.qr(rng.standard_normal((self.dim, self.dim)))[0]
         return centres, rotation.astype(np.float32)
 

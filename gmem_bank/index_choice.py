@@ -136,8 +136,8 @@ def estimated_bytes(kind: str, num_rows: int, dim: int, num_lists: int) -> int:
 
 
 def pq_parts(dim: int) -> int:
-    """Return how many bytes a product code has: the largest divisor of E with parts of four or more coordinates."""
-    return max((parts for parts in range(1, dim // 4 + 1) if dim % parts == 0), default=1)
+    """Return how many bytes a product code has: the largest divisor of E with parts of eight or more coordinates."""
+    return max((parts for parts in range(1, dim // 8 + 1) if dim % parts == 0), default=1)
 
 
 def make_faiss(faiss: Any, plan: Plan, dim: int, seed: int) -> Any:
@@ -146,7 +146,9 @@ def make_faiss(faiss: Any, plan: Plan, dim: int, seed: int) -> Any:
     made = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     if plan.num_lists:
         made.cp.seed = seed
-        made.cp.max_points_per_centroid = max(256, ROWS_PER_LIST)
+    if plan.kind == "ivf-pq":  # by default minutes go into an order of the words that nothing here asks for
+        made.do_polysemous_training = False
+        made.pq.cp.max_points_per_centroid, made.pq.cp.niter = 4 * ROWS_PER_LIST, 10
     return made
 
 

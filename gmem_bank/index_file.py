@@ -41,8 +41,8 @@ TABLES = {
 """Entry → type and number of dimensions."""
 READ_BYTES = 4 << 20
 FACTS = {
-    "version": int, "kind": str, "dim": int, "bank": str, "content": dict, "settings": dict, "measured": list, "trained_rows": int,
-    "hashes": dict,
+    "version": int, "kind": str, "dim": int, "bank": str, "content": dict, "settings": dict, "measured": list,
+    "trained_rows": int, "hashes": dict,
 }  # fmt: skip
 
 
@@ -85,20 +85,24 @@ def index_path(bank_path: Path) -> Path:
     return bank_path.with_name(f"{bank_path.name}.index")
 
 
-def write_index(path: Path, state: IndexState) -> None:
-    """Write an index atomically; raises WriteError."""
-    arrays = {
-        "rows": state.rows,
-        "keys": state.keys,
-        "values": state.values,
-        "axes": state.axes,
-        "vectors": state.vectors,
-    }
-    present = {name: array for name, array in arrays.items() if array is not None}
+def size_of(state: IndexState) -> int:
+    """Return the bytes that the entries of an index take."""
+    return max(entry.end for entry in _layout(state)[0].values())
+
+
+def _layout(state: IndexState) -> tuple[dict[str, container.Entry], dict[str, NDArray[Any] | Streamed]]:
+    optional = {"axes": state.axes, "vectors": state.vectors}
+    present: dict[str, NDArray[Any] | Streamed] = {"rows": state.rows, "keys": state.keys, "values": state.values}
+    present |= {name: array for name, array in optional.items() if array is not None}
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {name: (TABLES[name][0], a.shape) for name, a in present.items()}
     if state.faiss is not None:
         shapes["faiss"] = ("U8", (_faiss_size(state.faiss),))
-    entries = container.lay_out(shapes)
+    return container.lay_out(shapes), present
+
+
+def write_index(path: Path, state: IndexState) -> None:
+    """Write an index atomically; raises WriteError."""
+    entries, present = _layout(state)
     reserved = _render(entries, {**state.facts, "hashes": dict.fromkeys(entries, NO_HASH)})
     with atomic.replacing(path, needed=len(reserved) + max(entry.end for entry in entries.values())) as stream:
         stream.write(reserved)
@@ -283,6 +287,6 @@ def _read_faiss(place: Place) -> Any:
 
     try:
         with _limited(faiss, place.end - place.begin):
-            return faiss.read_index(faiss.PyCallbackIOReader(read, READ_BYTES))
+            return faiss.read_index(faiss.PyCallbackIOReader(read, READ_BYTES), faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
     except RuntimeError as error:
         raise CorruptError(f"FAISS cannot read its part of it: {str(error).splitlines()[0]}", tensor="faiss") from error

@@ -27,6 +27,8 @@ NUM_PROBES = 256
 K = 10
 FACTORS = {"ivf-rabitq": (1, 2, 4, 8, 16, 32), "ivf-pq": (1, 2, 4, 8, 16, 32)}
 """Kind → candidates a neighbour wanted; other kinds hold whole vectors, so that their order is right already."""
+MARGIN = 2
+"""Standard errors by which the measured recall must lie above the one asked for: other queries will be asked."""
 TIE = 1e-6
 """Cosines nearer than this are equal: rounding of f32 sums."""
 
@@ -102,7 +104,7 @@ def tune(
     Args:
         index: over all rows.
         truth: from `truth_of`.
-        recall: wanted; one standard error of the measurement is asked for on top.
+        recall: wanted; see MARGIN.
         nprobe: lists looked into where given, else tried from few to all.
         rerank: factor where given, else the smallest that does.
         num_lists: of an IVF index.
@@ -147,7 +149,7 @@ def _smallest_factor(
         own = slice(0, (truth.num + 1) * factor)
         found, error = recall_of(truth, rows[:, own], scores[:, own])
         best = max(best, found)
-        if found >= min(1.0, wanted + error) or not wanted:
+        if found >= min(1.0, wanted + MARGIN * error) or not wanted:
             return factor, best
     return None, best
 

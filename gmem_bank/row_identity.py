@@ -41,8 +41,8 @@ def content_of(bank: MemoryBank) -> dict[str, Json]:
 
 
 def _factor_hashes(bank: Any, rank: int) -> dict[str, str]:
-    digest = lambda array: hashlib.sha256(np.ascontiguousarray(array)).hexdigest()  # noqa: E731
-    return {"mean": digest(bank.mean), "basis": digest(bank.basis[:rank])}
+    parts = {"mean": bank.mean, "basis": bank.basis[:rank]}
+    return {name: hashlib.sha256(np.ascontiguousarray(part).tobytes()).hexdigest() for name, part in parts.items()}
 
 
 def same_factors(bank: MemoryBank, content: Mapping[str, Any]) -> bool:
@@ -63,7 +63,8 @@ def hashes_of_values(values: NDArray[np.float32]) -> NDArray[np.uint64]:
         1 << 64, size=values.shape[1], dtype=np.uint64, endpoint=False
     )
     bits = np.ascontiguousarray(values).view(np.uint32)
-    return np.einsum("bc,c->b", bits, weights, dtype=np.uint64, casting="safe")
+    hashes: NDArray[np.uint64] = np.einsum("bc,c->b", bits, weights, dtype=np.uint64, casting="safe")
+    return hashes
 
 
 def key_hashes(bank: MemoryBank) -> NDArray[np.uint64]:
@@ -93,6 +94,11 @@ def pair_up(
     old: tuple[NDArray[np.uint64], NDArray[np.uint64]], new: tuple[NDArray[np.uint64], NDArray[np.uint64]]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return places in `new` and in `old` that have the same key hash and value hash, each used once."""
-    first, second = (np.rec.fromarrays(pair, names="key,value") for pair in (old, new))
-    _, in_old, in_new = np.intersect1d(first, second, return_indices=True)
+    _, in_old, in_new = np.intersect1d(_as_pairs(*old), _as_pairs(*new), return_indices=True)
     return in_new.astype(np.int64), in_old.astype(np.int64)
+
+
+def _as_pairs(keys: NDArray[np.uint64], values: NDArray[np.uint64]) -> NDArray[Any]:
+    pairs = np.empty(len(keys), [("key", "<u8"), ("value", "<u8")])
+    pairs["key"], pairs["value"] = keys, values
+    return pairs

@@ -46,12 +46,12 @@ class BankIndex:
 
     @property
     def kind(self) -> str:
-        """ "flat", "ivf-rabitq", "ivf-flat", "ivf-pq" or "hnsw"."""
+        """One of flat, ivf-rabitq, ivf-flat, ivf-pq, hnsw."""
         return self._state.kind
 
     @property
     def settings(self) -> dict[str, Json]:
-        """ "nprobe" and "rerank" as they were tuned; empty for a flat index."""
+        """What was tuned: nprobe and rerank; empty for a flat index."""
         return dict(self._state.facts["settings"])
 
     @property
@@ -227,6 +227,11 @@ def open_index(bank: MemoryBank, path: str | os.PathLike[str] | None = None) -> 
     state = read_index(place)
     require_fit(bank, state, place)
     return BankIndex(bank, state, place)
+
+
+def find_index(bank: MemoryBank, path: str | os.PathLike[str] | None = None) -> BankIndex | None:
+    """Return the index of a bank as `open_index` does, or None where no path is given and there is none beside the bank."""
+    return open_index(bank, path) if path is not None or index_path(bank.path).exists() else None
 
 
 def descends(bank: MemoryBank, state: IndexState) -> bool:

@@ -20,7 +20,7 @@ from gmem_bank.bank import MemoryBank
 from gmem_bank.coordinates import Coordinates
 from gmem_bank.errors import ConfigError, FormatError, OutputExistsError
 from gmem_bank.index import matrix_products, require_faiss
-from gmem_bank.index_choice import ROWS_PER_LIST, Plan, make_faiss, plan_index
+from gmem_bank.index_choice import ROWS_PER_LIST, Plan, check_settings, make_faiss, plan_index
 from gmem_bank.index_file import IndexState, Streamed, index_path, read_index, size_of, write_index
 from gmem_bank.index_tuning import truth_of, tune
 from gmem_bank.indexed import BankIndex
@@ -103,6 +103,7 @@ def build_index(
     plan = plan_index(
         len(bank), coordinates.dim, kind=kind, recall=recall, max_bytes=max_bytes, num_lists=nlist, num_gpus=faiss.get_num_gpus()
     )  # fmt: skip
+    check_settings(plan, nlist, nprobe, rerank)
     with atomic.locked(path):
         maker = _Maker(coordinates, plan, seed, progress)
         state = maker.make()

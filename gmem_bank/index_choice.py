@@ -145,11 +145,33 @@ def make_faiss(faiss: Any, plan: Plan, dim: int, seed: int) -> Any:
     factory = plan.factory + (str(pq_parts(dim)) if plan.kind == "ivf-pq" else "")
     made = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     if plan.num_lists:
-        made.cp.seed = seed
+        made.cp.seed, made.cp.min_points_per_centroid = (
+            seed,
+            1,
+        )  # fewer were asked for, or there are no more: no warning
     if plan.kind == "ivf-pq":  # by default minutes go into an order of the words that nothing here asks for
         made.do_polysemous_training = False
-        made.pq.cp.max_points_per_centroid, made.pq.cp.niter = 4 * ROWS_PER_LIST, 10
+        made.pq.cp.max_points_per_centroid, made.pq.cp.min_points_per_centroid, made.pq.cp.niter = (
+            4 * ROWS_PER_LIST,
+            1,
+            10,
+        )
     return made
+
+
+def check_settings(plan: Plan, num_lists: int | None, nprobe: int | None, rerank: int | None) -> None:
+    """Raise ConfigError where a setting is out of range, or given for a kind that has none."""
+    given = {"nlist": num_lists if not plan.num_lists else None}
+    given |= {"nprobe": nprobe, "rerank": rerank} if plan.kind == "flat" else {}
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(
+                f"an index of kind {plan.kind} has no {name}: name another --kind, or leave it out", key=name
+            )
+    if plan.kind != "flat":
+        ladder(plan.kind, plan.num_lists, nprobe)
+    if rerank is not None and rerank < 1:
+        raise ConfigError(f"rerank must be at least 1, got {rerank}", key="rerank")
 
 
 def ladder(kind: str, num_lists: int, fixed: int | None) -> Sequence[int]:

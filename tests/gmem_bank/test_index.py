@@ -77,8 +77,7 @@ def test_compressed_search_after_the_basis_has_grown(make_bank: BankMaker, dtype
     """Segments of different widths."""
     bank = make_bank(snippets=clustered(60, 12), kind="factored", dtype=dtype, rank=3)
     new = np.random.default_rng(3).standard_normal((6, 12)).astype(np.float32)
-    np.save("new.npy", new)
-    gmem_bank.insert_snippets(bank.path, "new.npy", name="new", grow_below=0.999)
+    gmem_bank.insert_snippets(bank.path, new, name="new", grow_below=0.999)
     grown = gmem_bank.open(bank.path)
     assert grown.stored.shape("basis")[0] > 3
     scores, rows = grown.nearest(new, 5)
@@ -181,7 +180,7 @@ def test_bad_queries_to_an_index(make_bank: BankMaker) -> None:
     masked = make_bank("masked.safetensors", rows=6, active=np.zeros(6, np.bool_))
     gmem_bank.build_index(masked.path)
     for nearest in (masked.nearest, gmem_bank.open_index(masked).nearest):
-        with pytest.raises(ConfigError, match="every row of .* is masked"):
+        with pytest.raises(ConfigError, match=r"every row of .* is masked"):
             nearest(np.ones((1, 8), np.float32), 1)
     index = gmem_bank.open_index(bank)
     assert index.nearest(np.zeros((0, 8), np.float32), 3)[1].shape == (0, 3)

@@ -6,7 +6,8 @@ Shapes: B queries, N rows, n active rows, L labels, D dimensions, E coordinates,
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ GPU_KINDS = ("ivf-flat", "ivf-pq")
 """Kinds that FAISS searches on a GPU."""
 MOST_QUERIES = 4096
 """In one call of FAISS."""
+PART_BYTES = 2 << 20
+"""Of f32 vectors that are compared at a time: they are read, widened, normalised and multiplied while they are in the cache."""
 
 
 class BankIndex:
@@ -93,13 +96,15 @@ class BankIndex:
             return best_of(self._projected(unit), self._vector_blocks(k), k)
         effort, factor = self._effort(nprobe), self._factor(rerank)
         scores, rows = np.empty((len(unit), k), np.float32), np.empty((len(unit), k), np.int64)
-        step = max(1, min(MOST_QUERIES, BLOCK_BYTES // (4 * self._coordinates.dim * k * factor)))
         for start in range(0, len(unit), MOST_QUERIES):
-            asked = unit[start : start + MOST_QUERIES]
-            candidates = self._candidates(asked, k * factor, effort)
-            for first in range(0, len(asked), step):
-                part, to = slice(first, first + step), slice(start + first, start + min(first + step, len(asked)))
-                scores[to], rows[to] = self._ordered(queries[to], asked[part], candidates[part], k)
+            asked = slice(start, start + MOST_QUERIES)
+            candidates = self._candidates(unit[asked], k * factor, effort)
+
+            def order(part: slice, asked: slice = asked, candidates: NDArray[np.int64] = candidates) -> None:
+                own, found = unit[asked][part], candidates[part]
+                scores[asked][part], rows[asked][part] = self._ordered(own, found, k)
+
+            self._in_parts(order, len(candidates), k * factor)
         return scores, rows
 
     # -- the mask
@@ -177,13 +182,26 @@ class BankIndex:
         unit = to_space(np.ascontiguousarray(queries, np.float32), "unit")
         rows = self._candidates(unit, num, nprobe)
         scores = np.empty(rows.shape, np.float32)
-        step = max(1, BLOCK_BYTES // (4 * self._coordinates.dim * num))
-        for start in range(0, len(rows), step):
-            part = slice(start, start + step)
+
+        def compare(part: slice) -> None:
             scores[part] = self._exact(unit[part], rows[part])
+
+        self._in_parts(compare, len(rows), num)
         return rows, scores
 
     # -- exact values
+
+    def _in_parts(self, work: Callable[[slice], None], num_queries: int, num: int) -> None:
+        """Do the work for some queries at a time, as many as the caches hold, by as many threads as FAISS has."""
+        step = max(1, PART_BYTES // (4 * self._coordinates.dim * num))
+        parts = [slice(start, start + step) for start in range(0, num_queries, step)]
+        threads = min(len(parts), require_faiss().omp_get_max_threads())
+        if threads < 2:
+            for part in parts:
+                work(part)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(work, parts))
 
     def _exact(self, unit: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the (B, c) cosines of (B, D) unit queries to (B, c) rows of the bank; -inf for row -1."""
@@ -196,7 +214,7 @@ class BankIndex:
         return np.where(known, scores, np.float32(-np.inf))
 
     def _ordered(
-        self, queries: NDArray[np.float32], unit: NDArray[np.float32], rows: NDArray[np.int64], k: int
+        self, unit: NDArray[np.float32], rows: NDArray[np.int64], k: int
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         scores = self._exact(unit, rows)
         order = np.lexsort((rows, -scores))[:, :k]  # of equal scores the lower row comes first
@@ -205,7 +223,7 @@ class BankIndex:
         if len(short):  # the lists looked into held too few active rows: those queries are compared with every row
             full = np.empty((len(rows), k), np.float32), np.empty((len(rows), k), np.int64)
             full[0][:, : rows.shape[1]], full[1][:, : rows.shape[1]] = scores, rows
-            full[0][short], full[1][short] = search_flat(self.bank, queries[short], k)
+            full[0][short], full[1][short] = search_flat(self.bank, unit[short], k)
             return full
         return scores, rows
 

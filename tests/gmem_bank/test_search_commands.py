@@ -140,7 +140,7 @@ def test_the_page_shows_pictures_and_says_where_there_are_none(photos: Path) -> 
     assert "exists" in run("search", "bank.safetensors", "hat", "--html", "page.html", code=1).stderr
     run("search", "bank.safetensors", "hat", "--html", "page.html", "--overwrite")
     bank = gmem_bank.open("bank.safetensors")
-    hit = gmem_bank.search(bank, "hat", k=1)[0].hits[0]
+    hit = gmem_bank.search(bank, bank.keys(np.array([9]))[0], k=1)[0].hits[0]
     result = gmem_bank.QueryHits(query="<b>&", hits=(hit,))
     assert gmem_bank.write_results_page("other.html", bank, [result]) == 1
     assert "&lt;b&gt;&amp;" in Path("other.html").read_text(encoding="utf-8")

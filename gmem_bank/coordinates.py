@@ -44,7 +44,10 @@ class Coordinates:
 
     def queries(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the (B, E) coordinates of (B, D) queries, which count by direction alone; a query of zeros stays zero."""
-        unit = to_space(np.ascontiguousarray(queries, np.float32), "unit")
+        return self.of_unit(to_space(np.ascontiguousarray(queries, np.float32), "unit"))
+
+    def of_unit(self, unit: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the (B, E) coordinates of (B, D) queries of length 1."""
         return unit if self.axes is None else unit @ self.axes.T
 
     def values(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -95,16 +95,19 @@ class BankIndex:
         if self.kind == "flat":
             return best_of(self._projected(unit), self._vector_blocks(k), k)
         effort, factor = self._effort(nprobe), self._factor(rerank)
+        turned = self._coordinates.of_unit(unit)
         scores, rows = np.empty((len(unit), k), np.float32), np.empty((len(unit), k), np.int64)
         for start in range(0, len(unit), MOST_QUERIES):
             asked = slice(start, start + MOST_QUERIES)
             candidates = self._candidates(unit[asked], k * factor, effort)
 
             def order(part: slice, asked: slice = asked, candidates: NDArray[np.int64] = candidates) -> None:
-                own, found = unit[asked][part], candidates[part]
-                scores[asked][part], rows[asked][part] = self._ordered(own, found, k)
+                scores[asked][part], rows[asked][part] = self._ordered(turned[asked][part], candidates[part], k)
 
             self._in_parts(order, len(candidates), k * factor)
+        short = np.flatnonzero((rows < 0).any(axis=1))
+        if len(short):  # the lists looked into held too few active rows: those queries are compared with every row
+            scores[short], rows[short] = search_flat(self.bank, unit[short], k)
         return scores, rows
 
     # -- the mask
@@ -180,11 +183,11 @@ class BankIndex:
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return the (B, c) rows that the index itself finds, best estimate first, and their exact cosines."""
         unit = to_space(np.ascontiguousarray(queries, np.float32), "unit")
-        rows = self._candidates(unit, num, nprobe)
+        turned, rows = self._coordinates.of_unit(unit), self._candidates(unit, num, nprobe)
         scores = np.empty(rows.shape, np.float32)
 
         def compare(part: slice) -> None:
-            scores[part] = self._exact(unit[part], rows[part])
+            scores[part] = self._exact(turned[part], rows[part])
 
         self._in_parts(compare, len(rows), num)
         return rows, scores
@@ -203,29 +206,25 @@ class BankIndex:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(work, parts))
 
-    def _exact(self, unit: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return the (B, c) cosines of (B, D) unit queries to (B, c) rows of the bank; -inf for row -1."""
+    def _exact(self, turned: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the (B, c) cosines to (B, c) rows of the bank, for (B, E) coordinates of queries; -inf for row -1."""
         known = rows >= 0
         if not known.any():
             return np.full(rows.shape, -np.inf, np.float32)
         filled = np.where(known, rows, rows[known][0])
         vectors = self._coordinates.of(filled.reshape(-1)).reshape(*rows.shape, -1)
-        scores = np.matmul(vectors, self._coordinates.queries(unit)[:, :, None])[:, :, 0]
+        scores = np.matmul(vectors, turned[:, :, None])[:, :, 0]
         return np.where(known, scores, np.float32(-np.inf))
 
     def _ordered(
-        self, unit: NDArray[np.float32], rows: NDArray[np.int64], k: int
+        self, turned: NDArray[np.float32], rows: NDArray[np.int64], k: int
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        scores = self._exact(unit, rows)
+        """Return the (B, k) best of (B, c) candidates; -1 where there are fewer."""
+        scores = self._exact(turned, rows)
         order = np.lexsort((rows, -scores))[:, :k]  # of equal scores the lower row comes first
         scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
-        short = np.flatnonzero((rows < 0).any(axis=1)) if rows.shape[1] == k else np.arange(len(rows))
-        if len(short):  # the lists looked into held too few active rows: those queries are compared with every row
-            full = np.empty((len(rows), k), np.float32), np.empty((len(rows), k), np.int64)
-            full[0][:, : rows.shape[1]], full[1][:, : rows.shape[1]] = scores, rows
-            full[0][short], full[1][short] = search_flat(self.bank, unit[short], k)
-            return full
-        return scores, rows
+        missing = ((0, 0), (0, k - rows.shape[1]))
+        return np.pad(scores, missing, constant_values=-np.inf), np.pad(rows, missing, constant_values=-1)
 
 
 def open_index(bank: MemoryBank, path: str | os.PathLike[str] | None = None) -> BankIndex:

@@ -1,6 +1,7 @@
 """How fast rows are found, beside FAISS called directly in the same run, as JSON.
 
-python -m tools.bench_search [--rows 1000000] [--factored-rows 100000] [--queries 1000] [--threads 2] [--runs 5] [--folder DIR]
+python -m tools.bench_search [--rows 1000000] [--factored-rows 100000] [--queries 1000] [--threads 2] [--runs 5] [--torch]
+    [--folder DIR]
 
 Two parts: a factored bank (rank 64) searched in the coordinates of its factors against FAISS flat over its reconstruction; and
 a large dense f16 bank (tools/make_large_bank.py) whose index is chosen automatically, against FAISS flat, and against the same
@@ -12,8 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +27,7 @@ import numpy as np
 
 import gmem_bank
 from gmem_bank.index_file import index_path, read_index
+from tools.bench_bank import TOOL
 from tools.make_large_bank import Clustered, write_bank
 
 K = 10
@@ -101,10 +104,12 @@ def large(folder: Path, num_rows: int, num_queries: int, runs: int, dim: int, ki
     made = Clustered(num_rows=num_rows, dim=dim)
     path = folder / "large.safetensors"
     write_bank(path, made, dtype="f16")
+    command = [*TOOL, "index", path.name, "--kind", kind, "--quiet", "--json"]
     started = time.perf_counter()
-    report = gmem_bank.build_index(path, kind=kind)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(faiss.omp_get_max_threads())}
+    ran = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True)
     build = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    peak, report = int((folder / "peak").read_text()) // 1024, json.loads(ran.stdout)
     bank, queries = gmem_bank.open(path), made.queries(num_queries)
     index, state = gmem_bank.open_index(bank), read_index(index_path(path))
     axes = state.axes
@@ -115,17 +120,17 @@ def large(folder: Path, num_rows: int, num_queries: int, runs: int, dim: int, ki
         "FAISS flat": lambda: flat.search(turned, K),
     }
     if state.faiss is not None:
-        works["FAISS directly"] = direct(state.faiss, flat, queries, axes, report.settings)
+        works["FAISS directly"] = direct(state.faiss, flat, queries, axes, report["settings"])
     times, found = in_turns(works, runs)
     same = [
         len(set(a) & set(b)) / K
         for a, b in zip(found["by the index"][1].tolist(), found["FAISS flat"][1].tolist(), strict=True)
     ]
     result = {
-        "rows": num_rows, "dim": dim, "queries": num_queries, "kind": report.kind, "settings": report.settings,
-        "build_seconds": round(build, 1), "build_peak_mb": peak, "bytes": report.num_bytes, "seconds": seconds(times),
+        "rows": num_rows, "dim": dim, "queries": num_queries, "kind": report["kind"], "settings": report["settings"],
+        "build_seconds": round(build, 1), "build_peak_mb": peak, "bytes": report["num_bytes"], "seconds": seconds(times),
         "recall_at_10": round(float(np.mean(same)), 4),
-        "times_as_fast_as_flat": ratio(times, "by the index", "FAISS flat"), "measured_at_build": report.measured,
+        "times_as_fast_as_flat": ratio(times, "by the index", "FAISS flat"), "measured_at_build": report["measured"],
         "asked": {"build_seconds": 600, "recall_at_10": 0.95, "times_as_fast_as_flat": 20, "overhead_over_faiss": 0.1},
     }  # fmt: skip
     if "FAISS directly" in times:
@@ -157,10 +162,15 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--kind", default="auto")
+    parser.add_argument("--torch", action="store_true", help="Load PyTorch, by which f16 is then widened.")
     parser.add_argument("--folder", type=Path, default=None)
     options = parser.parse_args()
     faiss.omp_set_num_threads(options.threads)
-    result: dict[str, Any] = {"faiss": faiss.__version__, "threads": options.threads}
+    if options.torch:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    result: dict[str, Any] = {"faiss": faiss.__version__, "threads": options.threads, "torch": options.torch}
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         if options.factored_rows:

@@ -38,6 +38,7 @@ class Coordinates:
         """(E, D) orthonormal rows that queries are projected on; None: the identity."""
         self.dim = bank.dim
         """E."""
+        self._factored = bank if isinstance(bank, SupportsFactors) else None
         if isinstance(bank, SupportsFactors):
             self.axes, self._load, self._shift = frame_of(bank.basis, bank.mean)
             self.dim = len(self.axes)
@@ -52,7 +53,7 @@ class Coordinates:
 
     def values(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return what coordinates are made of: (B, D) snippets, or the (B, R) coefficients of a factored bank."""
-        return self.bank.coefficients(rows) if isinstance(self.bank, SupportsFactors) else self.bank.snippets(rows)
+        return self.bank.snippets(rows) if self._factored is None else self._factored.coefficients(rows)
 
     def of_values(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the (B, E) unit coordinates of rows from their values; a row without a direction stays zero."""

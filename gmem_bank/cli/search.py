@@ -1,10 +1,88 @@
-"""gmem-bank search."""
+"""gmem-bank index, search."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from gmem_bank.console import encoder_run_options, json_option, print_json, printable, quiet_option
+from gmem_bank.console import encoder_run_options, human_bytes, json_option, note, print_json, printable, quiet_option
+
+
+@click.command()
+@click.argument("bank", default="bank.safetensors", type=click.Path())
+@click.option(
+    "--kind",
+    default="auto",
+    show_default=True,
+    help="auto, flat, ivf-rabitq, ivf-flat, ivf-pq or hnsw; auto: flat, which is exact, where that is fast, else ivf-rabitq.",
+)
+@click.option("--recall", type=float, default=0.95, show_default=True, help="Recall@10 to tune for; 1 is exact search.")
+@click.option("--max-bytes", type=int, default=None, help="Most that the index may take.")
+@click.option("--nlist", type=int, default=None, help="Clusters of an ivf index. Default: about 4 √rows.")
+@click.option(
+    "--nprobe", type=int, default=None, help="Clusters looked into a query; for hnsw, its efSearch. Default: tuned."
+)
+@click.option(
+    "--rerank", type=int, default=None, help="Candidates a result that are compared by exact values. Default: tuned."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of training and measuring.")
+@click.option("--update", is_flag=True, help="Follow the bank's inserts and removals, without training anew.")
+@click.option(
+    "--output", "-o", default=None, metavar="FILE", help="The index file. Default: beside the bank, BANK.index."
+)
+@json_option
+@quiet_option
+def index(
+    bank: str, kind: str, recall: float, max_bytes: int | None, nlist: int | None, nprobe: int | None, rerank: int | None,
+    seed: int, update: bool, output: str | None, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Build the index of BANK, measure it, and write it beside the bank, where search finds it."""
+    import gmem_bank
+
+    with gmem_bank.ProgressBar("index", "row", quiet=quiet) as progress:
+        if update:
+            _require_plain_update()
+            report = gmem_bank.update_index(bank, path=output, progress=progress)
+        else:
+            report = gmem_bank.build_index(
+                bank, kind=kind, recall=recall, max_bytes=max_bytes, nlist=nlist, nprobe=nprobe, rerank=rerank, output=output,
+                seed=seed, progress=progress,
+            )  # fmt: skip
+    if as_json:
+        print_json(report.to_json())
+        return
+    _print_report(report, update)
+
+
+def _require_plain_update() -> None:
+    context = click.get_current_context()
+    for name in ("kind", "recall", "max_bytes", "nlist", "nprobe", "rerank", "seed"):
+        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            raise click.UsageError(
+                f"--update keeps the index as it was made: --{name.replace('_', '-')} needs a new one"
+            )
+
+
+def _print_report(report: Any, update: bool) -> None:
+    if report.unchanged:
+        note(f"{report.path} has the rows of {report.bank} already: nothing to do")
+    settings = "".join(f", {name} {value}" for name, value in report.settings.items())
+    why = f" ({report.why})" if report.why else ""
+    click.echo(
+        f"{report.path}: {report.kind}{why}{settings}, {report.num_rows:,} rows, {human_bytes(report.num_bytes)}"
+    )
+    if update:
+        click.echo(f"+{report.num_added} rows, -{report.num_removed} rows; measured when it was built:")
+    click.echo(f"{'':12}{'nprobe':>8}{'rerank':>8}{'recall@10':>11}{'queries/s':>11}{'size':>12}")
+    for line in report.measured:
+        probe, factor = (line.get(name, "") for name in ("nprobe", "rerank"))
+        speed, size = line["queries_per_second"], human_bytes(line["bytes"])
+        click.echo(f"{line['kind']:12}{probe:>8}{factor:>8}{line['recall']:>11.3f}{speed:>11,.0f}{size:>12}")
+    if report.outgrown:
+        note(
+            f"the bank has far more rows than the index was trained on: 'gmem-bank index {report.bank}' makes a better one"
+        )
 
 
 @click.command()
@@ -15,36 +93,43 @@ from gmem_bank.console import encoder_run_options, json_option, print_json, prin
     "--weights", default=None, metavar="FOLDER", help="The encoder's weights, where the recorded place is gone."
 )
 @click.option("--text", is_flag=True, help="QUERY is a text in words, for banks of CLIP or SigLIP 2.")
+@click.option("--exact", is_flag=True, help="Compare with every row, whether or not there is an index.")
+@click.option("--index", "index_file", default=None, metavar="FILE", help="The index, where it is not beside the bank.")
+@click.option(
+    "--html", "page", default=None, metavar="FILE", help="Write a page with the pictures that were found, too."
+)
+@click.option("--overwrite", is_flag=True, help="Replace that page.")
 @encoder_run_options
 @json_option
 @quiet_option
 def search(
-    bank: str,
-    query: str,
-    k: int,
-    weights: str | None,
-    text: bool,
-    device: str,
-    batch_size: int,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    """Find the rows of BANK nearest to QUERY: a concept or key of the bank, an image file, or a folder of images."""
+    bank: str, query: str, k: int, weights: str | None, text: bool, exact: bool, index_file: str | None, page: str | None,
+    overwrite: bool, device: str, batch_size: int, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Find the rows of BANK nearest to QUERY.
+
+    QUERY is a concept or key of the bank, an image, a folder of images, or a file of vectors (.npy, .npz, .safetensors, .h5).
+    An index beside the bank is used where there is one.
+    """
     import gmem_bank
-    from gmem_bank.progress import ProgressBar
-    from gmem_bank.query import search as find
 
     opened = gmem_bank.open(bank)
-    with ProgressBar("encode", "image", quiet=quiet) as progress:
-        results = find(
-            opened, query, k=k, text=text, batch_size=batch_size, progress=progress,
+    found = None if exact else gmem_bank.find_index(opened, index_file)
+    how = f"searched by {found.describe()}" if found else "compared with every row"
+    if found and not quiet:
+        note(how)
+    with gmem_bank.ProgressBar("encode", "image", quiet=quiet) as progress:
+        results = gmem_bank.search(
+            opened, query, k=k, index=found, text=text, batch_size=batch_size, progress=progress,
             load=lambda: gmem_bank.reload_encoder(opened.encoder, opened.folder, weights=weights, device=device),
         )  # fmt: skip
+    if page is not None:
+        gmem_bank.write_results_page(page, opened, results, note=how, overwrite=overwrite)
     if as_json:
         print_json([result.to_json() for result in results])
         return
     for result in results:
         if len(results) > 1:
-            click.echo(result.query)
+            click.echo(printable(result.query))
         for rank, hit in enumerate(result.hits, 1):
             click.echo(f"{rank:>3}  {hit.score:+.4f}  {printable(hit.key)}  {' '.join(hit.concepts)}".rstrip())

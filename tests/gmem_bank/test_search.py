@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gmem_bank import builder, index, query
+from gmem_bank import builder, coordinates, query, segments
 from gmem_bank.encoders import load_encoder
 from gmem_bank.errors import ConfigError, EncoderMismatchError, MissingDependencyError, UnknownKeyError
 from gmem_bank.interface import SupportsSearch
@@ -22,7 +22,7 @@ def test_nearest_equals_brute_force_over_active_rows(
     make_bank: BankMaker, monkeypatch: pytest.MonkeyPatch, space: str, block_bytes: int
 ) -> None:
     """Same scores; same rows up to ties; masked rows never appear; blocks do not show."""
-    monkeypatch.setattr(index, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(coordinates, "BLOCK_BYTES", block_bytes)
     active = np.random.default_rng(5).random(60) > 0.3
     snippets = np.random.default_rng(4).standard_normal((60, 8)).astype(np.float32)
     snippets[7] = snippets[11]
@@ -71,3 +71,15 @@ def test_bad_queries_are_clear(make_bank: BankMaker, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(MissingDependencyError, match=r"pip install faiss-cpu \(the extra gmem\[cpu\]\)"):
         bank.nearest(np.ones((1, 8), np.float32), 1)
+
+
+def test_every_f16_is_widened_to_the_bit() -> None:
+    """All 65,536 of them, NaN and infinities included, in any shape, also where a block has both finite and other values."""
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    finite = np.tile(every[np.isfinite(every)], 3)
+    for values in (every, every[:0], finite, finite[:63488].reshape(64, 992), finite[::3]):
+        with np.errstate(invalid="ignore"):
+            wanted = values.astype(np.float32)
+        widened = segments.widen(values)
+        assert widened.dtype == np.float32
+        np.testing.assert_array_equal(widened.view(np.uint32), wanted.view(np.uint32))

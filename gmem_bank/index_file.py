@@ -1,0 +1,292 @@
+"""The file of an index: a safetensors container with FAISS's own bytes (or plain vectors), a table of rows, and canonical JSON.
+
+It is distrusted as a bank is: sizes must tile the file, the JSON and each entry stand under a sha256 that is checked before
+FAISS sees a byte, and FAISS's own limits are set from the size of the file.
+
+Shapes: L labels (numbers that FAISS knows rows by), N rows, E coordinates, D dimensions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gmem_bank.errors import BankNotFoundError, CorruptError, FormatError, FormatVersionError, GMemError
+from gmem_bank.index import require_faiss
+from gmem_bank.provenance import Json, canonical_json
+from gmem_bank.storage import atomic, container
+from gmem_bank.storage.payload import NUMPY_DTYPE
+from gmem_bank.storage.safetensors_store import places_of, read_container
+from gmem_bank.storage.stored import OpenFile, Place
+
+METADATA_KEY = "gmem_index"
+VERSION = 1
+NO_HASH = "0" * 64
+TABLES = {
+    "rows": ("I64", 1),
+    "keys": ("U64", 1),
+    "values": ("U64", 1),
+    "axes": ("F32", 2),
+    "vectors": ("F32", 2),
+    "faiss": ("U8", 1),
+}
+"""Entry → type and number of dimensions."""
+READ_BYTES = 4 << 20
+FACTS = {
+    "version": int, "kind": str, "dim": int, "bank": str, "content": dict, "settings": dict, "measured": list,
+    "trained_rows": int, "hashes": dict,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streamed:
+    """Vectors on their way into the file, never in memory as a whole."""
+
+    shape: tuple[int, int]
+    blocks: Callable[[], Iterable[NDArray[np.float32]]]
+    """Yields (b, E) float32, L in all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexState:
+    """What an index is, in memory or mapped."""
+
+    facts: Mapping[str, Any]
+    """JSON: kind, dim (E), bank (fingerprint), content (see `row_identity`), settings, measured, trained_rows."""
+    rows: NDArray[np.int64]
+    """(L,) row of each label; -1: gone."""
+    keys: NDArray[np.uint64]
+    """(L,) hash of each row's key."""
+    values: NDArray[np.uint64]
+    """(L,) hash of each row's values."""
+    axes: NDArray[np.float32] | None = None
+    """(E, D) that queries are projected on; None: the identity."""
+    vectors: NDArray[np.float32] | Streamed | None = None
+    """(L, E) of a flat index: unit vectors."""
+    faiss: Any = None
+    """Of any other."""
+
+    @property
+    def kind(self) -> str:
+        """One of `index_choice.KINDS`."""
+        return str(self.facts["kind"])
+
+
+def index_path(bank_path: Path) -> Path:
+    """Return where the index of a bank lies: beside it, bank.safetensors.index."""
+    return bank_path.with_name(f"{bank_path.name}.index")
+
+
+def size_of(state: IndexState) -> int:
+    """Return the bytes that the entries of an index take."""
+    return max(entry.end for entry in _layout(state)[0].values())
+
+
+def _layout(state: IndexState) -> tuple[dict[str, container.Entry], dict[str, NDArray[Any] | Streamed]]:
+    optional = {"axes": state.axes, "vectors": state.vectors}
+    present: dict[str, NDArray[Any] | Streamed] = {"rows": state.rows, "keys": state.keys, "values": state.values}
+    present |= {name: array for name, array in optional.items() if array is not None}
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {name: (TABLES[name][0], a.shape) for name, a in present.items()}
+    if state.faiss is not None:
+        shapes["faiss"] = ("U8", (_faiss_size(state.faiss),))
+    return container.lay_out(shapes), present
+
+
+def write_index(path: Path, state: IndexState) -> None:
+    """Write an index atomically; raises WriteError."""
+    entries, present = _layout(state)
+    reserved = _render(entries, {**state.facts, "hashes": dict.fromkeys(entries, NO_HASH)})
+    with atomic.replacing(path, needed=len(reserved) + max(entry.end for entry in entries.values())) as stream:
+        stream.write(reserved)
+        hashes = {}
+        for name in sorted(entries, key=lambda n: entries[n].begin):
+            writer = _Hashing(stream)
+            if name == "faiss":
+                _pour_faiss(state.faiss, writer)
+            else:
+                for block in _blocks(present[name]):
+                    writer(block)
+            hashes[name] = writer.digest.hexdigest()
+        final = _render(entries, {**state.facts, "hashes": hashes})
+        assert len(final) == len(reserved), "the header changed its length"
+        stream.seek(0)
+        stream.write(final)
+
+
+def _render(entries: Mapping[str, container.Entry], facts: Mapping[str, Json]) -> bytes:
+    text = canonical_json({**facts, "version": VERSION})
+    return container.render(
+        entries, {METADATA_KEY: text, f"{METADATA_KEY}_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    )
+
+
+def _blocks(array: NDArray[Any] | Streamed) -> Iterator[memoryview]:
+    if isinstance(array, Streamed):
+        for part in array.blocks():
+            yield from _blocks(part)
+        return
+    step = max(1, READ_BYTES // max(1, array[:1].nbytes))
+    for start in range(0, len(array), step):
+        yield np.ascontiguousarray(array[start : start + step]).view(np.uint8).data.cast("B")
+
+
+class _Hashing:
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self.digest = stream, hashlib.sha256()
+
+    def __call__(self, block: bytes | memoryview) -> None:
+        self._stream.write(block)
+        self.digest.update(block)
+
+
+def _pour_faiss(index: Any, write: Any) -> None:
+    faiss = require_faiss()
+    writer = faiss.PyCallbackIOWriter(write, READ_BYTES)
+    faiss.write_index(index, writer)
+
+
+def _faiss_size(index: Any) -> int:
+    sizes: list[int] = []
+    _pour_faiss(index, lambda block: sizes.append(len(block)))
+    return sum(sizes)
+
+
+def read_index(path: Path) -> IndexState:
+    """Open an index file; all of it is checked, vectors stay on disk.
+
+    Raises:
+        BankNotFoundError: there is none.
+        FormatError, FormatVersionError: another file, or one by a newer version.
+        CorruptError: damaged.
+        MissingDependencyError: FAISS is not installed.
+    """
+    require_faiss()
+    if not path.exists():
+        raise BankNotFoundError(f"no index at {path}: 'gmem-bank index BANK' builds one", path=path)
+    try:
+        file = OpenFile(path)
+        parsed = read_container(file)
+        facts = _facts(parsed.metadata)
+        places = places_of(file, parsed)
+        _check_entries(facts, places)
+        state = _state(facts, places)
+        return replace(state, faiss=_read_faiss(places["faiss"])) if "faiss" in places else state
+    except GMemError as error:
+        if error.path is None:
+            error.path = path
+            advice = " 'gmem-bank index BANK' builds it again." if type(error) is CorruptError else ""
+            error.message = f"{path}: {error.message}.{advice}"
+        raise
+
+
+def _facts(metadata: Mapping[str, str]) -> dict[str, Any]:
+    text = metadata.get(METADATA_KEY)
+    if text is None:
+        raise FormatError(
+            "a safetensors file, but not an index of a bank: give another --index, or another name with -o"
+        )
+    if hashlib.sha256(text.encode("utf-8", "replace")).hexdigest() != metadata.get(f"{METADATA_KEY}_sha256"):
+        raise CorruptError("what it says of itself does not match its hash")
+    try:
+        facts = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"what it says of itself is not JSON: {error}") from error
+    if not isinstance(facts, dict):
+        raise CorruptError("what it says of itself is not a JSON object")
+    if isinstance(facts.get("version"), int) and facts["version"] > VERSION:
+        raise FormatVersionError(
+            f"an index of version {facts['version']}, this program reads up to {VERSION}: build it again, or update gmem"
+        )
+    for name, wanted in FACTS.items():
+        if not isinstance(facts.get(name), wanted):
+            raise CorruptError(f"its {name} is missing or of the wrong type")
+    return facts
+
+
+def _check_entries(facts: Mapping[str, Any], places: Mapping[str, Place]) -> None:
+    for name, place in places.items():
+        if name in TABLES and (place.dtype, len(place.shape)) != TABLES[name]:
+            raise CorruptError(f"entry {name!r} is {place.dtype} of shape {list(place.shape)}", tensor=name)
+    missing = {"rows", "keys", "values", "vectors" if facts["kind"] == "flat" else "faiss"} - set(places)
+    if missing:
+        raise CorruptError(f"it lacks {sorted(missing)}")
+    num_labels = places["rows"].shape[0]
+    wrong = [name for name in ("keys", "values") if places[name].shape != (num_labels,)]
+    for name, shape in (("vectors", (num_labels, facts["dim"])), ("axes", (facts["dim"], facts["content"].get("dim")))):
+        if name in places and places[name].shape != shape:
+            wrong.append(name)
+    if wrong:
+        raise CorruptError(f"entry {wrong[0]!r} has shape {list(places[wrong[0]].shape)}", tensor=wrong[0])
+    for name, place in places.items():
+        if _sha256(place) != facts["hashes"].get(name):
+            raise CorruptError(f"entry {name!r} does not match its hash", tensor=name)
+
+
+def _read(place: Place) -> Iterator[bytes]:
+    for position in range(place.begin, place.end, READ_BYTES):
+        yield place.file.pread(min(READ_BYTES, place.end - position), position)
+
+
+def _sha256(place: Place) -> str:
+    digest = hashlib.sha256()
+    for block in _read(place):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _state(facts: Mapping[str, Any], places: Mapping[str, Place]) -> IndexState:
+    def array(name: str) -> NDArray[Any]:
+        place = places[name]
+        count = int(np.prod(place.shape, dtype=np.int64))
+        if not count:
+            return np.zeros(place.shape, NUMPY_DTYPE[place.dtype])
+        return np.frombuffer(place.file.mapped(), NUMPY_DTYPE[place.dtype], count, place.begin).reshape(place.shape)
+
+    optional = {name: array(name) for name in ("axes", "vectors") if name in places}
+    state = IndexState(facts=facts, rows=array("rows"), keys=array("keys"), values=array("values"), **optional)
+    try:
+        num_rows = sum(int(num_rows) for num_rows, _ in facts["content"]["segments"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptError(f"what it says of its bank is not whole: {error!r}") from error
+    live = np.sort(state.rows[state.rows >= 0])
+    if not np.array_equal(live, np.arange(num_rows)):
+        raise CorruptError("its table of rows does not name each row once", tensor="rows")
+    return state
+
+
+@contextmanager
+def _limited(faiss: Any, num_bytes: int) -> Iterator[None]:
+    """Let FAISS read no vector, and no loop, longer than a file of that size can hold."""
+    before = faiss.get_deserialization_vector_byte_limit(), faiss.get_deserialization_loop_limit()
+    faiss.set_deserialization_vector_byte_limit(num_bytes)
+    faiss.set_deserialization_loop_limit(num_bytes)
+    try:
+        yield
+    finally:
+        faiss.set_deserialization_vector_byte_limit(before[0])
+        faiss.set_deserialization_loop_limit(before[1])
+
+
+def _read_faiss(place: Place) -> Any:
+    faiss = require_faiss()
+    position = place.begin
+
+    def read(wanted: int) -> bytes:
+        nonlocal position
+        block = place.file.pread(min(wanted, place.end - position), position)
+        position += len(block)
+        return block
+
+    try:
+        with _limited(faiss, place.end - place.begin):
+            return faiss.read_index(faiss.PyCallbackIOReader(read, READ_BYTES), faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
+    except RuntimeError as error:
+        raise CorruptError(f"FAISS cannot read its part of it: {str(error).splitlines()[0]}", tensor="faiss") from error

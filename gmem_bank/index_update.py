@@ -1,0 +1,167 @@
+"""Keeping an index in step with its bank after inserts and removals: rows are added and removed, nothing is trained.
+
+Shapes: N rows, L labels, D dimensions, E coordinates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gmem_bank import kinds, row_identity
+from gmem_bank.bank import MemoryBank
+from gmem_bank.coordinates import Coordinates
+from gmem_bank.errors import GMemError, StaleIndexError
+from gmem_bank.index import require_faiss
+from gmem_bank.index_build import IndexReport, add_rows, report_of, turning, value_hashes
+from gmem_bank.index_file import IndexState, Streamed, index_path, read_index, write_index
+from gmem_bank.indexed import descends
+from gmem_bank.progress import Progress, no_progress
+from gmem_bank.provenance import Json
+from gmem_bank.storage import atomic
+
+
+def update_index(
+    bank_path: str | os.PathLike[str],
+    *,
+    path: str | os.PathLike[str] | None = None,
+    progress: Progress = no_progress,
+) -> IndexReport:
+    """Bring the index of a bank up to date after inserts and removals: new rows are added, gone ones removed, nothing is trained.
+
+    Args:
+        bank_path: the bank, by its history a descendant of the one that the index was made for.
+        path: the index; None: the one beside the bank.
+        progress: told rows added and rows to add.
+
+    Raises:
+        BankNotFoundError: no bank, or no index.
+        StaleIndexError: the index is of another bank or of a state that was undone, the basis was fitted anew, or rows are gone
+            that an HNSW index cannot remove.
+        FormatError, CorruptError, LockedError, WriteError, MissingDependencyError.
+    """
+    require_faiss()
+    bank = kinds.open(bank_path).unmasked()
+    place = index_path(bank.path) if path is None else Path(path)
+    if not place.exists():
+        read_index(place)  # says so, before a lock is left in some folder
+    with atomic.locked(place):
+        state = read_index(place)
+        content = row_identity.content_of(bank)
+        if content == state.facts["content"]:
+            return report_of(bank, state, place, unchanged=True)
+        _require_descent(bank, state, place)
+        coordinates = Coordinates(bank)
+        change = _change(coordinates, state, content)
+        new = _followed(coordinates, state, change, progress)
+        new = dataclasses.replace(new, facts={**new.facts, "content": content, "bank": bank.fingerprint})
+        write_index(place, new)
+    return report_of(bank, new, place, num_added=len(change.added), num_removed=len(change.gone))
+
+
+def _require_descent(bank: MemoryBank, state: IndexState, path: Path) -> None:
+    again = f"'gmem-bank index {bank.path}' builds a new one"
+    if not descends(bank, state):
+        raise StaleIndexError(
+            f"{path} was made for another bank than {bank.path}, or for a state of it that was undone: {again}",
+            path=path,
+        )
+    if bank.dim != state.facts["content"]["dim"] or not row_identity.same_factors(bank, state.facts["content"]):
+        raise StaleIndexError(
+            f"{bank.path} has been compressed or fitted anew since {path} was made, so that no row is what it was: {again}",
+            path=path,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Change:
+    """How the rows of a bank stand to the labels of an index."""
+
+    label_of: NDArray[np.int64]
+    """(N,) label of each row; -1: not in the index."""
+    added: NDArray[np.int64]
+    """Rows that are new."""
+    gone: NDArray[np.int64]
+    """Labels whose row is no more."""
+
+
+def _change(coordinates: Coordinates, state: IndexState, content: dict[str, Json]) -> _Change:
+    bank = coordinates.bank
+    live = np.flatnonzero(state.rows >= 0)
+    label_of_old = np.empty(len(live), np.int64)
+    label_of_old[state.rows[live]] = live
+    label_of = np.full(len(bank), -1, np.int64)
+    rows, old_rows = row_identity.kept_segments(state.facts["content"], content)
+    label_of[rows] = label_of_old[old_rows]
+    open_rows = np.flatnonzero(label_of < 0)
+    open_labels = np.setdiff1d(live, label_of[rows])
+    if len(open_rows) and len(open_labels):
+        new = row_identity.key_hashes(bank)[open_rows], value_hashes(coordinates, open_rows, no_progress)
+        in_new, in_old = row_identity.pair_up((state.keys[open_labels], state.values[open_labels]), new)
+        label_of[open_rows[in_new]] = open_labels[in_old]
+    return _Change(
+        label_of=label_of, added=np.flatnonzero(label_of < 0), gone=np.setdiff1d(open_labels, label_of[label_of >= 0])
+    )
+
+
+def _followed(coordinates: Coordinates, state: IndexState, change: _Change, progress: Progress) -> IndexState:
+    """Return the index with the rows of the bank as they are now; labels of gone rows are never given again."""
+    bank, num_labels = coordinates.bank, len(state.rows)
+    if state.kind == "flat":
+        return _followed_flat(coordinates, state, change, progress)
+    if len(change.gone) and state.kind == "hnsw":
+        raise StaleIndexError(
+            f"{len(change.gone)} rows of {bank.path} are gone, and an HNSW index cannot remove any: build it again with "
+            f"'gmem-bank index {bank.path} --kind hnsw', or take a kind that can, such as ivf-rabitq",
+            path=bank.path,
+        )
+    if len(change.gone):
+        removed = state.faiss.remove_ids(require_faiss().IDSelectorBatch(change.gone))
+        if removed != len(change.gone):
+            raise GMemError(f"the index had {removed} of {len(change.gone)} rows to remove: build it again")
+    labels = np.arange(num_labels, num_labels + len(change.added))
+    turn = turning(coordinates, state.axes)
+    hashes = add_rows(state.faiss, coordinates, turn, change.added, labels, progress)
+    label_of = change.label_of.copy()
+    label_of[change.added] = labels
+    rows = np.full(num_labels + len(labels), -1, np.int64)
+    rows[label_of] = np.arange(len(bank))
+    keys = np.concatenate([state.keys, np.zeros(len(labels), np.uint64)])
+    keys[label_of] = row_identity.key_hashes(bank)
+    return dataclasses.replace(state, rows=rows, keys=keys, values=np.concatenate([state.values, hashes]))
+
+
+def _followed_flat(coordinates: Coordinates, state: IndexState, change: _Change, progress: Progress) -> IndexState:
+    """Return a flat index anew, in the order of the rows: what stays is copied, unless the axes have changed with the basis."""
+    bank, old = coordinates.bank, state.vectors
+    assert isinstance(old, np.ndarray), "an open flat index has its vectors"
+    same = turning(coordinates, state.axes) is None and coordinates.dim == old.shape[1]
+    values = np.empty(len(bank), np.uint64)
+    kept = change.label_of >= 0
+    values[kept] = state.values[change.label_of[kept]]
+    values[change.added] = value_hashes(coordinates, change.added, progress)
+
+    def blocks() -> Iterator[NDArray[np.float32]]:
+        for chunk in coordinates.row_chunks(bank.rows()):
+            labels = change.label_of[chunk]
+            if same and (labels >= 0).all():
+                yield old[labels]
+                continue
+            vectors = np.empty((len(chunk), coordinates.dim), np.float32)
+            new = labels < 0 if same else np.ones(len(chunk), np.bool_)
+            vectors[~new] = old[labels[~new]] if same else 0
+            vectors[new] = coordinates.of(chunk[new])
+            yield vectors
+
+    return dataclasses.replace(
+        state, rows=np.arange(len(bank), dtype=np.int64), keys=row_identity.key_hashes(bank), values=values,
+        axes=coordinates.axes,
+        vectors=Streamed(shape=(len(bank), coordinates.dim), blocks=blocks),
+        facts={**state.facts, "dim": coordinates.dim},
+    )  # fmt: skip

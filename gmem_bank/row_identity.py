@@ -1,0 +1,104 @@
+"""Which rows of a bank are rows that an index has already: by segments that are byte for byte the same, else row by row.
+
+Shapes: N rows, C columns of a block of values, b rows of a block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gmem_bank.interface import SupportsFactors
+from gmem_bank.provenance import Json, sha256_of
+
+if TYPE_CHECKING:
+    from gmem_bank.bank import MemoryBank
+
+VECTOR_ENTRIES = ("snippets", "coefficients", "scale", "values", "index")
+HASH_SEED = 0x676D656D
+
+
+def content_of(bank: MemoryBank) -> dict[str, Json]:
+    """Return what of a bank decides where its rows lie, in JSON: not its mask, keys, concepts or history.
+
+    "segments" lists [rows, sha256 over the hashes of its vectors]; "factors" hashes mean and basis, or is None.
+    """
+    hashes = bank.header.hashes
+    segments = [
+        [segment.num_rows, sha256_of({what: hashes.get(segment.entry(what)) for what in VECTOR_ENTRIES})]
+        for segment in bank.header.segments
+    ]
+    factors = None
+    if isinstance(bank, SupportsFactors):
+        factors = {"rank": len(bank.basis), **_factor_hashes(bank, len(bank.basis))}
+    return {
+        "dim": bank.dim, "space": bank.space, "encoder": bank.encoder.fingerprint, "segments": segments, "factors": factors,
+    }  # fmt: skip
+
+
+def _factor_hashes(bank: Any, rank: int) -> dict[str, str]:
+    parts = {"mean": bank.mean, "basis": bank.basis[:rank]}
+    return {name: hashlib.sha256(np.ascontiguousarray(part).tobytes()).hexdigest() for name, part in parts.items()}
+
+
+def same_factors(bank: MemoryBank, content: Mapping[str, Any]) -> bool:
+    """Say whether coefficients mean what they meant: the mean, and the basis as far as it went, are as they were."""
+    old = content["factors"]
+    if not isinstance(bank, SupportsFactors) or old is None:
+        return not isinstance(bank, SupportsFactors) and old is None
+    known = {name: old[name] for name in ("mean", "basis")}
+    return old["rank"] <= len(bank.basis) and _factor_hashes(bank, old["rank"]) == known
+
+
+def hashes_of_values(values: NDArray[np.float32]) -> NDArray[np.uint64]:
+    """Return (b,) uint64 hashes of (b, C) float32 values, multilinear modulo 2^64; zeros at the end do not count.
+
+    So the coefficients of a row keep their hash when the basis grows.
+    """
+    weights = np.random.Generator(np.random.PCG64(HASH_SEED)).integers(
+        1 << 64, size=values.shape[1], dtype=np.uint64, endpoint=False
+    )
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    hashes: NDArray[np.uint64] = np.einsum("bc,c->b", bits, weights, dtype=np.uint64, casting="safe")
+    return hashes
+
+
+def key_hashes(bank: MemoryBank) -> NDArray[np.uint64]:
+    """Return the (N,) hashes of the keys, in the order of the rows."""
+    ordered = np.empty(len(bank), np.uint64)
+    ordered[bank.stored.array("keys.row")] = bank.stored.array("keys.hash")
+    return ordered
+
+
+def kept_segments(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return new rows, and the old row of each, of the segments whose vectors are byte for byte the same."""
+    begins: dict[str, list[int]] = {}
+    start = 0
+    for num_rows, digest in old["segments"]:
+        begins.setdefault(digest, []).append(start)
+        start += num_rows
+    new_rows, old_rows, start = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
+    for num_rows, digest in new["segments"]:
+        if begins.get(digest):
+            new_rows.append(np.arange(start, start + num_rows))
+            old_rows.append(begins[digest].pop(0) + np.arange(num_rows))
+        start += num_rows
+    return np.concatenate(new_rows), np.concatenate(old_rows)
+
+
+def pair_up(
+    old: tuple[NDArray[np.uint64], NDArray[np.uint64]], new: tuple[NDArray[np.uint64], NDArray[np.uint64]]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return places in `new` and in `old` that have the same key hash and value hash, each used once."""
+    _, in_old, in_new = np.intersect1d(_as_pairs(*old), _as_pairs(*new), return_indices=True)
+    return in_new.astype(np.int64), in_old.astype(np.int64)
+
+
+def _as_pairs(keys: NDArray[np.uint64], values: NDArray[np.uint64]) -> NDArray[Any]:
+    pairs = np.empty(len(keys), [("key", "<u8"), ("value", "<u8")])
+    pairs["key"], pairs["value"] = keys, values
+    return pairs

@@ -1,0 +1,148 @@
+"""The commands index and search, the page of results, and files of vectors as queries."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+import gmem_bank
+from gmem_bank.cli import main
+from gmem_bank.errors import ConfigError, EncoderError, EncoderMismatchError, OutputExistsError, SourceError
+from gmem_bank.query import search
+from tests.conftest import BankMaker
+from tests.gmem_bank.test_index import clustered
+
+
+def run(*arguments: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def ids(result: Result) -> list[list[int]]:
+    return [[hit["row"] for hit in one["hits"]] for one in json.loads(result.stdout)]
+
+
+def test_index_and_search_by_commands(make_bank: BankMaker) -> None:
+    """Built, used and said so, not used with --exact, stale after an insert, updated, rebuilt."""
+    bank = make_bank(snippets=clustered())
+    built = json.loads(
+        run("index", str(bank.path), "--kind", "ivf-rabitq", "--nprobe", "10", "--rerank", "40", "--json").stdout
+    )
+    assert (built["kind"], built["num_rows"], built["settings"]) == ("ivf-rabitq", 400, {"nprobe": 10, "rerank": 40})
+    assert built["num_bytes"] == Path(built["path"]).stat().st_size
+    key = bank.keys(np.array([5]))[0]
+    by_index = run("search", str(bank.path), key, "-k", "7", "--json")
+    assert "searched by" in by_index.stderr
+    assert "bank.safetensors.index (ivf-rabitq, nprobe 10, rerank 40)" in by_index.stderr
+    exact = run("search", str(bank.path), key, "-k", "7", "--json", "--exact")
+    assert exact.stderr == ""
+    assert ids(by_index) == ids(exact)
+    assert ids(exact)[0][0] == 5
+    gmem_bank.insert_snippets(bank.path, clustered(5, seed=4), name="new", report=False)
+    assert "--update" in run("search", str(bank.path), key, code=1).stderr
+    run("search", str(bank.path), key, "--exact")
+    text = run("index", str(bank.path), "--update").stdout
+    assert "+5 rows, -0 rows" in text
+    assert "recall@10" in text
+    assert "nothing to do" in run("index", str(bank.path), "--update").stderr
+    assert len(ids(run("search", str(bank.path), "new", "-k", "405", "--json"))[0]) == 405
+    flat = run("index", str(bank.path)).stdout
+    assert "flat (exact, which is fast enough at this size)" in flat
+
+
+def test_bad_arguments_to_index(make_bank: BankMaker) -> None:
+    """One line on stderr, exit 1 or 2."""
+    path = str(make_bank(snippets=clustered(60, 8)).path)
+    for arguments, words, code in (
+        (["--kind", "rabitq"], "Did you mean 'ivf-rabitq'", 1), (["--recall", "0"], "recall must be", 1),
+        (["--recall", "1.5"], "recall must be", 1), (["--max-bytes", "100"], "--max-bytes", 1), (["--nlist", "61"], "nlist", 1),
+        (["--kind", "ivf-flat", "--nprobe", "99"], "nprobe must be 1 to", 1), (["--update"], "no index at", 1),
+        (["--update", "--kind", "flat"], "--kind needs a new one", 2),
+        (["--kind", "ivf-flat", "--rerank", "0"], "rerank must be", 1), (["--nprobe", "3"], "flat has no nprobe", 1),
+        (["--kind", "hnsw", "--nlist", "3"], "hnsw has no nlist", 1),
+    ):  # fmt: skip
+        assert words in run("index", path, *arguments, code=code).stderr
+    assert "no bank at" in run("index", "absent.safetensors", code=1).stderr
+    assert "no index at" in run("search", path, "class1", "--index", "absent.index", code=1).stderr
+    assert sorted(p.name for p in Path().iterdir()) == ["bank.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["q.npy", "q.npz", "q.safetensors", "q.h5"])
+def test_a_file_of_vectors_is_a_query_a_row(make_bank: BankMaker, name: str) -> None:
+    """Every form, any length of the vectors, any number type."""
+    bank = make_bank(snippets=clustered(60, 8))
+    vectors = bank.snippets(np.array([3, 17, 3])).astype(np.float64) * 5
+    if name.endswith("npy"):
+        np.save(name, vectors)
+    elif name.endswith("npz"):
+        np.savez(name, snippets=vectors, keys=np.array(["a", "b", "c"]))
+    elif name.endswith("h5"):
+        import h5py
+
+        with h5py.File(name, "w") as stored:
+            stored["snippets"] = vectors
+    else:
+        from safetensors.numpy import save_file
+
+        save_file({"snippets": vectors}, name)
+    found = search(bank, name, k=1)
+    assert [result.hits[0].row for result in found] == [3, 17, 3]
+    assert found[0].hits[0].score == pytest.approx(1, abs=1e-6)
+    assert [result.query for result in found] == (["a", "b", "c"] if name.endswith("npz") else ["0", "1", "2"])
+
+
+def test_files_of_vectors_that_cannot_be_asked(make_bank: BankMaker) -> None:
+    """Dimension, NaN, zeros, infinite in f32, a bank, damaged."""
+    bank = make_bank(snippets=clustered(60, 8))
+    ones = np.ones((2, 8))
+    for array, error, words in (
+        (np.ones((2, 9)), EncoderMismatchError, "dimension 9"), (ones * [[1], [np.nan]], ConfigError, "'1' is not finite"),
+        (ones * [[0], [1]], ConfigError, "'0' is all zeros"), (ones * 1e300, ConfigError, "not finite"),
+        (np.ones(8), SourceError, "expected numbers"),
+    ):  # fmt: skip
+        np.save("q.npy", array)
+        with pytest.raises(error, match=words):
+            search(bank, "q.npy")
+    with pytest.raises(SourceError, match="is a bank"):
+        search(bank, str(bank.path))
+    Path("q.npy").write_bytes(b"no array")
+    with pytest.raises(SourceError, match="could not read"):
+        search(bank, "q.npy")
+
+
+def test_text_to_an_encoder_without_any(photos: Path) -> None:
+    """What understands text is named."""
+    gmem_bank.build(photos, gmem_bank.load_encoder("hog"), "bank.safetensors")
+    with pytest.raises(EncoderError, match="does not understand text"):
+        search(gmem_bank.open("bank.safetensors"), "a red hat", text=True)
+
+
+def test_the_page_shows_pictures_and_says_where_there_are_none(photos: Path) -> None:
+    """Images as thumbnails; rows of arithmetic and lost images in words; keys and queries escaped; no script."""
+    gmem_bank.build(photos, gmem_bank.load_encoder("hog"), "bank.safetensors")
+    gmem_bank.interpolate("bank.safetensors", "hat", "dress", steps=2)
+    run("index", "bank.safetensors")
+    lost = photos / gmem_bank.open("bank.safetensors").keys(np.array([0]))[0]
+    lost.unlink()
+    shown = run("search", "bank.safetensors", "hat", "-k", "26", "--html", "page.html")
+    assert len(shown.stdout.splitlines()) == 26
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert page.count("data:image/jpeg;base64,") == 23
+    assert page.count("not from an image") == 2
+    assert page.count("the image is not where it was") == 1
+    assert "<script" not in page
+    assert "bank.safetensors.index (flat)" in page
+    assert "exists" in run("search", "bank.safetensors", "hat", "--html", "page.html", code=1).stderr
+    run("search", "bank.safetensors", "hat", "--html", "page.html", "--overwrite")
+    bank = gmem_bank.open("bank.safetensors")
+    hit = gmem_bank.search(bank, bank.keys(np.array([9]))[0], k=1)[0].hits[0]
+    result = gmem_bank.QueryHits(query="<b>&", hits=(hit,))
+    assert gmem_bank.write_results_page("other.html", bank, [result]) == 1
+    assert "&lt;b&gt;&amp;" in Path("other.html").read_text(encoding="utf-8")
+    with pytest.raises(OutputExistsError):
+        gmem_bank.write_results_page("other.html", bank, [result])

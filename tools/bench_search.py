@@ -1,0 +1,187 @@
+"""How fast rows are found, beside FAISS called directly in the same run, as JSON.
+
+python -m tools.bench_search [--rows 1000000] [--factored-rows 100000] [--queries 1000] [--threads 2] [--runs 5] [--torch]
+    [--folder DIR]
+
+Two parts: a factored bank (rank 64) searched in the coordinates of its factors against FAISS flat over its reconstruction; and
+a large dense f16 bank (tools/make_large_bank.py) whose index is chosen automatically, against FAISS flat, and against the same
+FAISS index with IndexRefineFlat over f32 vectors in memory. --rows 0 or --factored-rows 0 leaves a part out.
+Needs twice the large bank's size (1.6 GB at the default) on disk, and its f32 vectors (3.1 GB) in memory for the peers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+
+import gmem_bank
+from gmem_bank.index_file import index_path, read_index
+from tools.bench_bank import TOOL
+from tools.make_large_bank import Clustered, write_bank
+
+K = 10
+TIE = 1e-5
+
+
+def in_turns(works: dict[str, Callable[[], Any]], runs: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Return the wall times of each work, done in turns after one turn to warm up, and what each gave last."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    results: dict[str, Any] = {}
+    for turn in range(runs + 1):
+        for name, work in works.items():
+            started = time.perf_counter()
+            results[name] = work()
+            if turn:
+                times[name].append(time.perf_counter() - started)
+    return times, results
+
+
+def ratio(times: dict[str, list[float]], ours: str, peer: str) -> float:
+    """Return how many times as fast as a peer we are: the median over turns."""
+    return round(statistics.median(p / o for o, p in zip(times[ours], times[peer], strict=True)), 3)
+
+
+def seconds(times: dict[str, list[float]]) -> dict[str, float]:
+    """Return the median of each."""
+    return {name: round(statistics.median(own), 4) for name, own in times.items()}
+
+
+def flat_over(bank: gmem_bank.MemoryBank, axes: np.ndarray | None = None) -> Any:
+    """Return a FAISS flat index over the unit snippets of a bank, turned to axes where given."""
+    flat = faiss.IndexFlatIP(bank.dim)
+    for _, block in bank.snippet_blocks(bank.rows()):
+        unit = block / np.linalg.norm(block, axis=1, keepdims=True)
+        flat.add(np.ascontiguousarray(unit if axes is None else unit @ axes.T))
+    return flat
+
+
+def differing(scores: np.ndarray, rows: np.ndarray, true_scores: np.ndarray, true_rows: np.ndarray) -> int:
+    """Return how many queries have other ids than brute force, rows within a tie of the last one left out."""
+    count = 0
+    for own, found, best, true in zip(scores, rows, true_scores, true_rows, strict=True):
+        certain = set(true[best > best[-1] + TIE].tolist())
+        count += not (certain <= set(found.tolist()) and np.allclose(np.sort(own), np.sort(best), atol=TIE))
+    return count
+
+
+def compressed(folder: Path, num_rows: int, num_queries: int, runs: int, rank: int, dim: int) -> dict[str, Any]:
+    """Search a factored bank without reconstructing it."""
+    made = Clustered(num_rows=num_rows, dim=dim)
+    path = folder / "factored.safetensors"
+    write_bank(path, made, dtype="f32", rank=rank)
+    bank = gmem_bank.open(path)
+    report = gmem_bank.build_index(path, kind="flat")
+    index, flat, queries = gmem_bank.open_index(bank), flat_over(bank), made.queries(num_queries)
+    times, found = in_turns({
+        "by the index": lambda: index.nearest(queries, K),
+        "streamed from the bank": lambda: bank.nearest(queries, K),
+        "FAISS flat over the reconstruction": lambda: flat.search(queries, K),
+    }, runs)  # fmt: skip
+    peer = found["FAISS flat over the reconstruction"]
+    return {
+        "rows": num_rows, "dim": dim, "rank": rank, "queries": num_queries, "seconds": seconds(times),
+        "numbers_a_row": report.dim, "bytes": report.num_bytes,
+        "times_as_fast": ratio(times, "by the index", "FAISS flat over the reconstruction"),
+        "times_as_fast_streamed": ratio(times, "streamed from the bank", "FAISS flat over the reconstruction"),
+        "queries_with_other_ids": {name: differing(*found[name], *peer) for name in ("by the index", "streamed from the bank")},
+        "asked": {"times_as_fast": 5, "queries_with_other_ids": 0},
+    }  # fmt: skip
+
+
+def large(folder: Path, num_rows: int, num_queries: int, runs: int, dim: int, kind: str) -> dict[str, Any]:
+    """Build the index of a large bank and search it."""
+    made = Clustered(num_rows=num_rows, dim=dim)
+    path = folder / "large.safetensors"
+    write_bank(path, made, dtype="f16")
+    command = [*TOOL, "index", path.name, "--kind", kind, "--quiet", "--json"]
+    started = time.perf_counter()
+    environment = {**os.environ, "OMP_NUM_THREADS": str(faiss.omp_get_max_threads())}
+    ran = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True)
+    build = time.perf_counter() - started
+    peak, report = int((folder / "peak").read_text()) // 1024, json.loads(ran.stdout)
+    bank, queries = gmem_bank.open(path), made.queries(num_queries)
+    index, state = gmem_bank.open_index(bank), read_index(index_path(path))
+    axes = state.axes
+    flat = flat_over(bank, axes)
+    turned = queries if axes is None else queries @ axes.T
+    works: dict[str, Callable[[], Any]] = {
+        "by the index": lambda: index.nearest(queries, K),
+        "FAISS flat": lambda: flat.search(turned, K),
+    }
+    if state.faiss is not None:
+        works["FAISS directly"] = direct(state.faiss, flat, queries, axes, report["settings"])
+    times, found = in_turns(works, runs)
+    same = [
+        len(set(a) & set(b)) / K
+        for a, b in zip(found["by the index"][1].tolist(), found["FAISS flat"][1].tolist(), strict=True)
+    ]
+    result = {
+        "rows": num_rows, "dim": dim, "queries": num_queries, "kind": report["kind"], "settings": report["settings"],
+        "build_seconds": round(build, 1), "build_peak_mb": peak, "bytes": report["num_bytes"], "seconds": seconds(times),
+        "recall_at_10": round(float(np.mean(same)), 4),
+        "times_as_fast_as_flat": ratio(times, "by the index", "FAISS flat"), "measured_at_build": report["measured"],
+        "asked": {"build_seconds": 600, "recall_at_10": 0.95, "times_as_fast_as_flat": 20, "overhead_over_faiss": 0.1},
+    }  # fmt: skip
+    if "FAISS directly" in times:
+        result["overhead_over_faiss"] = round(1 / ratio(times, "by the index", "FAISS directly") - 1, 3)
+        direct_rows = found["FAISS directly"][1]
+        result["same_ids_as_faiss_directly"] = float(np.mean(np.sort(direct_rows) == np.sort(found["by the index"][1])))
+    return result
+
+
+def direct(
+    base: Any, flat: Any, queries: np.ndarray, axes: np.ndarray | None, settings: dict[str, Any]
+) -> Callable[[], Any]:
+    """Return a search by FAISS alone: the same index, candidates ordered again by f32 vectors in memory."""
+    refined = faiss.IndexRefine(base, flat)
+    refined.k_factor = settings["rerank"]
+    how = faiss.SearchParametersIVF(nprobe=settings["nprobe"])
+    both = faiss.IndexRefineSearchParameters(k_factor=settings["rerank"], base_index_params=how)
+    return lambda: refined.search(queries if axes is None else queries @ axes.T, K, params=both)
+
+
+def main() -> int:
+    """Run both parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--factored-rows", type=int, default=100_000)
+    parser.add_argument("--dim", type=int, default=768)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--queries", type=int, default=1000)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--kind", default="auto")
+    parser.add_argument("--torch", action="store_true", help="Load PyTorch, by which f16 is then widened.")
+    parser.add_argument("--folder", type=Path, default=None)
+    options = parser.parse_args()
+    faiss.omp_set_num_threads(options.threads)
+    if options.torch:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    result: dict[str, Any] = {"faiss": faiss.__version__, "threads": options.threads, "torch": options.torch}
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        if options.factored_rows:
+            result["compressed"] = compressed(
+                folder, options.factored_rows, options.queries, options.runs, options.rank, options.dim
+            )
+        if options.rows:
+            result["large"] = large(folder, options.rows, options.queries, options.runs, options.dim, options.kind)
+    print(json.dumps(result, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

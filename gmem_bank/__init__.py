@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gmem_bank.combine import merge as merge
     from gmem_bank.compare import DiffReport as DiffReport
     from gmem_bank.compare import diff as diff
+    from gmem_bank.compression import compress as compress
     from gmem_bank.console import CommandGroup as CommandGroup
     from gmem_bank.decoding import read_image as read_image
     from gmem_bank.derive import compose as compose
@@ -74,6 +75,8 @@ if TYPE_CHECKING:
     from gmem_bank.rewrite import shard as shard
     from gmem_bank.selection import Selection as Selection
     from gmem_bank.sources import RUN_MARKER as RUN_MARKER
+    from gmem_bank.sweeping import sweep as sweep
+    from gmem_bank.thinning import mask_coefficients as mask_coefficients
     from gmem_bank.undoing import undo as undo
     from gmem_bank.verifier import verify as verify
 
@@ -84,6 +87,7 @@ _DOOR = {
     "builder": ("BuildReport", "build"),
     "combine": ("merge",),
     "compare": ("DiffReport", "diff"),
+    "compression": ("compress",),
     "console": ("CommandGroup",),
     "decoding": ("read_image",),
     "derive": ("compose", "interpolate"),
@@ -125,6 +129,8 @@ _DOOR = {
     "rewrite": ("compact", "save", "shard"),
     "selection": ("Selection",),
     "sources": ("RUN_MARKER",),
+    "sweeping": ("sweep",),
+    "thinning": ("mask_coefficients",),
     "undoing": ("undo",),
     "verifier": ("verify",),
 }

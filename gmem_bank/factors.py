@@ -154,7 +154,7 @@ def grow(
             low = middle + 1
     # one more orthogonalisation: the residuals were orthogonal to the basis only up to their own rounding
     grown = np.linalg.qr(reached(low)[0].T)[0].T
-    grown = np.asarray(np.vstack([basis, _signed(grown[len(basis) :])]), np.float32)
+    grown = np.asarray(np.vstack([basis, signed(grown[len(basis) :])]), np.float32)
     after = _cosines(snippets, centred @ grown.astype(np.float64).T @ grown + centre)
     return Grown(basis=grown, coefficients=project(snippets, grown, mean), cosines_before=before, cosines_after=after)
 
@@ -167,7 +167,7 @@ def _cosines(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.flo
     return cosines
 
 
-def _signed(directions: NDArray[np.float64]) -> NDArray[np.float64]:
+def signed(directions: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return directions with the sign convention: the entry of largest size of each row is positive."""
     largest = np.take_along_axis(directions, np.abs(directions).argmax(axis=1)[:, None], axis=1)
     return np.where(largest < 0, -directions, directions)
@@ -227,7 +227,7 @@ def join(
     order = np.argsort(-energies, kind="stable")
     kept = order[energies[order] > max(energies.max(), 0.0) * 1e-13]
     kept = kept if len(kept) else order[:1]  # all rows are the same: one direction, of no energy
-    basis = _signed(vectors[:, kept].T @ frame)
+    basis = signed(vectors[:, kept].T @ frame)
     turn = frame @ basis.T
     return Joined(
         basis=basis.astype(np.float32),

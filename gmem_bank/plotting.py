@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gmem_bank import plot_page, plot_picture
 from gmem_bank.bank import MemoryBank
 from gmem_bank.errors import ConfigError
 from gmem_bank.index import require_faiss
-from gmem_bank.plot_measures import Projection, neighbour_distances, project, spectrum
+from gmem_bank.plot_measures import Projection, Spectrum, neighbour_distances, project, spectrum
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import Json
 from gmem_bank.storage import atomic
@@ -93,6 +94,25 @@ def plot(
             plot_page.add_thumbnails(drawing.map, bank, progress, *THUMBNAILS[target.suffix.lower()])
     atomic.write_bytes(target, write(drawing))
     return _report(target, bank, drawing)
+
+
+def require_drawable(target: Path) -> None:
+    """Raise ConfigError or MissingDependencyError where a spectrum cannot be drawn into a file of this name."""
+    _writer(target, ("spectrum",))
+
+
+def draw_spectrum(bank: MemoryBank, values: NDArray[np.float64], output: str | os.PathLike[str]) -> None:
+    """Draw (R,) singular values of a bank, descending, into a picture or page; what is there is replaced.
+
+    Raises:
+        ConfigError, MissingDependencyError, WriteError: as `plot`.
+    """
+    target = Path(output)
+    squares = np.cumsum(values**2)
+    energy = squares / squares[-1] if values.any() else np.ones_like(values)
+    found = Spectrum(values=values, energy=energy, stored=False)
+    drawing = plot_page.Drawing(title=_title(bank), facts=_facts(bank), panels=("spectrum",), spectrum=found)
+    atomic.write_bytes(target, _writer(target, drawing.panels)(drawing))
 
 
 def _writer(target: Path, panels: Sequence[str]) -> Callable[[plot_page.Drawing], bytes]:

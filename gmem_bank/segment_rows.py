@@ -1,0 +1,211 @@
+"""The snippets of a draft's segments as streams of chunks, read ahead and worked on by threads, in order.
+
+Of a dense bank these are its snippets in its space, of a factored one the raw reconstructions. Masked rows come too.
+
+Shapes: N rows, n rows of a segment, b rows of a chunk, D dimensions, R rank.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gmem_bank import factors, segments, streams
+from gmem_bank.bank import MemoryBank
+from gmem_bank.draft import Draft
+from gmem_bank.errors import ConfigError, CorruptError
+from gmem_bank.kinds import FactoredBank
+from gmem_bank.space import all_finite
+from gmem_bank.storage import Payload
+
+CHUNK_ROWS = 4096
+CHUNK_BYTES = 16 << 20
+FEWEST_CHUNK_ROWS = 64
+MOST_WORKERS = 4
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Some neighbouring rows of a segment."""
+
+    segment: int
+    first: int
+    """Row of the first one in the draft."""
+    values: NDArray[np.float32]
+    """(b, D), to be overwritten at will; where they are stored as coefficients, (b, R)."""
+    active: NDArray[np.bool_] | slice
+    """(b,) row mask; a slice of everything where none is masked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentRows:
+    """The rows of one segment."""
+
+    place: int
+    """Position among the segments."""
+    first: int
+    """Row of the first one in the draft."""
+    num_rows: int
+    dim: int
+    space: str
+    entries: Mapping[str, Payload]
+    basis: NDArray[np.float32] | None
+    """(R, D) of the bank that the segment came from; None: it is dense."""
+    mean: NDArray[np.float32] | None
+    path: str
+    """Of that bank, for messages."""
+
+    def stored(self, begin: int = 0, *, check: bool) -> Iterator[NDArray[np.float32]]:
+        """Yield (b, D) snippets, or (b, R) coefficients of a factored segment, from row `begin` on.
+
+        Args:
+            begin: only of dense segments.
+            check: raise CorruptError at the end where an entry does not match its hash; not possible from within.
+        """
+        entries = {what: payload if check else replace(payload, sha256=None) for what, payload in self.entries.items()}
+        if self.basis is not None:
+            yield from streams.row_blocks(segments.coefficients_as_f32(entries, len(self.basis)))
+            return
+        wanted = streams.sliced(entries["snippets"], begin, self.num_rows)
+        yield from streams.row_blocks(segments.snippets_as_f32(wanted, self.space))
+
+    def snippets(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return (b, D) snippets from what `stored` gives."""
+        if self.basis is None or self.mean is None:
+            return values
+        return factors.reconstruct(values, self.basis, self.mean)
+
+    def chunks(
+        self, size: int, active: NDArray[np.bool_] | None, begin: int = 0, *, check: bool = False
+    ) -> Iterator[Chunk]:
+        """Yield chunks of `size` rows, the last one shorter.
+
+        Args:
+            size: rows.
+            active: (N,) row mask of the draft; None: all.
+            begin: row of the segment to begin with, a multiple of `size`.
+            check: as in `stored`.
+        """
+        start = begin
+        for values in rechunked(self.stored(begin, check=check), size, self.num_rows - begin):
+            row = self.first + start
+            mask = slice(None) if active is None else active[row : row + len(values)]
+            start += len(values)
+            yield Chunk(segment=self.place, first=row, values=values, active=mask)
+
+    def require_finite(self, chunk: Chunk, values: NDArray[np.float32]) -> None:
+        """Raise CorruptError that names the first row of a chunk whose (b, …) values are not finite."""
+        if all_finite(values):
+            return
+        row = chunk.first + int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
+        raise CorruptError(
+            f"{self.path}: the snippet of row {row} is not finite, so nothing is made from it: 'gmem-bank verify' lists what "
+            "is wrong; build it again, or remove the row",
+            path=self.path, row=row,
+        )  # fmt: skip
+
+
+def rows_of(draft: Draft, banks: Sequence[MemoryBank], origins: Sequence[int]) -> list[SegmentRows]:
+    """Return the rows of each segment of a draft.
+
+    Args:
+        draft: of the first bank, with the segments of the others appended.
+        banks: all of them.
+        origins: for each segment the bank that it came from.
+    """
+    found, first = [], 0
+    for place, (segment, origin) in enumerate(zip(draft.segments, origins, strict=True)):
+        bank = banks[origin]
+        factored = bank if isinstance(bank, FactoredBank) else None
+        found.append(
+            SegmentRows(
+                place=place, first=first, num_rows=segment.num_rows, dim=bank.dim, space=bank.space,
+                entries=draft.segment_entries(segment), path=str(bank.path),
+                basis=None if factored is None else factored.basis, mean=None if factored is None else factored.mean,
+            )
+        )  # fmt: skip
+        first += segment.num_rows
+    return found
+
+
+def rechunked(blocks: Iterable[NDArray[np.float32]], size: int, num_rows: int) -> Iterator[NDArray[np.float32]]:
+    """Yield the rows of (b, D) blocks as new arrays of `size` rows each, the last one of what is left."""
+    filled, chunk = 0, np.empty((0, 0), np.float32)
+    for block in blocks:
+        taken = 0
+        while taken < len(block):
+            if not filled:
+                chunk = np.empty((min(size, num_rows), block.shape[1]), np.float32)
+            part = block[taken : taken + len(chunk) - filled]
+            chunk[filled : filled + len(part)] = part
+            filled, taken = filled + len(part), taken + len(part)
+            if filled == len(chunk):
+                num_rows -= filled
+                yield chunk
+                filled = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How much is held at a time."""
+
+    chunk_rows: int
+    num_workers: int
+
+
+def plan_for(dim: int, memory_limit: int | None = None) -> Plan:
+    """Return how large chunks are, and how many threads work on them.
+
+    Args:
+        dim: D.
+        memory_limit: bytes of working memory, beyond what Python and its libraries take; None: chunks of 16 MiB.
+
+    Raises:
+        ConfigError: the limit has no room for the scatter matrix and its eigenvectors.
+    """
+    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, MOST_WORKERS)
+    row_bytes = 4 * dim
+    rows = max(FEWEST_CHUNK_ROWS, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes))
+    if memory_limit is not None:
+        fixed = 8 * dim * dim * 5
+        workers = min(workers, 2)
+        room = (memory_limit - fixed) // (row_bytes * (3 * workers + 2))
+        if room < FEWEST_CHUNK_ROWS:
+            least = fixed + FEWEST_CHUNK_ROWS * row_bytes * (3 * workers + 2)
+            raise ConfigError(
+                f"a memory limit of {memory_limit:,} bytes is too small for {dim} dimensions: give at least {least:,}",
+                key="memory_limit",
+            )
+        rows = min(rows, room)
+    return Plan(chunk_rows=1 << (rows.bit_length() - 1), num_workers=workers)
+
+
+def in_order(plan: Plan, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Yield what `work` makes of each item, in order, a few at a time in threads; items are read in this one.
+
+    Each thread's products have one thread of their own, so that results do not depend on how many cores there are.
+    """
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    waiting: deque[Future[Result]] = deque()
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(plan.num_workers) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > plan.num_workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -10,10 +10,8 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gmem_bank import kinds
 from gmem_bank.bank import MemoryBank
@@ -54,12 +52,12 @@ def compress(
     undo: bool = True,
     progress: Progress = no_progress,
 ) -> EditReport:
-    """Store snippets as coefficients on their principal directions; give exactly one of rank, energy, target_cosine, max_bytes.
+    """Store snippets as coefficients on their principal directions, as far as exactly one of four goals asks.
 
-    One pass adds up the mean and the (D, D) scatter matrix of the active rows (float32 products of chunks shifted by the first
-    chunk's mean, float64 sums), whose eigenvectors are the basis; a second pass writes coefficients of all rows. Memory does
-    not grow with N but for some 50 bytes a row. The same call again continues after a kill, to the same bytes. A factored bank
-    is diagonalised anew and truncated.
+    One pass adds up the mean and the (D, D) scatter matrix of all rows (float32 products of chunks shifted by the first
+    chunk's mean, float64 sums), whose eigenvectors are the basis; a second pass writes coefficients. Masked rows count like
+    others. Memory does not grow with N but for some 50 bytes a row. The same call again continues after a kill, to the same
+    bytes. A factored bank is diagonalised anew and truncated.
 
     Args:
         bank_path: the bank; or several of one encoder, whose rows become one bank.
@@ -70,7 +68,7 @@ def compress(
         dtype: coefficients as "f32", "f16", or "i8" with a scale a component and segment.
         memory_limit: bytes of working memory; None: some 150 MB for 768 dimensions.
         seed: draws the rows that neighbours are compared among.
-        plot: .html or .png file for the spectrum of the active rows.
+        plot: .html or .png file for the spectrum.
         output: bank to write; default: replace the bank (of several, give one).
         dry_run: write nothing: report rank, energy and bytes after the first pass.
         undo: keep the bank as it was for `undo`.
@@ -78,7 +76,7 @@ def compress(
 
     Returns:
         A report with "rank", "rank_asked", "dtype", "energy", "cosine" (mean, p1, p5, median, min), "neighbour_overlap_at_10",
-        "relative_error" (‖s - ŝ‖ over ‖s - mean‖, all active rows together), "optimal_relative_error" (Eckart and Young 1936,
+        "relative_error" (‖s - ŝ‖ over ‖s - mean‖, all rows together), "optimal_relative_error" (Eckart and Young 1936,
         exact coefficients), "bytes_before", "bytes_after" and "grow_below" in its details.
 
     Raises:
@@ -101,9 +99,9 @@ def compress(
                 shutil.rmtree(folder, ignore_errors=True)  # of this very command, killed after its last write
             return edit.unchanged(details={"rank": getattr(edit.made, "rank", None)})
         goal.check(edit.bank.dim)
-        job = _job(edit, others, memory_limit, folder, progress)
+        job = job_of(edit, others, memory_limit, progress)
         try:
-            report = _compressed(edit, job, goal, seed, plot)
+            report = _compressed(edit, job, goal, folder, seed, plot)
         except (ConfigError, CorruptError):  # the same command would end there again
             if not dry_run:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -120,9 +118,7 @@ class Job:
     draft: Draft
     banks: list[MemoryBank]
     rows: list[SegmentRows]
-    active: NDArray[np.bool_] | None
     plan: Plan
-    folder: Path
     progress: Progress
 
     @property
@@ -130,14 +126,9 @@ class Job:
         """Of all banks on disk."""
         return sum(bank.stored.num_bytes for bank in self.banks)
 
-    def active_rows(self) -> NDArray[np.int64]:
-        """Return the active rows of the draft."""
-        return np.arange(self.draft.num_rows) if self.active is None else np.flatnonzero(self.active)
 
-
-def _job(
-    edit: Edit, others: Sequence[MemoryBank], memory_limit: int | None, folder: Path, progress: Progress
-) -> Job:
+def job_of(edit: Edit, others: Sequence[MemoryBank], memory_limit: int | None, progress: Progress) -> Job:
+    """Return what an edit of a bank, and of others whose rows follow, has to do."""
     for other in others:
         require_same_encoder(other.encoder, edit.bank.encoder)
     draft = edit.draft()
@@ -146,53 +137,55 @@ def _job(
     if all(bank.header.kind == "dense" for bank in banks):
         join_if_many(draft)
         origins = [0] * len(draft.segments)
-    active = draft.active()
     return Job(
-        draft=draft, banks=banks, rows=rows_of(draft, banks, origins), active=None if active.all() else active,
-        plan=plan_for(edit.bank.dim, memory_limit), folder=folder, progress=progress,
+        draft=draft, banks=banks, rows=rows_of(draft, banks, origins),
+        plan=plan_for(edit.bank.dim, memory_limit), progress=progress,
     )  # fmt: skip
 
 
-def moments_of(job: Job, *, keep: bool) -> Moments:
-    """Return the moments of a job's active rows; with `keep` its sums survive a kill."""
+def moments_of(job: Job, folder: Path | None = None) -> Moments:
+    """Return the moments of a job's rows; its sums survive a kill in a folder."""
     plan: dict[str, object] = {
         "banks": [bank.fingerprint for bank in job.banks], "chunk_rows": job.plan.chunk_rows, "version": 1,
     }  # fmt: skip
-    store = SumStore(job.folder, plan) if keep else None
-    return gather_moments(job.rows, job.active, job.plan, store, job.progress)
+    store = SumStore(folder, plan) if folder is not None else None
+    return gather_moments(job.rows, job.plan, store, job.progress)
 
 
-def _compressed(edit: Edit, job: Job, goal: Goal, seed: int, plot: PathLike | None) -> EditReport:
-    found = moments_of(job, keep=not edit.dry_run)
+def _compressed(edit: Edit, job: Job, goal: Goal, folder: Path, seed: int, plot: PathLike | None) -> EditReport:
+    found = moments_of(job, None if edit.dry_run else folder)
     energies = spectrum_of(found)
     if plot is not None:
         draw_spectrum(edit.bank, np.sqrt(energies), plot)
     most = min(len(energies), MAX_RANK, max(found.count - 1, 1))
-    sizes = lambda rank: size_of(job, edit, rank, goal.dtype)  # noqa: E731
+
+    def size(rank: int) -> int:
+        return size_of(job, edit, rank, goal.dtype)
+
     chosen = goal.rank
     if goal.energy is not None:
         chosen = rank_for_energy(energies, goal.energy)
     elif goal.max_bytes is not None:
-        chosen = rank_for_bytes(sizes, most, goal.max_bytes)
+        chosen = rank_for_bytes(size, most, goal.max_bytes)
     directions = principal(found, most if chosen is None else min(chosen, most))
     if goal.target_cosine is not None:
-        chosen = rank_for_cosine(job.rows, directions, found.mean, job.plan, goal, job.active)
+        chosen = rank_for_cosine(job.rows, directions, found.mean, job.plan, goal)
     basis, kept = directions.basis[:chosen], float(directions.energies[:chosen].sum())
     share = min(kept / found.energy, 1.0) if found.energy > 0 else 1.0
     facts: dict[str, Json] = {
-        "rank": len(basis), "rank_asked": chosen, "dtype": goal.dtype, "energy": share, "num_fitted": found.count,
+        "rank": len(basis), "rank_asked": chosen, "dtype": goal.dtype, "energy": share,
         "optimal_relative_error": float(np.sqrt(1 - share)), "bytes_before": job.bytes_before,
     }  # fmt: skip
     noted: dict[str, Json] = {"rank": len(basis)}
     if edit.dry_run:
-        facts["bytes_after"] = sizes(len(basis))
+        facts["bytes_after"] = size(len(basis))
         return edit.finish(job.draft, num_rows=job.draft.num_rows, noted=noted, details=facts)
-    sample = sample_rows(job.active_rows(), SAMPLE_ROWS, seed)
+    sample = sample_rows(np.arange(job.draft.num_rows), SAMPLE_ROWS, seed)
     fitted = project_rows(
-        job.rows, basis, found.mean, job.plan, job.folder / "coefficients", active=job.active, sample=sample,
+        job.rows, basis, found.mean, job.plan, folder / "coefficients", sample=sample,
         progress=job.progress,
     )  # fmt: skip
-    quality = measure(fitted, goal.dtype, job.active, sample)
+    quality = measure(fitted, goal.dtype, sample, plan=job.plan)
     facts |= quality.report(found.energy, 1 - share, fitted.sample)
     put_into(job.draft, fitted, goal.dtype, quality.grow_below())
     report = edit.finish(job.draft, num_rows=job.draft.num_rows, noted=noted, details=facts)

@@ -5,9 +5,8 @@ Shapes: N rows, b rows of a chunk, D dimensions, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,8 +101,7 @@ def rank_for_bytes(size: Callable[[int], int], most: int, max_bytes: int) -> int
 
 
 def rank_for_cosine(
-    rows: Sequence[SegmentRows], directions: Directions, mean: NDArray[np.float64], plan: Plan, goal: Goal,
-    active: NDArray[np.bool_] | None,
+    rows: Sequence[SegmentRows], directions: Directions, mean: NDArray[np.float64], plan: Plan, goal: Goal
 ) -> int:  # fmt: skip
     """Return the smallest rank whose stored coefficients reach the mean cosine.
 
@@ -111,7 +109,7 @@ def rank_for_cosine(
         ConfigError: no rank does; the best that can be reached is said.
     """
     assert goal.target_cosine is not None
-    curve = mean_cosines(rows, directions.basis.astype(np.float32), mean.astype(np.float32), plan, goal.dtype, active)
+    curve = mean_cosines(rows, directions.basis.astype(np.float32), mean.astype(np.float32), plan, goal.dtype)
     reached = np.flatnonzero(curve >= goal.target_cosine)
     if not len(reached):
         best = int(curve.argmax())
@@ -125,16 +123,15 @@ def rank_for_cosine(
 
 
 def mean_cosines(
-    rows: Sequence[SegmentRows], basis: NDArray[np.float32], mean: NDArray[np.float32], plan: Plan, dtype: str,
-    active: NDArray[np.bool_] | None,
+    rows: Sequence[SegmentRows], basis: NDArray[np.float32], mean: NDArray[np.float32], plan: Plan, dtype: str
 ) -> NDArray[np.float64]:  # fmt: skip
-    """Return the (R,) mean cosines of active snippets to what is read of them, for every rank up to R, in one pass.
+    """Return the (R,) mean cosines of snippets to what is read of them, for every rank up to R, in one pass.
 
     i8 takes a pass more: each column's scale is that of its largest coefficient, whatever the rank.
     """
     scales = np.zeros((len(rows), len(basis)), np.float32)
     if dtype == "i8":
-        for chunk, largest in in_order(plan, lambda c: _largest(rows, c, basis, mean), _all_chunks(rows, plan, active)):
+        for chunk, largest in in_order(plan, lambda c: _largest(rows, c, basis, mean), _all_chunks(rows, plan)):
             np.maximum(scales[chunk.segment], largest, out=scales[chunk.segment])
         scales = np.array([scale_of(largest) for largest in scales])
     turned = basis.astype(np.float64) @ mean.astype(np.float64)
@@ -142,7 +139,7 @@ def mean_cosines(
 
     def work(chunk: Chunk) -> tuple[NDArray[np.float64], int]:
         found = project_block(rows[chunk.segment], chunk, basis, mean)
-        exact, squares, dots = (part[chunk.active] for part in (found.coefficients, found.squares, found.dots))
+        exact, squares, dots = found.coefficients, found.squares, found.dots
         total = np.zeros(len(basis))
         for start in range(0, len(exact), FEW_ROWS):
             part = slice(start, start + FEW_ROWS)
@@ -156,13 +153,13 @@ def mean_cosines(
         return total, len(exact)
 
     total, count = np.zeros(len(basis)), 0
-    for cosines, number in in_order(plan, work, _all_chunks(rows, plan, active)):
+    for cosines, number in in_order(plan, work, _all_chunks(rows, plan)):
         total, count = total + cosines, count + number
     return total / count
 
 
-def _all_chunks(rows: Sequence[SegmentRows], plan: Plan, active: NDArray[np.bool_] | None) -> Any:
-    return (chunk for segment in rows for chunk in segment.chunks(plan.chunk_rows, active))
+def _all_chunks(rows: Sequence[SegmentRows], plan: Plan) -> Iterator[Chunk]:
+    return (chunk for segment in rows for chunk in segment.chunks(plan.chunk_rows))
 
 
 def _largest(

@@ -83,13 +83,18 @@ def scatter(
     Raises:
         CorruptError: an index beyond the rank.
     """
-    if index.size and int(index.max()) >= rank:
-        raise CorruptError(f"entry {name!r} names coefficient {int(index.max())} of {rank}", tensor=name)
+    require_within(index, rank, name)
     dense = np.zeros((len(values), rank), np.float32)
     np.add.at(
         dense, (np.arange(len(values))[:, None], index.astype(np.int64)), values
     )  # unused slots add 0 to column 0
     return dense
+
+
+def require_within(index: NDArray[np.integer], rank: int, name: str) -> None:
+    """Raise CorruptError where an index of a kept coefficient is beyond the rank."""
+    if index.size and int(index.max()) >= rank:
+        raise CorruptError(f"entry {name!r} names coefficient {int(index.max())} of {rank}", tensor=name)
 
 
 def project(
@@ -129,7 +134,7 @@ def grow(
     """
     wide, centre = basis.astype(np.float64), mean.astype(np.float64)
     centred = snippets.astype(np.float64) - centre
-    before = _cosines(snippets, centred @ wide.T @ wide + centre)
+    before = cosines(snippets, centred @ wide.T @ wide + centre)
     short = before < below
     room = basis.shape[1] - len(basis)
     if not short.any() or not room:
@@ -141,7 +146,7 @@ def grow(
 
     def reached(count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         grown = np.vstack([wide, directions[:count]])
-        return grown, _cosines(snippets, centred @ grown.T @ grown + centre)
+        return grown, cosines(snippets, centred @ grown.T @ grown + centre)
 
     low, high = 1, len(directions)
     while (
@@ -155,11 +160,11 @@ def grow(
     # one more orthogonalisation: the residuals were orthogonal to the basis only up to their own rounding
     grown = np.linalg.qr(reached(low)[0].T)[0].T
     grown = np.asarray(np.vstack([basis, signed(grown[len(basis) :])]), np.float32)
-    after = _cosines(snippets, centred @ grown.astype(np.float64).T @ grown + centre)
+    after = cosines(snippets, centred @ grown.astype(np.float64).T @ grown + centre)
     return Grown(basis=grown, coefficients=project(snippets, grown, mean), cosines_before=before, cosines_after=after)
 
 
-def _cosines(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.float64]:
+def cosines(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.float64]:
     """Return the (n,) cosines between rows; 0 where one has no direction."""
     first, second = a.astype(np.float64), b.astype(np.float64)
     norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)

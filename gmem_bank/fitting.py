@@ -1,6 +1,6 @@
 """Fit a draft's rows by a basis: one pass for the scatter matrix, one for the coefficients, in bounded memory.
 
-The fit looks at active rows only; masked rows are projected like all others and stay readable.
+The fit looks at all rows, masked ones too: a mask can be taken back, and its rows should then read as well as others.
 
 Shapes: N rows, n rows of a segment, b rows of a chunk, D dimensions, R rank.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmem_bank import moments
-from gmem_bank.errors import ConfigError, CorruptError
+from gmem_bank.errors import CorruptError
 from gmem_bank.moments import Moments, RunningSums
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import canonical_json
@@ -25,6 +25,8 @@ from gmem_bank.storage import atomic
 
 SAVE_SECONDS = 2.0
 """Between two states of a pass that a kill leaves behind."""
+TELLING = 0.01
+"""Share of a squared norm from which on a difference of two float32 sums says enough."""
 WIDE_PRODUCTS = 1 << 32
 """N·D² up to which products are taken in float64: it costs nothing that one would notice."""
 
@@ -73,53 +75,45 @@ class SumStore:
 
 def gather_moments(
     rows: Sequence[SegmentRows],
-    active: NDArray[np.bool_] | None,
     plan: Plan,
     store: SumStore | None = None,
     progress: Progress = no_progress,
 ) -> Moments:
-    """Return the moments of a draft's active rows.
+    """Return the moments of a draft's rows.
 
     Args:
         rows: of its segments.
-        active: (N,) row mask; None: all.
         plan: how much to hold at a time.
         store: where an interrupted pass over dense rows is taken up; None: nowhere.
         progress: told rows done and rows in all.
 
     Raises:
         CorruptError: a row is not finite.
-        ConfigError: every row is masked.
     """
-    if active is not None and not active.any():
-        raise ConfigError(f"every row of {rows[0].path} is masked: unmask some, there is nothing to fit")
     dense = [segment for segment in rows if segment.basis is None]
-    found = _sum_dense(dense, active, plan, store, progress) if dense else moments.no_rows(rows[0].dim)
+    found = _sum_dense(dense, plan, store, progress) if dense else moments.no_rows(rows[0].dim)
     for segment in rows:
         if segment.basis is not None:
-            found = found.merged(_sum_coefficients(segment, active, plan))
+            found = found.merged(_sum_coefficients(segment, plan))
             progress(segment.first + segment.num_rows, rows[-1].first + rows[-1].num_rows)
     return found
 
 
-def _sum_dense(
-    rows: Sequence[SegmentRows], active: NDArray[np.bool_] | None, plan: Plan, store: SumStore | None, progress: Progress
-) -> Moments:
+def _sum_dense(rows: Sequence[SegmentRows], plan: Plan, store: SumStore | None, progress: Progress) -> Moments:
     num_rows, dim = sum(segment.num_rows for segment in rows), rows[0].dim
     wide = num_rows * dim * dim <= WIDE_PRODUCTS
     kept = store.load() if store is not None else None
-    sums, finished = kept if kept is not None else (RunningSums(_first_mean(rows, active, plan)), 0)
+    sums, finished = kept if kept is not None else (RunningSums(_first_mean(rows, plan)), 0)
 
     def work(chunk: Chunk) -> moments.ChunkSums:
-        values = chunk.values if isinstance(chunk.active, slice) else chunk.values[chunk.active]
-        found = moments.sum_chunk(values, sums.shift, wide=wide)
+        found = moments.sum_chunk(chunk.values, sums.shift, wide=wide)
         if not np.isfinite(found.gram).all():
             _require_finite(rows, chunk)
         return found
 
     done = finished
     progress(min(finished * plan.chunk_rows, num_rows), num_rows)
-    for found in in_order(plan, work, _chunks_from(rows, active, plan, finished)):
+    for found in in_order(plan, work, _chunks_from(rows, plan, finished)):
         sums.add(found)
         done += 1
         if store is not None:
@@ -132,45 +126,39 @@ def _sum_dense(
 
 def _require_finite(rows: Sequence[SegmentRows], chunk: Chunk) -> None:
     """Name the row whose sums are not finite; the chunk's values have been shifted, which leaves NaN and infinity as they are."""
-    segment = next(segment for segment in rows if segment.place == chunk.segment)
+    segment = next(segment for segment in rows if segment.number == chunk.segment)
     segment.require_finite(chunk, chunk.values)
     raise CorruptError(f"{segment.path}: rows from {chunk.first} on have values whose squares float64 cannot hold")
 
 
-def _first_mean(rows: Sequence[SegmentRows], active: NDArray[np.bool_] | None, plan: Plan) -> NDArray[np.float32]:
-    """Return the (D,) mean of the first chunk that has an active row; zeros where it is not finite."""
-    for segment in rows:
-        for chunk in segment.chunks(plan.chunk_rows, active):
-            values = chunk.values[chunk.active]
-            if len(values):
-                with np.errstate(over="ignore", invalid="ignore"):
-                    mean = values.mean(axis=0, dtype=np.float64).astype(np.float32)
-                return np.where(np.isfinite(mean), mean, np.float32(0))
-    return np.zeros(rows[0].dim, np.float32)  # pragma: no cover - an active row is there
+def _first_mean(rows: Sequence[SegmentRows], plan: Plan) -> NDArray[np.float32]:
+    """Return the (D,) mean of the first chunk; 0 where it is not finite."""
+    chunk = next(rows[0].chunks(plan.chunk_rows))
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = chunk.values.mean(axis=0, dtype=np.float64).astype(np.float32)
+    return np.where(np.isfinite(mean), mean, np.float32(0))
 
 
-def _chunks_from(
-    rows: Sequence[SegmentRows], active: NDArray[np.bool_] | None, plan: Plan, finished: int
-) -> Iterator[Chunk]:
+def _chunks_from(rows: Sequence[SegmentRows], plan: Plan, finished: int) -> Iterator[Chunk]:
     """Yield the chunks after the first `finished` ones."""
     for segment in rows:
         count = -(-segment.num_rows // plan.chunk_rows)
         if finished >= count:
             finished -= count
             continue
-        yield from segment.chunks(plan.chunk_rows, active, finished * plan.chunk_rows)
+        yield from segment.chunks(plan.chunk_rows, finished * plan.chunk_rows)
         finished = 0
 
 
-def _sum_coefficients(segment: SegmentRows, active: NDArray[np.bool_] | None, plan: Plan) -> Moments:
+def _sum_coefficients(segment: SegmentRows, plan: Plan) -> Moments:
     """Return the moments of a factored segment's reconstructions, exactly: in float64, and in its own few dimensions."""
     assert segment.basis is not None
     assert segment.mean is not None
     rank = len(segment.basis)
     sums = RunningSums(np.zeros(rank, np.float32))
-    for chunk in segment.chunks(plan.chunk_rows, active):
+    for chunk in segment.chunks(plan.chunk_rows):
         segment.require_finite(chunk, chunk.values)
-        values = chunk.values[chunk.active].astype(np.float64)
+        values = chunk.values.astype(np.float64)
         sums.add(moments.ChunkSums(count=len(values), total=values.sum(axis=0), gram=values.T @ values))
     return moments.from_coefficients(sums.count, sums.total, sums.gram, segment.basis, segment.mean)
 
@@ -182,7 +170,7 @@ class Fitted:
     basis: NDArray[np.float32]
     """(R, D)."""
     mean: NDArray[np.float32]
-    """(D,): of the active rows."""
+    """(D,)."""
     counts: list[int]
     """Rows of each segment."""
     largest: NDArray[np.float32]
@@ -194,7 +182,7 @@ class Fitted:
     residuals: NDArray[np.float64]
     """(N,) ‖s - c·B - mean‖², before the coefficients are stored in any type."""
     column_energy: NDArray[np.float64]
-    """(R,) Σ c² over active rows."""
+    """(R,) Σ c² over all rows."""
     sample: NDArray[np.float32]
     """(m, D): the snippets that were asked for."""
     file: Path
@@ -219,7 +207,6 @@ def project_rows(
     plan: Plan,
     file: Path,
     *,
-    active: NDArray[np.bool_] | None = None,
     sample: NDArray[np.int64] | None = None,
     progress: Progress = no_progress,
 ) -> Fitted:
@@ -231,7 +218,6 @@ def project_rows(
         mean: (D,); rounded likewise.
         plan: how much to hold at a time.
         file: where the coefficients go, (N, R) float32.
-        active: (N,) row mask, of which rows `column_energy` is; None: all.
         sample: (m,) rows, ascending, whose snippets to keep.
         progress: told rows done and rows in all.
 
@@ -252,7 +238,7 @@ def project_rows(
     def work(chunk: Chunk) -> tuple[Chunk, NDArray[np.float32]]:
         return chunk, _project_chunk(fitted, rows[chunk.segment], chunk, wanted)
 
-    chunks = (chunk for segment in rows for chunk in segment.chunks(plan.chunk_rows, active, check=True))
+    chunks = (chunk for segment in rows for chunk in segment.chunks(plan.chunk_rows, check=True))
     done = 0
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -261,7 +247,7 @@ def project_rows(
                 coefficients.tofile(stream)
                 largest = np.abs(coefficients).max(axis=0)
                 np.maximum(fitted.largest[chunk.segment], largest, out=fitted.largest[chunk.segment])
-                fitted.column_energy += np.square(coefficients[chunk.active], dtype=np.float64).sum(axis=0)
+                fitted.column_energy += np.square(coefficients, dtype=np.float64).sum(axis=0)
                 done += len(coefficients)
                 progress(done, num_rows)
     except OSError as error:
@@ -324,6 +310,15 @@ def _project_chunk(
     low, high = np.searchsorted(wanted, [own.start, own.stop])
     found = project_block(segment, chunk, fitted.basis, fitted.mean, wanted[low:high] - chunk.first)
     fitted.squares[own], fitted.dots[own], fitted.sample[low:high] = found.squares, found.dots, found.sample
-    left = np.subtract(found.centred, found.coefficients @ fitted.basis, out=found.centred)
-    fitted.residuals[own] = np.vecdot(left, left)
+    fitted.residuals[own] = _residuals(found, fitted.basis)
     return found.coefficients
+
+
+def _residuals(found: Projected, basis: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the (b,) squared norms of what the basis leaves: by Pythagoras, but where that would be rounding."""
+    norms = np.vecdot(found.centred, found.centred)
+    left = norms - np.vecdot(found.coefficients, found.coefficients)
+    if (left < TELLING * norms).any():
+        rest = np.subtract(found.centred, found.coefficients @ basis, out=found.centred)
+        left = np.vecdot(rest, rest)
+    return np.asarray(left)

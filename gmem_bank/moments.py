@@ -88,9 +88,13 @@ def sum_chunk(rows: NDArray[np.float32], shift: NDArray[np.float32], *, wide: bo
     if not len(rows):
         return ChunkSums(count=0, total=np.zeros(rows.shape[1]), gram=np.zeros((rows.shape[1],) * 2))
     with np.errstate(over="ignore", invalid="ignore"):  # a row that is not finite is named by who asked
-        shifted = np.subtract(rows, shift, out=rows)
-        largest = max(float(shifted.max()), -float(shifted.min()))
-        exact = shifted if SQUARABLE[0] < largest < SQUARABLE[1] and not wide else shifted.astype(np.float64)
+        exact: NDArray[np.floating]
+        if wide:
+            exact = rows.astype(np.float64) - shift
+        else:
+            exact = np.subtract(rows, shift, out=rows)
+            largest = max(float(exact.max()), -float(exact.min()))
+            exact = exact if SQUARABLE[0] < largest < SQUARABLE[1] else exact.astype(np.float64)
         total = np.ones(len(rows), exact.dtype) @ exact
         return ChunkSums(count=len(rows), total=total.astype(np.float64), gram=exact.T @ exact)
 

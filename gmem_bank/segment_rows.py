@@ -7,12 +7,17 @@ Shapes: N rows, n rows of a segment, b rows of a chunk, D dimensions, R rank.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
+import queue
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +29,7 @@ from gmem_bank.errors import ConfigError, CorruptError
 from gmem_bank.kinds import FactoredBank
 from gmem_bank.space import all_finite
 from gmem_bank.storage import Payload
+from gmem_bank.storage.stored import Place
 
 CHUNK_ROWS = 4096
 CHUNK_BYTES = 16 << 20
@@ -43,15 +49,13 @@ class Chunk:
     """Row of the first one in the draft."""
     values: NDArray[np.float32]
     """(b, D), to be overwritten at will; where they are stored as coefficients, (b, R)."""
-    active: NDArray[np.bool_] | slice
-    """(b,) row mask; a slice of everything where none is masked."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentRows:
     """The rows of one segment."""
 
-    place: int
+    number: int
     """Position among the segments."""
     first: int
     """Row of the first one in the draft."""
@@ -64,6 +68,8 @@ class SegmentRows:
     mean: NDArray[np.float32] | None
     path: str
     """Of that bank, for messages."""
+    place: Place | None = None
+    """Where float32 snippets lie as they are, to be read straight into chunks."""
 
     def stored(self, begin: int = 0, *, check: bool) -> Iterator[NDArray[np.float32]]:
         """Yield (b, D) snippets, or (b, R) coefficients of a factored segment, from row `begin` on.
@@ -85,23 +91,38 @@ class SegmentRows:
             return values
         return factors.reconstruct(values, self.basis, self.mean)
 
-    def chunks(
-        self, size: int, active: NDArray[np.bool_] | None, begin: int = 0, *, check: bool = False
-    ) -> Iterator[Chunk]:
+    def chunks(self, size: int, begin: int = 0, *, check: bool = False) -> Iterator[Chunk]:
         """Yield chunks of `size` rows, the last one shorter.
 
         Args:
             size: rows.
-            active: (N,) row mask of the draft; None: all.
             begin: row of the segment to begin with, a multiple of `size`.
             check: as in `stored`.
         """
         start = begin
-        for values in rechunked(self.stored(begin, check=check), size, self.num_rows - begin):
+        plain = rechunked(self.stored(begin, check=check), size, self.num_rows - begin)
+        for values in plain if self.place is None else self._read(self.place, size, begin, check):
             row = self.first + start
-            mask = slice(None) if active is None else active[row : row + len(values)]
             start += len(values)
-            yield Chunk(segment=self.place, first=row, values=values, active=mask)
+            yield Chunk(segment=self.number, first=row, values=values)
+
+    def _read(self, place: Place, size: int, begin: int, check: bool) -> Iterator[NDArray[np.float32]]:
+        """Yield chunks as `chunks` does, one copy of the file's bytes and no more."""
+        digest, position = hashlib.sha256(), place.begin + 4 * self.dim * begin
+        for start in range(begin, self.num_rows, size):
+            values = np.empty((min(size, self.num_rows - start), self.dim), np.float32)
+            view = values.view(np.uint8).data.cast("B")
+            while view:
+                count = os.preadv(place.file.descriptor, [view], position)
+                if not count:
+                    raise CorruptError(f"{self.path} was cut short after it was opened", path=self.path)
+                if check:
+                    digest.update(view[:count])
+                view, position = view[count:], position + count
+            yield values
+        if check and digest.hexdigest() != self.entries["snippets"].sha256:
+            for _ in streams.checked(self.entries["snippets"]):  # raises, in the words of all edits
+                pass
 
     def require_finite(self, chunk: Chunk, values: NDArray[np.float32]) -> None:
         """Raise CorruptError that names the first row of a chunk whose (b, …) values are not finite."""
@@ -124,18 +145,27 @@ def rows_of(draft: Draft, banks: Sequence[MemoryBank], origins: Sequence[int]) -
         origins: for each segment the bank that it came from.
     """
     found, first = [], 0
-    for place, (segment, origin) in enumerate(zip(draft.segments, origins, strict=True)):
+    for number, (segment, origin) in enumerate(zip(draft.segments, origins, strict=True)):
         bank = banks[origin]
         factored = bank if isinstance(bank, FactoredBank) else None
+        entries = draft.segment_entries(segment)
         found.append(
             SegmentRows(
-                place=place, first=first, num_rows=segment.num_rows, dim=bank.dim, space=bank.space,
-                entries=draft.segment_entries(segment), path=str(bank.path),
+                number=number, first=first, num_rows=segment.num_rows, dim=bank.dim, space=bank.space,
+                entries=entries, place=_plain_place(bank, entries), path=str(bank.path),
                 basis=None if factored is None else factored.basis, mean=None if factored is None else factored.mean,
             )
         )  # fmt: skip
         first += segment.num_rows
     return found
+
+
+def _plain_place(bank: MemoryBank, entries: Mapping[str, Payload]) -> Place | None:
+    """Return where the snippets of a segment lie in their bank's file, where they are float32 and whole."""
+    snippets = entries.get("snippets")
+    if snippets is None or snippets.dtype != "F32" or snippets.name not in bank.stored or sys.byteorder != "little":
+        return None
+    return bank.stored.place(snippets.name)
 
 
 def rechunked(blocks: Iterable[NDArray[np.float32]], size: int, num_rows: int) -> Iterator[NDArray[np.float32]]:
@@ -190,8 +220,41 @@ def plan_for(dim: int, memory_limit: int | None = None) -> Plan:
     return Plan(chunk_rows=1 << (rows.bit_length() - 1), num_workers=workers)
 
 
+def read_ahead(items: Iterable[Item], most: int) -> Iterator[Item]:
+    """Yield items that another thread gets, up to `most` ahead; what it raises is raised here."""
+    ready: queue.Queue[tuple[bool, Any]] = queue.Queue(most)
+    stopped = threading.Event()
+
+    def put(entry: tuple[bool, Any]) -> None:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(entry, timeout=0.1)
+                return
+
+    def run() -> None:
+        try:
+            for item in items:
+                put((True, item))
+                if stopped.is_set():
+                    return
+            put((False, None))
+        except BaseException as error:  # noqa: BLE001 - raised again where the items are asked for
+            put((False, error))
+
+    reader = threading.Thread(target=run, daemon=True)
+    reader.start()
+    try:
+        while (entry := ready.get())[0]:
+            yield entry[1]
+        if entry[1] is not None:
+            raise entry[1]
+    finally:
+        stopped.set()
+        reader.join()
+
+
 def in_order(plan: Plan, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Yield what `work` makes of each item, in order, a few at a time in threads; items are read in this one.
+    """Yield what `work` makes of each item, in order, a few at a time in threads; another one reads the items.
 
     Each thread's products have one thread of their own, so that results do not depend on how many cores there are.
     """
@@ -200,7 +263,7 @@ def in_order(plan: Plan, work: Callable[[Item], Result], items: Iterable[Item]) 
     waiting: deque[Future[Result]] = deque()
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(plan.num_workers) as pool:
         try:
-            for item in items:
+            for item in read_ahead(items, 1):
                 waiting.append(pool.submit(work, item))
                 if len(waiting) > plan.num_workers:
                     yield waiting.popleft().result()

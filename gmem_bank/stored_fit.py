@@ -17,6 +17,7 @@ from gmem_bank.draft import Draft
 from gmem_bank.fitting import Fitted
 from gmem_bank.provenance import Json
 from gmem_bank.quality import overlap, summary
+from gmem_bank.segment_rows import Plan, in_order
 from gmem_bank.storage import Payload
 from gmem_bank.storage.rules import COEFFICIENT_DTYPES
 from gmem_bank.storage.schema import Segment
@@ -24,6 +25,7 @@ from gmem_bank.storage.schema import Segment
 BLOCK_ROWS = 4096
 HIGHEST_GROW_BELOW = 0.9999
 """What is recorded as `grow_below` at most: float32 and i8 do not tell more apart, and a basis should not grow for that."""
+NO_ROWS = np.zeros(0, np.int64)
 VECTORS = ("snippets", "coefficients", "values", "index", "scale")
 """Entries of a segment that the new coefficients take the place of."""
 
@@ -48,12 +50,12 @@ def decode(stored: NDArray[Any], dtype: str, scale: NDArray[np.float32]) -> NDAr
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """What stored coefficients keep of the active rows."""
+    """What stored coefficients keep of the rows."""
 
     cosines: NDArray[np.float64]
-    """(n,) of each active snippet to what is read of it; 0 where one has no direction."""
+    """(N,) of each snippet to what is read of it; 0 where one has no direction."""
     lost: float
-    """Σ ‖s - ŝ‖² over active rows, raw reconstructions."""
+    """Σ ‖s - ŝ‖² over all rows, raw reconstructions."""
     sample: NDArray[np.float32]
     """(m, D): what is read of the sampled rows, before any normalisation."""
 
@@ -65,7 +67,7 @@ class Kept:
         """Return cosines, overlap and errors for a report.
 
         Args:
-            energy: Σ ‖s - mean‖² of the active rows.
+            energy: Σ ‖s - mean‖² of all rows.
             optimum: of that, the share that no basis of this rank holds (Eckart and Young 1936).
             before: (m, D) sampled snippets.
         """
@@ -79,7 +81,22 @@ class Kept:
         }
 
 
-def measure(fitted: Fitted, dtype: str, active: NDArray[np.bool_] | None, sample: NDArray[np.int64]) -> Kept:
+def _blocks(fitted: Fitted) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+    """Yield (segment, first row, coefficients)."""
+    row = 0
+    for place in range(len(fitted.counts)):
+        for block in fitted.coefficients(place, BLOCK_ROWS):
+            yield place, row, block
+            row += len(block)
+
+
+def measure(
+    fitted: Fitted,
+    dtype: str,
+    sample: NDArray[np.int64] = NO_ROWS,
+    *,
+    plan: Plan,
+) -> Kept:
     """Return what is kept by coefficients stored as "f32", "f16" or "i8".
 
     With s = p·B + μ + r, r orthogonal to B, and stored c for p: s·ŝ = Σ c (p + Bμ) + s·μ, ‖ŝ‖² = ‖c‖² + 2 c·Bμ + ‖μ‖² and
@@ -87,24 +104,27 @@ def measure(fitted: Fitted, dtype: str, active: NDArray[np.bool_] | None, sample
     """
     turned = fitted.basis.astype(np.float64) @ fitted.mean.astype(np.float64)
     centre = float(fitted.mean.astype(np.float64) @ fitted.mean.astype(np.float64))
-    cosines, lost, row = np.zeros(sum(fitted.counts)), fitted.residuals.copy(), 0
-    parts = []
-    for place in range(len(fitted.counts)):
-        scale = scale_of(fitted.largest[place])
-        for block in fitted.coefficients(place, BLOCK_ROWS):
-            read = decode(encode(block, dtype, scale), dtype, scale)
-            own = slice(row, row + len(block))
-            wide, exact = read.astype(np.float64), block.astype(np.float64)
-            inner = np.vecdot(wide, exact + turned) + fitted.dots[own]
-            norms = np.sqrt(np.maximum(np.vecdot(wide, wide + 2 * turned) + centre, 0.0) * fitted.squares[own])
-            cosines[own] = np.divide(inner, norms, out=np.zeros(len(block)), where=norms > 0)
+    num_rows = sum(fitted.counts)
+    cosines, lost = np.zeros(num_rows), fitted.residuals.copy()
+
+    def work(item: tuple[int, int, NDArray[np.float32]]) -> NDArray[np.float32]:
+        place, row, block = item
+        scale, own = scale_of(fitted.largest[place]), slice(row, row + len(block))
+        read = decode(encode(block, dtype, scale), dtype, scale)
+        wide = read.astype(np.float64)
+        exact = wide if dtype == "f32" else block.astype(np.float64)
+        squares, turns = np.vecdot(wide, wide), wide @ turned
+        inner = (squares if dtype == "f32" else np.vecdot(wide, exact)) + turns + fitted.dots[own]
+        norms = np.sqrt(np.maximum(squares + 2 * turns + centre, 0.0) * fitted.squares[own])
+        cosines[own] = np.divide(inner, norms, out=np.zeros(len(block)), where=norms > 0)
+        if dtype != "f32":
             lost[own] += np.square(exact - wide).sum(axis=1)
-            inside = sample[np.searchsorted(sample, own.start) : np.searchsorted(sample, own.stop)] - row
-            parts.append(factors.reconstruct(read[inside], fitted.basis, fitted.mean))
-            row += len(block)
-    chosen = slice(None) if active is None else active
+        inside = sample[np.searchsorted(sample, own.start) : np.searchsorted(sample, own.stop)] - row
+        return factors.reconstruct(read[inside], fitted.basis, fitted.mean)
+
+    parts = list(in_order(plan, work, _blocks(fitted)))
     # rounding alone takes a cosine beyond 1
-    return Kept(cosines=np.clip(cosines[chosen], -1, 1), lost=float(lost[chosen].sum()), sample=np.concatenate(parts))
+    return Kept(cosines=np.clip(cosines, -1, 1), lost=float(lost.sum()), sample=np.concatenate(parts))
 
 
 def put_into(draft: Draft, fitted: Fitted, dtype: str, grow_below: float) -> None:
@@ -132,7 +152,8 @@ def put_shapes(draft: Draft, rank: int, dtype: str, keep: int | None = None) -> 
         columns, stored = min(keep or rank, rank), COEFFICIENT_DTYPES[dtype]
         names = {"coefficients": stored} if columns == rank else {"values": stored, "index": "U16"}
         vectors = {
-            what: Payload(dtype=kind, shape=(segment.num_rows, columns), blocks=_no_blocks) for what, kind in names.items()
+            what: Payload(dtype=kind, shape=(segment.num_rows, columns), blocks=_no_blocks)
+            for what, kind in names.items()
         }
         vectors |= {"scale": Payload(dtype="F32", shape=(rank,), blocks=_no_blocks)} if dtype == "i8" else {}
         parts.append((segment, vectors))
@@ -152,4 +173,6 @@ def _replace(draft: Draft, parts: Sequence[tuple[Segment, Mapping[str, Payload]]
         {what: payload for what, payload in draft.segment_entries(segment).items() if what not in VECTORS}
         for segment, _ in parts
     ]
-    draft.replace_segments([(segment, own | vectors) for own, (segment, vectors) in zip(entries, parts, strict=True)])
+    draft.replace_segments(
+        [(segment, {**own, **vectors}) for own, (segment, vectors) in zip(entries, parts, strict=True)]
+    )

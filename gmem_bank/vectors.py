@@ -46,6 +46,11 @@ def new_vectors(
         blocks: the snippets; read once more each time the payload is.
         num_rows: n.
         grow_below: cosine that each new snippet's reconstruction must reach; None takes the bank's own, -1 never grows.
+
+    Returns:
+        The entries, and for a factored bank what the report says: "rank", "grown_directions", "grow_below", the cosines of the
+        new snippets to what is kept of them ("cosines", a row each, and "cosine" in short), and what projection onto the old
+        basis alone would have kept ("cosines_by_projection", "cosine_by_projection").
     """
     bank = draft.bank
     if not isinstance(bank, FactoredBank):
@@ -63,10 +68,15 @@ def new_vectors(
     before, after = grown.cosines_before, grown.cosines_after
     details = {
         "rank": len(grown.basis), "grown_directions": num_grown, "grow_below": target,
-        "cosine_by_projection": {"mean": float(before.mean()), "min": float(before.min())},
-        "cosine": {"mean": float(after.mean()), "min": float(after.min())},
+        "cosine_by_projection": _kept(before), "cosine": _kept(after),
+        "cosines_by_projection": [round(value, 6) for value in before.tolist()],
+        "cosines": [round(value, 6) for value in after.tolist()],
     }  # fmt: skip
     return coefficient_payloads(grown.coefficients, stored_dtype(bank)), details
+
+
+def _kept(cosines: NDArray[np.float64]) -> dict[str, float]:
+    return {"mean": float(cosines.mean()), "median": float(np.median(cosines)), "min": float(cosines.min())}
 
 
 def recorded_grow_below(bank: MemoryBank) -> float:

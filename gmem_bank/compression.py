@@ -28,7 +28,7 @@ from gmem_bank.ops import PathLike
 from gmem_bank.plotting import draw_spectrum, require_drawable
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import Json
-from gmem_bank.quality import SAMPLE_ROWS, sample_rows
+from gmem_bank.quality import sample_rows
 from gmem_bank.rewrite import join_if_many
 from gmem_bank.segment_rows import Plan, SegmentRows, plan_for, rows_of
 from gmem_bank.storage import num_bytes
@@ -72,7 +72,7 @@ def compress(
         output: bank to write; default: replace the bank (of several, give one).
         dry_run: write nothing: report rank, energy and bytes after the first pass.
         undo: keep the bank as it was for `undo`.
-        progress: told rows done and rows in all, of each pass.
+        progress: told rows done and rows in all, both passes together.
 
     Returns:
         A report with "rank", "rank_asked", "dtype", "energy", "cosine" (mean, p1, p5, median, min), "neighbour_overlap_at_10",
@@ -149,7 +149,8 @@ def moments_of(job: Job, folder: Path | None = None) -> Moments:
         "banks": [bank.fingerprint for bank in job.banks], "chunk_rows": job.plan.chunk_rows, "version": 1,
     }  # fmt: skip
     store = SumStore(folder, plan) if folder is not None else None
-    return gather_moments(job.rows, job.plan, store, job.progress)
+    # the second pass has as many rows
+    return gather_moments(job.rows, job.plan, store, lambda done, total: job.progress(done, 2 * total))
 
 
 def _compressed(edit: Edit, job: Job, goal: Goal, folder: Path, seed: int, plot: PathLike | None) -> EditReport:
@@ -180,10 +181,10 @@ def _compressed(edit: Edit, job: Job, goal: Goal, folder: Path, seed: int, plot:
     if edit.dry_run:
         facts["bytes_after"] = size(len(basis))
         return edit.finish(job.draft, num_rows=job.draft.num_rows, noted=noted, details=facts)
-    sample = sample_rows(np.arange(job.draft.num_rows), SAMPLE_ROWS, seed)
+    sample = sample_rows(np.arange(job.draft.num_rows), job.plan.sample_rows, seed)
     fitted = project_rows(
         job.rows, basis, found.mean, job.plan, folder / "coefficients", sample=sample,
-        progress=job.progress,
+        progress=lambda done, total: job.progress(total + done, 2 * total),
     )  # fmt: skip
     quality = measure(fitted, goal.dtype, sample, plan=job.plan)
     facts |= quality.report(found.energy, 1 - share, fitted.sample)

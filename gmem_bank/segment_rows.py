@@ -27,6 +27,7 @@ from gmem_bank.bank import MemoryBank
 from gmem_bank.draft import Draft
 from gmem_bank.errors import ConfigError, CorruptError
 from gmem_bank.kinds import FactoredBank
+from gmem_bank.quality import SAMPLE_ROWS
 from gmem_bank.space import all_finite
 from gmem_bank.storage import Payload
 from gmem_bank.storage.stored import Place
@@ -191,6 +192,8 @@ class Plan:
 
     chunk_rows: int
     num_workers: int
+    sample_rows: int
+    """Rows that neighbours are looked for among, at most."""
 
 
 def plan_for(dim: int, memory_limit: int | None = None) -> Plan:
@@ -204,20 +207,21 @@ def plan_for(dim: int, memory_limit: int | None = None) -> Plan:
         ConfigError: the limit has no room for the scatter matrix and its eigenvectors.
     """
     workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, MOST_WORKERS)
-    row_bytes = 4 * dim
+    row_bytes, sample = 4 * dim, SAMPLE_ROWS
     rows = max(FEWEST_CHUNK_ROWS, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes))
     if memory_limit is not None:
-        fixed = 8 * dim * dim * 5
         workers = min(workers, 2)
-        room = (memory_limit - fixed) // (row_bytes * (3 * workers + 2))
+        fixed, share = 8 * dim * dim * 5, row_bytes * (3 * workers + 2)
+        room = (memory_limit - fixed) // share
         if room < FEWEST_CHUNK_ROWS:
-            least = fixed + FEWEST_CHUNK_ROWS * row_bytes * (3 * workers + 2)
+            least = fixed + FEWEST_CHUNK_ROWS * share
             raise ConfigError(
                 f"a memory limit of {memory_limit:,} bytes is too small for {dim} dimensions: give at least {least:,}",
                 key="memory_limit",
             )
         rows = min(rows, room)
-    return Plan(chunk_rows=1 << (rows.bit_length() - 1), num_workers=workers)
+        sample = max(2, min(sample, (memory_limit - fixed) // (6 * row_bytes)))
+    return Plan(chunk_rows=1 << (rows.bit_length() - 1), num_workers=workers, sample_rows=sample)
 
 
 def read_ahead(items: Iterable[Item], most: int) -> Iterator[Item]:

@@ -5,8 +5,8 @@ Shapes: m rows of a sample, D dimensions, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from gmem_bank.compression import job_of, moments_of, size_of
 from gmem_bank.editing import editing
 from gmem_bank.errors import ConfigError
 from gmem_bank.kinds import FactoredBank
-from gmem_bank.moments import principal, spectrum_of
+from gmem_bank.moments import Moments, principal, spectrum_of
 from gmem_bank.ops import PathLike
 from gmem_bank.plotting import draw_spectrum, require_drawable
 from gmem_bank.progress import Progress, no_progress
@@ -29,6 +29,8 @@ from gmem_bank.stored_fit import decode, encode, scale_of
 from gmem_bank.thinning import largest
 
 SAMPLE_ROWS = 4096
+FEWEST = 8
+"""Rank to begin with."""
 FEWEST_KEPT = 4
 COLUMNS = ("rank", "dtype", "keep", "bytes", "ratio", "energy", "mean", "p1", "min", "overlap", "knn")
 
@@ -114,7 +116,7 @@ def sweep(
         memory_limit: as in `compress`.
         seed: draws the sample.
         plot: .html or .png file for the spectrum.
-        progress: told rows done and rows in all of the one pass.
+        progress: told rows done, and twice the rows in all: the other half is measuring.
 
     Raises:
         ConfigError: a rank or type that cannot be, or every row is masked.
@@ -136,36 +138,51 @@ def sweep(
             raise ConfigError(f"every row of {bank.path} is masked: unmask some to measure on", path=bank.path)
         job = job_of(edit, [], memory_limit, progress)
         found = moments_of(job)
-        energies = spectrum_of(found)
         if plot is not None:
-            draw_spectrum(bank, np.sqrt(energies), plot)
-        directions = principal(found, max(wanted, default=min(bank.dim, 8)))
-        spanned = len(directions.basis)
-        snippets = _raw_snippets(bank, rows)
+            draw_spectrum(bank, np.sqrt(spectrum_of(found)), plot)
         labels = labels_of([bank.all_rows_of(name) for name in bank.names], rows)
-        labels = labels if len(bank.names) > 1 else np.full(len(rows), -1)
-        basis, mean = directions.basis.astype(np.float32), found.mean.astype(np.float32)
-        shares = np.cumsum(energies) / max(energies.sum(), np.finfo(np.float64).tiny)
+        sample = _Sample(
+            snippets=_raw_snippets(bank, rows), labels=labels if len(bank.names) > 1 else np.full(len(rows), -1)
+        )
         ways = []
-        for rank in dict.fromkeys(min(rank, spanned) for rank in wanted or (spanned,)):
-            exact: NDArray[np.float32] = np.asarray((snippets - mean) @ basis[:rank].T, np.float32)
-            for dtype in dtypes:
-                scale = scale_of(np.abs(exact).max(axis=0))
-                read = decode(encode(exact, dtype, scale), dtype, scale)
-                for keep in (None, *(rank // part for part in (2, 4) if rank // part >= FEWEST_KEPT)):
-                    kept = read if keep is None else np.where(largest(read, keep), read, np.float32(0))
-                    after = factors.reconstruct(kept, basis[:rank], mean)
-                    ways.append(
-                        Way(
-                            rank=rank, dtype=dtype, keep=keep, bytes=size_of(job, edit, rank, dtype, keep),
-                            energy=float(shares[rank - 1]), cosine=summary(factors.cosines(snippets, after)),
-                            neighbour_overlap_at_10=overlap(snippets, after), knn_accuracy=knn_accuracy(after, labels),
-                        )
-                    )  # fmt: skip
+        for way in _ways(found, wanted or (min(bank.dim, FEWEST),), dtypes, sample):
+            ways.append(replace(way, bytes=size_of(job, edit, way.rank, way.dtype, way.keep)))
+        progress(2 * len(bank), 2 * len(bank))
     return SweepReport(
         bank=str(bank.path), num_rows=len(bank), dim=bank.dim, num_sampled=len(rows), bytes=bank.stored.num_bytes,
-        knn_accuracy=knn_accuracy(snippets, labels), ways=ways,
+        knn_accuracy=knn_accuracy(sample.snippets, sample.labels), ways=ways,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sample:
+    """What is measured on."""
+
+    snippets: NDArray[np.float32]
+    """(m, D)."""
+    labels: NDArray[np.int64]
+    """(m,): number of the concept, -1: none."""
+
+
+def _ways(found: Moments, ranks: Sequence[int], dtypes: Sequence[str], sample: _Sample) -> Iterator[Way]:
+    """Yield what each way keeps of a sample; bytes are still open."""
+    energies = spectrum_of(found)
+    shares = np.cumsum(energies) / max(energies.sum(), np.finfo(np.float64).tiny)
+    directions = principal(found, max(ranks))
+    basis, mean = directions.basis.astype(np.float32), found.mean.astype(np.float32)
+    for rank in dict.fromkeys(min(rank, len(basis)) for rank in ranks):
+        exact: NDArray[np.float32] = np.asarray((sample.snippets - mean) @ basis[:rank].T, np.float32)
+        scale = scale_of(np.abs(exact).max(axis=0))
+        for dtype in dtypes:
+            read = decode(encode(exact, dtype, scale), dtype, scale)
+            for keep in (None, *(rank // part for part in (2, 4) if rank // part >= FEWEST_KEPT)):
+                kept = read if keep is None else np.where(largest(read, keep), read, np.float32(0))
+                after = factors.reconstruct(kept, basis[:rank], mean)
+                yield Way(
+                    rank=rank, dtype=dtype, keep=keep, bytes=0, energy=float(shares[rank - 1]),
+                    cosine=summary(factors.cosines(sample.snippets, after)),
+                    neighbour_overlap_at_10=overlap(sample.snippets, after), knn_accuracy=knn_accuracy(after, sample.labels),
+                )  # fmt: skip
 
 
 def _raw_snippets(bank: MemoryBank, rows: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 import gmem_bank
 from gmem_bank import fitting, kinds, moments, segment_rows
@@ -23,7 +24,7 @@ from gmem_bank.errors import (
     OutputExistsError,
 )
 from gmem_bank.kinds import FactoredBank
-from gmem_bank.storage import atomic
+from gmem_bank.storage import Payload, atomic, write
 from tests.conftest import BankMaker, stored_oracle
 
 FORMS = ["bank.safetensors", "bank.h5", "bank.gmem"]
@@ -180,6 +181,29 @@ def test_the_report_says_what_was_kept(make_bank: BankMaker) -> None:
         first, second = (np.argsort(-(v @ v[row]) + 9.0 * (np.arange(90) == row))[:10] for v in (before, after))
         same.append(len(set(first.tolist()) & set(second.tolist())) / 10)
     assert report["neighbour_overlap_at_10"] == pytest.approx(np.mean(same), abs=1e-6)
+
+
+@settings(max_examples=15)
+@given(
+    arrays(np.int8, st.tuples(st.integers(1, 12), st.integers(1, 6)), elements=st.integers(-20, 20)),
+    st.sampled_from(["f32", "f16", "i8"]),
+    st.data(),
+)
+def test_any_bank_has_the_optimal_error_at_any_rank(
+    make_bank: BankMaker, whole: np.ndarray, dtype: str, data: st.DataObject
+) -> None:
+    """Square, wide, tall, constant, repeated and zero rows: the error is the energy beyond, but for the stored type's steps."""
+    values = whole.astype(np.float32) / 4
+    rank = data.draw(st.integers(1, values.shape[1]))
+    bank = make_bank(snippets=values, space="raw")
+    report = gmem_bank.compress(bank.path, rank=rank, dtype=dtype)
+    made = factored(str(bank.path))
+    centred = values - values.mean(axis=0, dtype=np.float64)
+    sigma = np.linalg.svd(centred, compute_uv=False)
+    coarse = {"f32": 1e-5, "f16": 2e-2, "i8": 0.05 * max(values.size, 4)}[dtype]
+    assert np.linalg.norm(values - raw(made)) == pytest.approx(np.sqrt((sigma[rank:] ** 2).sum()), abs=coarse)
+    assert made.rank == min(rank, max(int((sigma > 1e-6 * max(sigma.max(), 1e-30)).sum()), 1))
+    assert np.isfinite(list(report.details["cosine"].values())).all()
 
 
 # -- goals
@@ -423,6 +447,16 @@ def test_a_grown_concept_survives_truncation_by_its_energy(make_bank: BankMaker)
     kept = cut.snippets(np.arange(400, 500))
     cosines = np.vecdot(kept, new) / np.linalg.norm(kept, axis=1) / np.linalg.norm(new, axis=1)
     assert cosines.min() > 0.99, "the concept has more energy than the last old directions"
+
+
+def test_insertion_asks_what_the_bank_recorded(make_bank: BankMaker) -> None:
+    """Without --grow-below new rows must reach the 5th percentile of the bank's own cosines."""
+    bank = make_bank(snippets=spread(mean=0.0), space="raw")
+    recorded = gmem_bank.compress(bank.path, rank=8).details["grow_below"]
+    new = np.random.default_rng(1).standard_normal((3, 16)).astype(np.float32)
+    report = gmem_bank.insert_snippets(bank.path, new, name="new", report=False)
+    assert report.details["grow_below"] == recorded < 0.999
+    assert min(report.details["cosines"]) >= recorded - 1e-6
 
 
 # -- as an edit

@@ -22,8 +22,8 @@ from gmem_bank.draft import Draft
 from gmem_bank.editing import Edit, EditReport, editing
 from gmem_bank.encoders import require_same_encoder
 from gmem_bank.errors import ConfigError, CorruptError
-from gmem_bank.fitting import SumStore, gather_moments, project_rows
-from gmem_bank.moments import Moments, principal, spectrum_of
+from gmem_bank.fitting import gather_moments, project_rows
+from gmem_bank.moments import Moments, SumStore, principal, spectrum_of
 from gmem_bank.ops import PathLike
 from gmem_bank.plotting import draw_spectrum, require_drawable
 from gmem_bank.progress import Progress, no_progress
@@ -155,17 +155,16 @@ def moments_of(job: Job, folder: Path | None = None) -> Moments:
 
 def _compressed(edit: Edit, job: Job, goal: Goal, folder: Path, seed: int, plot: PathLike | None) -> EditReport:
     found = moments_of(job, None if edit.dry_run else folder)
-    energies = spectrum_of(found)
     if plot is not None:
-        draw_spectrum(edit.bank, np.sqrt(energies), plot)
-    most = min(len(energies), MAX_RANK, max(found.count - 1, 1))
+        draw_spectrum(edit.bank, np.sqrt(spectrum_of(found)), plot)
+    most = min(edit.bank.dim, MAX_RANK, max(found.count - 1, 1))
 
     def size(rank: int) -> int:
         return size_of(job, edit, rank, goal.dtype)
 
     chosen = goal.rank
     if goal.energy is not None:
-        chosen = rank_for_energy(energies, goal.energy)
+        chosen = rank_for_energy(spectrum_of(found), goal.energy)
     elif goal.max_bytes is not None:
         chosen = rank_for_bytes(size, most, goal.max_bytes)
     directions = principal(found, most if chosen is None else min(chosen, most))

@@ -7,7 +7,6 @@ Shapes: N rows, n rows of a segment, b rows of a chunk, D dimensions, R rank.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,60 +16,17 @@ from numpy.typing import NDArray
 
 from gmem_bank import moments
 from gmem_bank.errors import CorruptError
-from gmem_bank.moments import Moments, RunningSums
+from gmem_bank.moments import Moments, RunningSums, SumStore
 from gmem_bank.progress import Progress, no_progress
-from gmem_bank.provenance import canonical_json
 from gmem_bank.segment_rows import Chunk, Plan, SegmentRows, in_order
 from gmem_bank.storage import atomic
 
-SAVE_SECONDS = 2.0
-"""Between two states of a pass that a kill leaves behind."""
+PROJECT_ROWS = 1024
+"""Of a chunk of the second pass at most: it goes over its rows several times, and should stay in the cache."""
 TELLING = 0.01
 """Share of a squared norm from which on a difference of two float32 sums says enough."""
 WIDE_PRODUCTS = 1 << 32
 """N·D² up to which products are taken in float64: it costs nothing that one would notice."""
-
-
-class SumStore:
-    """The sums of an unfinished pass, in a hidden folder beside the bank; another plan's are not taken up.
-
-    Args:
-        folder: where; made on first use.
-        plan: everything that decides the sums.
-    """
-
-    def __init__(self, folder: Path, plan: dict[str, object]) -> None:
-        self.folder = folder
-        self._plan = canonical_json(plan)
-        self._saved = time.monotonic()
-
-    def load(self) -> tuple[RunningSums, int] | None:
-        """Return sums and the number of chunks in them, or None where there are none of this plan."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self.folder / "sums.safetensors", framework="numpy") as stored:
-                facts = stored.metadata()
-                if facts["plan"] != self._plan:
-                    return None
-                sums = RunningSums(stored.get_tensor("shift"))
-                sums.count, sums.total, sums.gram = (
-                    int(facts["count"]), stored.get_tensor("total"), stored.get_tensor("gram"),
-                )  # fmt: skip
-                return sums, int(facts["chunks"])
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-            return None
-
-    def save(self, sums: RunningSums, num_chunks: int, *, final: bool = False) -> None:
-        """Keep sums, atomically, where the last ones are SAVE_SECONDS old or these are the final ones."""
-        from safetensors.numpy import save
-
-        if not final and time.monotonic() - self._saved < SAVE_SECONDS:
-            return
-        facts = {"plan": self._plan, "count": str(sums.count), "chunks": str(num_chunks)}
-        data = save({"shift": sums.shift, "total": sums.total, "gram": sums.gram}, metadata=facts)
-        atomic.write_bytes(self.folder / "sums.safetensors", data)
-        self._saved = time.monotonic()
 
 
 def gather_moments(
@@ -238,7 +194,7 @@ def project_rows(
     def work(chunk: Chunk) -> tuple[Chunk, NDArray[np.float32]]:
         return chunk, _project_chunk(fitted, rows[chunk.segment], chunk, wanted)
 
-    chunks = (chunk for segment in rows for chunk in segment.chunks(plan.chunk_rows, check=True))
+    chunks = (chunk for segment in rows for chunk in segment.chunks(min(plan.chunk_rows, PROJECT_ROWS), check=True))
     done = 0
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -5,17 +5,23 @@ Shapes: n rows of a part, b rows of a chunk, D dimensions, R rank.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gmem_bank import factors
+from gmem_bank.provenance import canonical_json
+from gmem_bank.storage import atomic
 
+SAVE_SECONDS = 2.0
+"""Between two states of a pass that a kill leaves behind."""
 NOTHING = 1e-13
 """Energy, as a share of the largest direction's, below which a direction holds rounding only."""
-SQUARABLE = (1e-15, 1e15)
-"""Largest entries of a chunk between which the squares are float32's to hold."""
+SQUARABLE = (1e-28, 1e28)
+"""Largest mean square of a chunk's columns between which squares and their sums are float32's to hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,15 +94,14 @@ def sum_chunk(rows: NDArray[np.float32], shift: NDArray[np.float32], *, wide: bo
     if not len(rows):
         return ChunkSums(count=0, total=np.zeros(rows.shape[1]), gram=np.zeros((rows.shape[1],) * 2))
     with np.errstate(over="ignore", invalid="ignore"):  # a row that is not finite is named by who asked
-        exact: NDArray[np.floating]
-        if wide:
-            exact = rows.astype(np.float64) - shift
-        else:
-            exact = np.subtract(rows, shift, out=rows)
-            largest = max(float(exact.max()), -float(exact.min()))
-            exact = exact if SQUARABLE[0] < largest < SQUARABLE[1] else exact.astype(np.float64)
-        total = np.ones(len(rows), exact.dtype) @ exact
-        return ChunkSums(count=len(rows), total=total.astype(np.float64), gram=exact.T @ exact)
+        if not wide:
+            shifted = np.subtract(rows, shift, out=rows)
+            gram = shifted.T @ shifted
+            if SQUARABLE[0] < float(np.diagonal(gram).max()) / len(rows) < SQUARABLE[1]:
+                total = np.ones(len(rows), np.float32) @ shifted
+                return ChunkSums(count=len(rows), total=total.astype(np.float64), gram=gram)
+        exact = shifted.astype(np.float64) if not wide else rows.astype(np.float64) - shift
+        return ChunkSums(count=len(rows), total=exact.sum(axis=0), gram=exact.T @ exact)
 
 
 class RunningSums:
@@ -125,6 +130,48 @@ class RunningSums:
         centre = self.total / self.count
         scatter = self.gram - self.count * np.outer(centre, centre)
         return Moments(count=self.count, mean=self.shift + centre, scatter=scatter)
+
+
+class SumStore:
+    """The sums of an unfinished pass, in a hidden folder beside the bank; another plan's are not taken up.
+
+    Args:
+        folder: where; made on first use.
+        plan: everything that decides the sums.
+    """
+
+    def __init__(self, folder: Path, plan: dict[str, object]) -> None:
+        self.folder = folder
+        self._plan = canonical_json(plan)
+        self._saved = time.monotonic()
+
+    def load(self) -> tuple[RunningSums, int] | None:
+        """Return sums and the number of chunks in them, or None where there are none of this plan."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.folder / "sums.safetensors", framework="numpy") as stored:
+                facts = stored.metadata()
+                if facts["plan"] != self._plan:
+                    return None
+                sums = RunningSums(stored.get_tensor("shift"))
+                sums.count, sums.total, sums.gram = (
+                    int(facts["count"]), stored.get_tensor("total"), stored.get_tensor("gram"),
+                )  # fmt: skip
+                return sums, int(facts["chunks"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return None
+
+    def save(self, sums: RunningSums, num_chunks: int, *, final: bool = False) -> None:
+        """Keep sums, atomically, where the last ones are SAVE_SECONDS old or these are the final ones."""
+        from safetensors.numpy import save
+
+        if not final and time.monotonic() - self._saved < SAVE_SECONDS:
+            return
+        facts = {"plan": self._plan, "count": str(sums.count), "chunks": str(num_chunks)}
+        data = save({"shift": sums.shift, "total": sums.total, "gram": sums.gram}, metadata=facts)
+        atomic.write_bytes(self.folder / "sums.safetensors", data)
+        self._saved = time.monotonic()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ Shapes: n rows, m rows of a sample, p probes, D dimensions, k neighbours.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,7 +69,8 @@ def overlap(before: NDArray[np.float32], after: NDArray[np.float32]) -> float | 
     if len(before) < 2:
         return None
     probes, k = probes_of(len(before)), min(NEIGHBOURS, len(before) - 1)
-    return shared(neighbours(before, probes, k), neighbours(after, probes, k))
+    with ThreadPoolExecutor(2) as pool:
+        return shared(*pool.map(lambda rows: neighbours(rows, probes, k), (before, after)))
 
 
 def knn_accuracy(snippets: NDArray[np.float32], labels: NDArray[np.int64]) -> float | None:

@@ -32,7 +32,7 @@ from gmem_bank.space import all_finite
 from gmem_bank.storage import Payload
 from gmem_bank.storage.stored import Place
 
-CHUNK_ROWS = 4096
+CHUNK_ROWS = 2048
 CHUNK_BYTES = 16 << 20
 FEWEST_CHUNK_ROWS = 64
 MOST_WORKERS = 4

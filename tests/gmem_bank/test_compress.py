@@ -280,7 +280,7 @@ def test_resumed_is_uninterrupted_byte_for_byte(
 ) -> None:
     """Stopped after any call of the progress, the same command ends with the same bytes, and leaves nothing hidden."""
     monkeypatch.setattr(segment_rows, "CHUNK_ROWS", 64)
-    monkeypatch.setattr(fitting, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(moments, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(fitting, "WIDE_PRODUCTS", 0)
     bank = make_bank(snippets=spread(500), space="raw", kind=kind, rank=8, parts=(200, 300))
     calls: list[tuple[int, int]] = []
@@ -308,7 +308,7 @@ def test_resumed_is_uninterrupted_byte_for_byte(
 
 def test_sums_of_another_bank_are_not_taken_up(make_bank: BankMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder left by one bank is worthless for another of the same shape; so is a damaged one."""
-    monkeypatch.setattr(fitting, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(moments, "SAVE_SECONDS", 0.0)
     first = make_bank("first.safetensors", snippets=spread(seed=1), space="raw")
     second = make_bank("second.safetensors", snippets=spread(seed=2), space="raw")
     gmem_bank.compress(second.path, rank=3, output="whole.safetensors")

@@ -21,7 +21,7 @@ from gmem_bank.criteria import Goal, rank_for_bytes, rank_for_cosine, rank_for_e
 from gmem_bank.draft import Draft
 from gmem_bank.editing import Edit, EditReport, editing
 from gmem_bank.encoders import require_same_encoder
-from gmem_bank.errors import ConfigError, CorruptError
+from gmem_bank.errors import ConfigError, GMemError, WriteError
 from gmem_bank.fitting import gather_moments, project_rows
 from gmem_bank.moments import Moments, SumStore, principal, spectrum_of
 from gmem_bank.ops import PathLike
@@ -66,9 +66,9 @@ def compress(
         target_cosine: mean cosine of snippets to what is read of them: the smallest rank that reaches it.
         max_bytes: size of the bank on disk, all of it: the largest rank that fits.
         dtype: coefficients as "f32", "f16", or "i8" with a scale a component and segment.
-        memory_limit: bytes of working memory; None: some 150 MB for 768 dimensions.
+        memory_limit: bytes of working memory; None: some 200 MB for 768 dimensions.
         seed: draws the rows that neighbours are compared among.
-        plot: .html or .png file for the spectrum.
+        plot: .html or .png file for the spectrum, new; drawn with `dry_run` too.
         output: bank to write; default: replace the bank (of several, give one).
         dry_run: write nothing: report rank, energy and bytes after the first pass.
         undo: keep the bank as it was for `undo`.
@@ -90,8 +90,6 @@ def compress(
     goal = Goal(rank=rank, energy=energy, target_cosine=target_cosine, max_bytes=max_bytes, dtype=dtype)
     others = [kinds.open(path) for path in paths[1:]]
     arguments = goal.to_json() | ({"banks": [bank.fingerprint for bank in others]} if others else {})
-    if plot is not None:
-        require_drawable(Path(plot))
     with editing(paths[0], "compress", arguments, output=output, dry_run=dry_run, undo=undo) as edit:
         folder = staging_folder(edit.target, "compress")
         if edit.made is not None:
@@ -99,15 +97,19 @@ def compress(
                 shutil.rmtree(folder, ignore_errors=True)  # of this very command, killed after its last write
             return edit.unchanged(details={"rank": getattr(edit.made, "rank", None)})
         goal.check(edit.bank.dim)
+        if plot is not None:
+            require_drawable(Path(plot))
         job = job_of(edit, others, memory_limit, progress)
         try:
-            report = _compressed(edit, job, goal, folder, seed, plot)
-        except (ConfigError, CorruptError):  # the same command would end there again
-            if not dry_run:
+            report, found = _compressed(edit, job, goal, folder, seed)
+        except GMemError as error:
+            if not dry_run and not isinstance(error, WriteError):  # the same command would end there again
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         if not dry_run:
             shutil.rmtree(folder, ignore_errors=True)
+        if plot is not None:  # last: a kill before leaves the name free for the same command again
+            draw_spectrum(edit.bank, np.sqrt(spectrum_of(found)), plot)
     return report
 
 
@@ -139,7 +141,7 @@ def job_of(edit: Edit, others: Sequence[MemoryBank], memory_limit: int | None, p
         origins = [0] * len(draft.segments)
     return Job(
         draft=draft, banks=banks, rows=rows_of(draft, banks, origins),
-        plan=plan_for(edit.bank.dim, memory_limit), progress=progress,
+        plan=plan_for(edit.bank.dim, draft.num_rows, memory_limit), progress=progress,
     )  # fmt: skip
 
 
@@ -153,10 +155,8 @@ def moments_of(job: Job, folder: Path | None = None) -> Moments:
     return gather_moments(job.rows, job.plan, store, lambda done, total: job.progress(done, 2 * total))
 
 
-def _compressed(edit: Edit, job: Job, goal: Goal, folder: Path, seed: int, plot: PathLike | None) -> EditReport:
+def _compressed(edit: Edit, job: Job, goal: Goal, folder: Path, seed: int) -> tuple[EditReport, Moments]:
     found = moments_of(job, None if edit.dry_run else folder)
-    if plot is not None:
-        draw_spectrum(edit.bank, np.sqrt(spectrum_of(found)), plot)
     most = min(edit.bank.dim, MAX_RANK, max(found.count - 1, 1))
 
     def size(rank: int) -> int:
@@ -166,7 +166,7 @@ def _compressed(edit: Edit, job: Job, goal: Goal, folder: Path, seed: int, plot:
     if goal.energy is not None:
         chosen = rank_for_energy(spectrum_of(found), goal.energy)
     elif goal.max_bytes is not None:
-        chosen = rank_for_bytes(size, most, goal.max_bytes)
+        chosen = rank_for_bytes(size, most, goal.max_bytes, goal.dtype)
     directions = principal(found, most if chosen is None else min(chosen, most))
     if goal.target_cosine is not None:
         chosen = rank_for_cosine(job.rows, directions, found.mean, job.plan, goal)
@@ -179,7 +179,7 @@ def _compressed(edit: Edit, job: Job, goal: Goal, folder: Path, seed: int, plot:
     noted: dict[str, Json] = {"rank": len(basis)}
     if edit.dry_run:
         facts["bytes_after"] = size(len(basis))
-        return edit.finish(job.draft, num_rows=job.draft.num_rows, noted=noted, details=facts)
+        return edit.finish(job.draft, num_rows=job.draft.num_rows, noted=noted, details=facts), found
     sample = sample_rows(np.arange(job.draft.num_rows), job.plan.sample_rows, seed)
     fitted = project_rows(
         job.rows, basis, found.mean, job.plan, folder / "coefficients", sample=sample,
@@ -190,7 +190,7 @@ def _compressed(edit: Edit, job: Job, goal: Goal, folder: Path, seed: int, plot:
     put_into(job.draft, fitted, goal.dtype, quality.grow_below())
     report = edit.finish(job.draft, num_rows=job.draft.num_rows, noted=noted, details=facts)
     facts |= {"grow_below": quality.grow_below(), "bytes_after": kinds.open(edit.target).stored.num_bytes}
-    return report
+    return report, found
 
 
 def size_of(job: Job, edit: Edit, rank: int, dtype: str, keep: int | None = None) -> int:

@@ -75,13 +75,14 @@ def rank_for_energy(energies: NDArray[np.float64], share: float) -> int:
     return min(int(np.searchsorted(sums / sums[-1], share - ROUNDING)) + 1, len(energies))
 
 
-def rank_for_bytes(size: Callable[[int], int], most: int, max_bytes: int) -> int:
+def rank_for_bytes(size: Callable[[int], int], most: int, max_bytes: int, dtype: str) -> int:
     """Return the largest rank whose bank fits.
 
     Args:
         size: bytes of the whole bank by rank.
         most: highest rank there is.
         max_bytes: limit.
+        dtype: of coefficients, for the message.
 
     Raises:
         ConfigError: not even rank 1 fits; how much that takes is said.
@@ -90,7 +91,7 @@ def rank_for_bytes(size: Callable[[int], int], most: int, max_bytes: int) -> int
     if least > max_bytes:
         raise ConfigError(
             f"{max_bytes:,} bytes are too few: at rank 1 the bank takes {least:,}, its keys and tables included; give at least "
-            "that, or --dtype i8",
+            "that" + (", or --dtype i8" if dtype != "i8" else ""),
             key="max_bytes",
         )
     low, high = 1, most

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from gmem_bank import plot_page, plot_picture
 from gmem_bank.bank import MemoryBank
-from gmem_bank.errors import ConfigError
+from gmem_bank.errors import ConfigError, OutputExistsError
 from gmem_bank.index import require_faiss
 from gmem_bank.plot_measures import Projection, Spectrum, neighbour_distances, project, spectrum
 from gmem_bank.progress import Progress, no_progress
@@ -97,8 +97,10 @@ def plot(
 
 
 def require_drawable(target: Path) -> None:
-    """Raise ConfigError or MissingDependencyError where a spectrum cannot be drawn into a file of this name."""
+    """Raise ConfigError, MissingDependencyError or OutputExistsError where no spectrum can be drawn into that file."""
     _writer(target, ("spectrum",))
+    if target.exists():
+        raise OutputExistsError(f"{target} exists: name another file with --plot, or delete it first", path=target)
 
 
 def draw_spectrum(bank: MemoryBank, values: NDArray[np.float64], output: str | os.PathLike[str]) -> None:

@@ -44,7 +44,7 @@ def refit(draft: Draft, *, write: bool) -> dict[str, Json]:
     """
     bank = draft.bank
     assert isinstance(bank, FactoredBank), "only a factored bank has a basis"
-    plan, rows = plan_for(bank.dim), rows_of(draft, [bank], [0] * len(draft.segments))
+    plan, rows = plan_for(bank.dim, draft.num_rows), rows_of(draft, [bank], [0] * len(draft.segments))
     found = gather_moments(rows, plan)
     directions = principal(found, bank.rank)
     facts: dict[str, Json] = {"basis": "refitted", "rank_before": bank.rank, "rank": len(directions.basis)}

@@ -14,7 +14,7 @@ import queue
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -36,6 +36,8 @@ CHUNK_ROWS = 2048
 CHUNK_BYTES = 16 << 20
 FEWEST_CHUNK_ROWS = 64
 MOST_WORKERS = 4
+ROW_BYTES = 60
+"""Held of every row: its norms, cosine, and place in the table of keys."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -196,11 +198,12 @@ class Plan:
     """Rows that neighbours are looked for among, at most."""
 
 
-def plan_for(dim: int, memory_limit: int | None = None) -> Plan:
+def plan_for(dim: int, num_rows: int, memory_limit: int | None = None) -> Plan:
     """Return how large chunks are, and how many threads work on them.
 
     Args:
         dim: D.
+        num_rows: N.
         memory_limit: bytes of working memory, beyond what Python and its libraries take; None: chunks of 16 MiB.
 
     Raises:
@@ -211,20 +214,21 @@ def plan_for(dim: int, memory_limit: int | None = None) -> Plan:
     rows = max(FEWEST_CHUNK_ROWS, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes))
     if memory_limit is not None:
         workers = min(workers, 2)
-        fixed, share = 8 * dim * dim * 5, row_bytes * (3 * workers + 2)
+        fixed, share = 8 * dim * dim * (3 + workers) + ROW_BYTES * num_rows, row_bytes * (5 * workers + 4)
         room = (memory_limit - fixed) // share
         if room < FEWEST_CHUNK_ROWS:
             least = fixed + FEWEST_CHUNK_ROWS * share
             raise ConfigError(
-                f"a memory limit of {memory_limit:,} bytes is too small for {dim} dimensions: give at least {least:,}",
+                f"a memory limit of {memory_limit:,} bytes is too small for {num_rows:,} rows of {dim} dimensions: give at least "
+                f"{least:,}",
                 key="memory_limit",
             )
         rows = min(rows, room)
-        sample = max(2, min(sample, (memory_limit - fixed) // (6 * row_bytes)))
+        sample = max(2, min(sample, (memory_limit - fixed) // (10 * row_bytes)))
     return Plan(chunk_rows=1 << (rows.bit_length() - 1), num_workers=workers, sample_rows=sample)
 
 
-def read_ahead(items: Iterable[Item], most: int) -> Iterator[Item]:
+def read_ahead(items: Iterable[Item], most: int) -> Generator[Item]:
     """Yield items that another thread gets, up to `most` ahead; what it raises is raised here."""
     ready: queue.Queue[tuple[bool, Any]] = queue.Queue(most)
     stopped = threading.Event()
@@ -265,9 +269,10 @@ def in_order(plan: Plan, work: Callable[[Item], Result], items: Iterable[Item]) 
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     waiting: deque[Future[Result]] = deque()
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(plan.num_workers) as pool:
+    ahead = contextlib.closing(read_ahead(items, 1))
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(plan.num_workers) as pool, ahead as ready:
         try:
-            for item in read_ahead(items, 1):
+            for item in ready:
                 waiting.append(pool.submit(work, item))
                 if len(waiting) > plan.num_workers:
                     yield waiting.popleft().result()

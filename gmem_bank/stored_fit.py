@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from gmem_bank import factors, segments
 from gmem_bank.draft import Draft
+from gmem_bank.errors import ConfigError
 from gmem_bank.fitting import Fitted
 from gmem_bank.provenance import Json
 from gmem_bank.quality import overlap, summary
@@ -23,6 +24,7 @@ from gmem_bank.storage.rules import COEFFICIENT_DTYPES
 from gmem_bank.storage.schema import Segment
 
 BLOCK_ROWS = 4096
+F16_LIMIT = 65_504
 HIGHEST_GROW_BELOW = 0.9999
 """What is recorded as `grow_below` at most: float32 and i8 do not tell more apart, and a basis should not grow for that."""
 NO_ROWS = np.zeros(0, np.int64)
@@ -40,6 +42,8 @@ def encode(block: NDArray[np.float32], dtype: str, scale: NDArray[np.float32]) -
     """Return (b, R) coefficients as they are stored; `scale` is that of i8."""
     if dtype == "i8":
         return factors.quantise_by(block, scale)
+    if dtype == "f16" and np.abs(block).max(initial=0) > F16_LIMIT:
+        raise ConfigError("a coefficient is beyond 65504, the largest f16: take --dtype f32 or i8", key="dtype")
     return segments.narrow(block, COEFFICIENT_DTYPES[dtype])
 
 

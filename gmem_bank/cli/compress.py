@@ -27,7 +27,7 @@ from gmem_bank.console import byte_count, human_bytes, note, print_json, quiet_o
     help="How coefficients are stored; i8 with a scale a component.",
 )  # fmt: skip
 @click.option(
-    "--memory-limit", type=str, default=None, metavar="B", help="Working memory, such as 200M; default: some 150 MB."
+    "--memory-limit", type=str, default=None, metavar="B", help="Working memory, such as 200M; default: some 200 MB."
 )
 @click.option(
     "--sweep",

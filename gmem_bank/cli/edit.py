@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from gmem_bank.cli.options import edit_options, print_edit, refit_option, selection_from, selection_options
-from gmem_bank.console import bank_argument, bank_option, device_option, json_option, print_json, printable
+from gmem_bank.console import bank_argument, bank_option, device_option, json_option, note, print_json, printable
 
 
 def _edit(output: str | None, dry_run: bool, no_undo: bool) -> dict[str, Any]:
@@ -27,6 +27,7 @@ def remove_concept(
 
     report = gmem_bank.remove_concept(bank, name, refit=refit, **_edit(output, dry_run, no_undo))
     print_edit(report, as_json, f"of concept {printable(name)!r}", f"has concept {printable(name)!r} removed already")
+    _print_basis(report, as_json)
 
 
 @click.command()
@@ -43,6 +44,20 @@ def remove(
     report = gmem_bank.remove(bank, selection_from(**selection), refit=refit, **_edit(output, dry_run, no_undo))
     drawn = "has had these rows drawn and removed (another --seed draws others)" if selection["random"] else ""
     print_edit(report, as_json, "(removal)", drawn)
+    _print_basis(report, as_json)
+
+
+def _print_basis(report: Any, as_json: bool) -> None:
+    """Say what became of a factored bank's basis."""
+    facts = report.details
+    if as_json or "basis" not in facts:
+        return
+    if facts["basis"] == "kept":
+        note("the basis was kept, removed rows included: --refit fits it to the rows that are left")
+        return
+    click.echo(f"  basis     refitted, rank {facts['rank_before']} → {facts['rank']}")
+    if "coefficient_mask" in facts:
+        note("the coefficient mask has ended: 'gmem-bank mask --keep' makes one again")
 
 
 @click.command()

@@ -337,7 +337,7 @@ def test_bytes_do_not_depend_on_threads(make_bank: BankMaker, monkeypatch: pytes
         made.append(Path(f"{number}.safetensors").read_bytes())
     gmem_bank.compress(bank.path, rank=6, output="limited.safetensors", memory_limit=10 << 20)
     assert made[0] == made[1] == Path("limited.safetensors").read_bytes()
-    with pytest.raises(ConfigError, match=r"too small for 16 dimensions: give at least"):
+    with pytest.raises(ConfigError, match=r"too small for 700 rows of 16 dimensions: give at least"):
         gmem_bank.compress(bank.path, rank=6, output="x.safetensors", memory_limit=1000)
 
 
@@ -549,6 +549,10 @@ def test_nothing_is_made_from_a_damaged_bank(make_bank: BankMaker) -> None:
 
 def test_extreme_values_are_no_trouble(make_bank: BankMaker) -> None:
     """Snippets so small or large that float32 does not hold their squares are summed in float64."""
+    wild = make_bank("wild.safetensors", snippets=spread() * np.float32(1e6), space="raw")
+    with pytest.raises(ConfigError, match="65504"):
+        gmem_bank.compress(wild.path, rank=4, dtype="f16")
+    assert visible_and_hidden() == {"wild.safetensors"}
     for factor in (1e-25, 1e15):
         values = (spread() * np.float32(factor)).astype(np.float32)
         bank = make_bank(snippets=values, space="raw")
@@ -612,7 +616,8 @@ def test_the_command_compresses_sweeps_and_draws(make_bank: BankMaker) -> None:
     assert "coefficients" in text and "overlap" in text
     assert Path("small.safetensors").stat().st_size <= 20 * 1024
     assert b"singular value" in Path("spectrum.html").read_bytes()
-    assert "knn" in run("compress", "--sweep", "-q")
+    assert "exists" in run("compress", "--rank", "3", "--plot", "spectrum.html", "-q", code=1)
+    assert "knn" in run("compress", "--sweep", "-q", "--plot", "before.html")
     ways = json.loads(run("compress", "--sweep", "--json", "-q"))["ways"]
     assert {way["rank"] for way in ways} == {8, 16}
     run("compress", "--sweep", "--rank", "4", code=2)

@@ -207,6 +207,18 @@ def test_a_refit_of_some_rows_keeps_masks_keys_and_other_values(make_bank: BankM
     assert not [path for path in Path.cwd().iterdir() if path.name.startswith(".")]
 
 
+def test_what_a_killed_refit_left_is_cleared(make_bank: BankMaker) -> None:
+    """By the same command again, whether the kill came before or after the bank was replaced."""
+    bank = make_bank(kind="factored")
+    left = Path(".bank.safetensors.refit")
+    for _ in range(2):
+        left.mkdir()
+        (left / "coefficients").write_bytes(b"some")
+        gmem_bank.remove_concept(bank.path, "class0", refit=True)
+        assert not left.exists()
+        assert opened(bank.path).names == ("class1", "class2")
+
+
 def test_only_a_factored_bank_can_be_refitted_and_a_dry_run_only_tells(make_bank: BankMaker) -> None:
     """A dense bank has no basis; the rank that would be left is said without writing."""
     dense = make_bank("dense.safetensors")

@@ -14,11 +14,14 @@ from hypothesis.extra.numpy import arrays
 
 import gmem_bank
 from gmem_bank import kinds, thinning
+from gmem_bank.bank import MemoryBank
 from gmem_bank.cli import main
 from gmem_bank.errors import ConfigError
+from gmem_bank.interface import SupportsFactors
 from gmem_bank.kinds import FactoredBank
 from gmem_bank.selection import Selection
 from tests.conftest import BankMaker, stored_oracle
+from tests.contracts import BankContract
 
 FORMS = ["bank.safetensors", "bank.h5", "bank.gmem"]
 
@@ -231,3 +234,33 @@ def test_only_a_factored_bank_can_be_refitted_and_a_dry_run_only_tells(make_bank
     assert files(bank.path) == before
     result = CliRunner().invoke(main, ["remove", "bank.safetensors", "-c", "class0", "--refit", "--no-undo", "--json"])
     assert json.loads(result.output)["details"]["rank"] == 4
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "keep"), [("bank.safetensors", "f32", None), ("bank.h5", "i8", 3), ("bank.gmem", "f16", 2)]
+)
+class TestCompressedBanksAreBanks(BankContract):
+    """What `compress` and `mask` write keeps the contract of every bank: segments, hidden rows and all."""
+
+    @pytest.fixture
+    def bank(self, make_bank: BankMaker, form: str, dtype: str, keep: int | None) -> MemoryBank:
+        made = make_bank(form, rows=30, dim=10, parts=(20, 10), active=np.arange(30) != 5)
+        gmem_bank.compress(made.path, rank=6, dtype=dtype)
+        if keep is not None:
+            gmem_bank.mask_coefficients(made.path, keep=keep)
+        return opened(made.path)
+
+    @pytest.fixture
+    def expected(self, bank: MemoryBank) -> np.ndarray:
+        return stored_oracle(bank)
+
+    @pytest.fixture
+    def tolerance(self) -> float:
+        return 1e-6
+
+    def test_factors_rebuild_the_snippets(self, bank: MemoryBank, expected: np.ndarray) -> None:
+        """(c·B + μ)·inv_norm is the snippet."""
+        assert isinstance(bank, SupportsFactors)
+        rows = bank.rows()
+        rebuilt = bank.coefficients(rows).astype(np.float64) @ bank.basis + bank.mean
+        np.testing.assert_allclose(rebuilt * bank.inv_norms(rows)[:, None], expected[rows], atol=1e-6)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gmem_bank import factors, segments
+from gmem_bank import factors, segments, streams
 from gmem_bank.bank import MemoryBank
 from gmem_bank.draft import Draft
 from gmem_bank.errors import CorruptError
@@ -65,14 +65,18 @@ def new_vectors(
             energy = np.linalg.norm(grown.coefficients[:, bank.rank :].astype(np.float64), axis=0)
             entries["singular_values"] = np.concatenate([bank.singular_values, energy])
         draft.set_factors(grown=True, **entries)
-    before, after = grown.cosines_before, grown.cosines_after
+    payloads = coefficient_payloads(grown.coefficients, stored_dtype(bank))
+    read = streams.read(
+        segments.coefficients_as_f32(payloads, len(grown.basis))
+    )  # as they are stored, i8 steps and all
+    before, after = grown.cosines_before, factors.cosines(snippets, factors.reconstruct(read, grown.basis, bank.mean))
     details = {
         "rank": len(grown.basis), "grown_directions": num_grown, "grow_below": target,
         "cosine_by_projection": _kept(before), "cosine": _kept(after),
         "cosines_by_projection": [round(value, 6) for value in before.tolist()],
         "cosines": [round(value, 6) for value in after.tolist()],
     }  # fmt: skip
-    return coefficient_payloads(grown.coefficients, stored_dtype(bank)), details
+    return payloads, details
 
 
 def _kept(cosines: NDArray[np.float64]) -> dict[str, float]:

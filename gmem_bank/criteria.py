@@ -48,7 +48,7 @@ class Goal:
             raise ConfigError(f"give exactly one of rank, energy, target_cosine and max_bytes; {got}", key="rank")
         if self.dtype not in COEFFICIENT_DTYPES:
             raise ConfigError(f"dtype must be {', '.join(COEFFICIENT_DTYPES)}, not {self.dtype!r}", key="dtype")
-        if self.rank is not None and not 1 <= self.rank <= dim:
+        if self.rank is not None and not (isinstance(self.rank, int) and 1 <= self.rank <= dim):
             raise ConfigError(f"rank must be 1 to {dim}, the bank's dimension; got {self.rank}", key="rank")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise ConfigError(f"energy must be above 0 and at most 1, got {self.energy}", key="energy")

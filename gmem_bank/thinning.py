@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from gmem_bank import factors, kinds, segments, streams
 from gmem_bank.draft import Draft
 from gmem_bank.editing import EditReport, editing
-from gmem_bank.errors import ConfigError
+from gmem_bank.errors import ConfigError, CorruptError
 from gmem_bank.kinds import FactoredBank
 from gmem_bank.ops import PathLike
 from gmem_bank.provenance import Json
@@ -193,6 +193,10 @@ def _dense_blocks(entries: Mapping[str, Payload], rank: int) -> Iterator[tuple[N
             factors.require_within(places, rank, "index")
             filled = np.nonzero(part)  # unused slots hold 0, at index 0, where another may be in use
             codes[filled[0], places[filled]] = part[filled]
+            if np.count_nonzero(codes) < len(filled[0]):
+                raise CorruptError(
+                    "entry 'index' names a coefficient twice in a row: no mask is made from it", tensor="index"
+                )
             row += len(part)
             yield codes, segments.scaled(codes, scale)
 

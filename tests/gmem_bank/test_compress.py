@@ -499,6 +499,7 @@ def test_a_bank_that_is_being_edited_is_left_alone(make_bank: BankMaker) -> None
         ({"rank": 3, "energy": 0.5}, "got rank, energy"),
         ({"rank": 0}, "rank must be 1 to 16"),
         ({"rank": 17}, "rank must be 1 to 16"),
+        ({"rank": 3.5}, "rank must be 1 to 16"),
         ({"energy": 0.0}, "energy must be above 0"),
         ({"energy": 1.5}, "energy must be above 0"),
         ({"energy": float("nan")}, "energy must be above 0"),

@@ -16,10 +16,11 @@ import gmem_bank
 from gmem_bank import kinds, thinning
 from gmem_bank.bank import MemoryBank
 from gmem_bank.cli import main
-from gmem_bank.errors import ConfigError
+from gmem_bank.errors import ConfigError, CorruptError
 from gmem_bank.interface import SupportsFactors
 from gmem_bank.kinds import FactoredBank
 from gmem_bank.selection import Selection
+from gmem_bank.storage import Payload, write
 from tests.conftest import BankMaker, stored_oracle
 from tests.contracts import BankContract
 
@@ -143,6 +144,16 @@ def test_masks_that_cannot_be_are_refused(make_bank: BankMaker) -> None:
     told = gmem_bank.mask_coefficients(bank.path, keep=1, dry_run=True)
     assert told.details["num_kept"] == 20
     assert files(bank.path) == before
+
+
+def test_a_row_that_names_a_coefficient_twice_is_not_masked(make_bank: BankMaker) -> None:
+    """Such a row reads as their sum; which of them to keep cannot be said."""
+    bank = make_bank(kind="sparse", rank=4)
+    index = np.array(bank.stored.array("0/index"))
+    index[3] = index[3, 0]
+    write(bank.path, bank.header, {**bank.stored.payloads(), "0/index": Payload.of(index)})
+    with pytest.raises(CorruptError, match="twice in a row"):
+        gmem_bank.mask_coefficients(bank.path, keep=1)
 
 
 def test_the_command_masks_rows_or_coefficients_not_both(make_bank: BankMaker) -> None:

@@ -30,7 +30,7 @@ from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import Json
 from gmem_bank.quality import sample_rows
 from gmem_bank.rewrite import join_if_many
-from gmem_bank.segment_rows import Plan, SegmentRows, plan_for, rows_of
+from gmem_bank.segment_rows import Plan, SegmentRows, one_thread_a_product, plan_for, rows_of
 from gmem_bank.storage import num_bytes
 from gmem_bank.storage.rules import MAX_RANK
 from gmem_bank.stored_fit import measure, put_into, put_shapes
@@ -101,7 +101,8 @@ def compress(
             require_drawable(Path(plot))
         job = job_of(edit, others, memory_limit, progress)
         try:
-            report, found = _compressed(edit, job, goal, folder, seed)
+            with one_thread_a_product():
+                report, found = _compressed(edit, job, goal, folder, seed)
         except GMemError as error:
             if not dry_run and not isinstance(error, WriteError):  # the same command would end there again
                 shutil.rmtree(folder, ignore_errors=True)

@@ -16,6 +16,7 @@ from gmem_bank.editing import Edit, EditReport, editing
 from gmem_bank.errors import ConceptExistsError, ConfigError, UnknownKeyError, suggest
 from gmem_bank.naming import concept_name_problem
 from gmem_bank.provenance import Json
+from gmem_bank.segment_rows import one_thread_a_product
 from gmem_bank.selection import Selection, rows_selected
 
 PathLike = str | os.PathLike[str]
@@ -104,7 +105,7 @@ def _without(edit: Edit, doomed: NDArray[np.int64], refit: bool, *, concept: str
     draft = edit.draft()
     dropped = [name for name in draft.keep(keep) if name != concept]
     try:
-        basis = refitting.refit(draft, write=not edit.dry_run) if refit else _basis_stays(draft)
+        basis = _refitted(draft, write=not edit.dry_run) if refit else _basis_stays(draft)
         noted = {"basis": basis["basis"]} if basis else {}
         return edit.finish(
             draft, num_rows=len(doomed), concept=concept, num_removed=len(doomed), dropped_concepts=dropped,
@@ -113,6 +114,11 @@ def _without(edit: Edit, doomed: NDArray[np.int64], refit: bool, *, concept: str
     finally:
         if refit and not edit.dry_run:
             refitting.clear(edit.target)
+
+
+def _refitted(draft: Draft, *, write: bool) -> dict[str, Json]:
+    with one_thread_a_product():
+        return refitting.refit(draft, write=write)
 
 
 def _basis_stays(draft: Draft) -> dict[str, Json]:

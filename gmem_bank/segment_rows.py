@@ -228,6 +228,18 @@ def plan_for(dim: int, num_rows: int, memory_limit: int | None = None) -> Plan:
     return Plan(chunk_rows=1 << (rows.bit_length() - 1), num_workers=workers, sample_rows=sample)
 
 
+@contextlib.contextmanager
+def one_thread_a_product() -> Iterator[None]:
+    """Let linear algebra use one thread a call: results then do not depend on how many cores there are.
+
+    Small calls are faster so, too: threads that wait for each other on busy cores lose milliseconds a call.
+    """
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    with threadpool_limits(1, user_api="blas"):
+        yield
+
+
 def read_ahead(items: Iterable[Item], most: int) -> Generator[Item]:
     """Yield items that another thread gets, up to `most` ahead; what it raises is raised here."""
     ready: queue.Queue[tuple[bool, Any]] = queue.Queue(most)
@@ -266,11 +278,9 @@ def in_order(plan: Plan, work: Callable[[Item], Result], items: Iterable[Item]) 
 
     Each thread's products have one thread of their own, so that results do not depend on how many cores there are.
     """
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-
     waiting: deque[Future[Result]] = deque()
     ahead = contextlib.closing(read_ahead(items, 1))
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(plan.num_workers) as pool, ahead as ready:
+    with one_thread_a_product(), ThreadPoolExecutor(plan.num_workers) as pool, ahead as ready:
         try:
             for item in ready:
                 waiting.append(pool.submit(work, item))

@@ -24,6 +24,7 @@ from gmem_bank.plotting import draw_spectrum, require_drawable
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import Json
 from gmem_bank.quality import knn_accuracy, labels_of, overlap, sample_rows, summary
+from gmem_bank.segment_rows import one_thread_a_product
 from gmem_bank.storage.rules import COEFFICIENT_DTYPES
 from gmem_bank.stored_fit import decode, encode, scale_of
 from gmem_bank.thinning import largest
@@ -144,9 +145,9 @@ def sweep(
         sample = _Sample(
             snippets=_raw_snippets(bank, rows), labels=labels if len(bank.names) > 1 else np.full(len(rows), -1)
         )
-        ways = []
-        for way in _ways(found, wanted or (min(bank.dim, FEWEST),), dtypes, sample):
-            ways.append(replace(way, bytes=size_of(job, edit, way.rank, way.dtype, way.keep)))
+        with one_thread_a_product():
+            measured = list(_ways(found, wanted or (min(bank.dim, FEWEST),), dtypes, sample))
+        ways = [replace(way, bytes=size_of(job, edit, way.rank, way.dtype, way.keep)) for way in measured]
         progress(2 * len(bank), 2 * len(bank))
     return SweepReport(
         bank=str(bank.path), num_rows=len(bank), dim=bank.dim, num_sampled=len(rows), bytes=bank.stored.num_bytes,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gmem_bank.combine import merge as merge
     from gmem_bank.compare import DiffReport as DiffReport
     from gmem_bank.compare import diff as diff
+    from gmem_bank.compression import compress as compress
     from gmem_bank.console import CommandGroup as CommandGroup
     from gmem_bank.decoding import read_image as read_image
     from gmem_bank.derive import compose as compose
@@ -87,6 +88,8 @@ if TYPE_CHECKING:
     from gmem_bank.shards import Shards as Shards
     from gmem_bank.shards import ShardWriter as ShardWriter
     from gmem_bank.sources import RUN_MARKER as RUN_MARKER
+    from gmem_bank.sweeping import sweep as sweep
+    from gmem_bank.thinning import mask_coefficients as mask_coefficients
     from gmem_bank.tokens import write_tokens as write_tokens
     from gmem_bank.undoing import undo as undo
     from gmem_bank.verifier import verify as verify
@@ -99,6 +102,7 @@ _DOOR = {
     "columns": ("Columns",),
     "combine": ("merge",),
     "compare": ("DiffReport", "diff"),
+    "compression": ("compress",),
     "console": ("CommandGroup",),
     "decoding": ("read_image",),
     "derive": ("compose", "interpolate"),
@@ -147,6 +151,8 @@ _DOOR = {
     "selection": ("Selection",),
     "shards": ("ShardWriter", "Shards"),
     "sources": ("RUN_MARKER",),
+    "sweeping": ("sweep",),
+    "thinning": ("mask_coefficients",),
     "tokens": ("write_tokens",),
     "undoing": ("undo",),
     "verifier": ("verify",),

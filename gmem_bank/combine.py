@@ -74,20 +74,57 @@ def merge(
 
 def _merged(edit: Edit, banks: Sequence[MemoryBank], on_duplicate: str) -> EditReport:
     draft = edit.draft()
-    origins = [0] * len(draft.segments)  # which bank each segment came from
-    placed = [(edit.bank, np.arange(len(edit.bank), dtype=np.int64))]  # each bank, and where its rows are in the draft
+    taken = absorb_banks(draft, [edit.bank, *banks], on_duplicate)
+    details: dict[str, Any] = {
+        "num_banks": 1 + len(banks), "num_duplicates": taken.num_dropped,
+        "num_memberships_of_earlier_rows": taken.num_joined,
+    }  # fmt: skip
+    if draft.num_rows == len(edit.bank) and not taken.num_joined and edit.in_place:
+        return edit.unchanged(details=details)
+    if isinstance(edit.bank, FactoredBank):
+        details |= _rebase(draft, [edit.bank, *banks], taken.origins)
+    join_if_many(draft)
+    added = draft.num_rows - len(edit.bank)
+    return edit.finish(draft, num_rows=added, num_added=added, details=details)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Absorbed:
+    """What a draft has taken from other banks."""
+
+    origins: list[int]
+    """For each segment, which bank it came from."""
+    num_dropped: int
+    """Rows left out because an earlier bank has their key."""
+    num_joined: int
+    """Memberships that earlier rows have gained."""
+
+
+def absorb_banks(draft: Draft, banks: Sequence[MemoryBank], on_duplicate: str) -> Absorbed:
+    """Append the rows of other banks to a draft as they are stored, with their concepts, masks and sources.
+
+    Args:
+        draft: of the first bank.
+        banks: all of them, the first one included.
+        on_duplicate: as in `merge`.
+
+    Raises:
+        ConceptExistsError: as in `merge`.
+    """
+    origins = [0] * len(draft.segments)
+    placed = [(banks[0], np.arange(len(banks[0]), dtype=np.int64))]  # each bank, and where its rows are in the draft
     num_dropped = num_joined = 0
-    for number, other in enumerate(banks, 1):
+    for number, other in enumerate(banks[1:], 1):
         known = _places_of_known_keys(placed, other)
         twice = np.flatnonzero(known >= 0)
         if len(twice) and on_duplicate == "error":
             raise ConceptExistsError(
                 f"{other.path} has {len(twice)} keys that an earlier bank has, such as {_shown(other, twice)}: "
-                "take --on-duplicate first, or remove them",
+                "take --on-duplicate first when merging, or remove them",
                 path=other.path, key=other.keys(twice[:1])[0],
             )  # fmt: skip
         num_dropped += len(twice)
-        theirs = Draft(other, edit.target)
+        theirs = Draft(other, draft.target)
         place = known.copy()
         if len(twice) < len(other):
             place[place < 0] = np.arange(draft.num_rows, draft.num_rows + len(other) - len(twice))
@@ -99,16 +136,7 @@ def _merged(edit: Edit, banks: Sequence[MemoryBank], on_duplicate: str) -> EditR
             origins += [number] * len(theirs.segments)
         placed.append((other, place))
         num_joined += _join_concepts(draft, other, known)
-    details: dict[str, Any] = {
-        "num_banks": 1 + len(banks), "num_duplicates": num_dropped, "num_memberships_of_earlier_rows": num_joined,
-    }  # fmt: skip
-    if draft.num_rows == len(edit.bank) and not num_joined and edit.in_place:
-        return edit.unchanged(details=details)
-    if isinstance(edit.bank, FactoredBank):
-        details |= _rebase(draft, [edit.bank, *banks], origins)
-    join_if_many(draft)
-    added = draft.num_rows - len(edit.bank)
-    return edit.finish(draft, num_rows=added, num_added=added, details=details)
+    return Absorbed(origins=origins, num_dropped=num_dropped, num_joined=num_joined)
 
 
 def _join_concepts(draft: Draft, other: MemoryBank, known: NDArray[np.int64]) -> int:

@@ -76,7 +76,8 @@ class Draft:
     """
 
     def __init__(self, bank: MemoryBank, target: Path) -> None:
-        self.bank = bank
+        self.bank, self.target = bank, target
+        self.kind, self.extras = bank.header.kind, dict(bank.header.extras)
         self.encoder, sources = relocated(bank, target)
         self.sources = list(sources)
         self.segments = list(bank.header.segments)
@@ -201,6 +202,11 @@ class Draft:
         self.segments = segments_left
         return [name for name in old if name not in self._concepts]
 
+    def factorise(self, grow_below: float, **entries: NDArray[np.float32]) -> None:
+        """Make it a factored bank with this basis, mean and singular values; its segments have been replaced for that."""
+        self.kind, self.extras = "factored", {**self.extras, "grow_below": grow_below}
+        self.set_factors(grown=False, **entries)
+
     def _drop_sources(self, masks: Sequence[NDArray[np.bool_]]) -> None:
         """Number the sources anew after those that no kept row points at are gone."""
         ids = [streams.read(self.payloads[segment.entry("source")]) for segment in self.segments]
@@ -258,7 +264,7 @@ class Draft:
         version = self.bank.header.version if entry is None else max(self.bank.header.version, VERSION)
         header = replace(
             self.bank.header, version=version, segments=tuple(self.segments), encoder=self.encoder, sources=tuple(self.sources),
-            concepts=concepts, history=history,
+            concepts=concepts, history=history, kind=self.kind, extras=self.extras,
         )  # fmt: skip
         payloads = self._stored | self.payloads
         if self._table is not None:

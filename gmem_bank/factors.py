@@ -83,13 +83,18 @@ def scatter(
     Raises:
         CorruptError: an index beyond the rank.
     """
+    require_within(index, rank, name)
+    dense = np.zeros(len(values) * rank, np.float32)
+    places = index + np.arange(0, len(values) * rank, rank)[:, None]
+    # unused slots add 0 to column 0; in one dimension it is eight times as fast as in two
+    np.add.at(dense, places.ravel(), values.ravel())
+    return dense.reshape(len(values), rank)
+
+
+def require_within(index: NDArray[np.integer], rank: int, name: str) -> None:
+    """Raise CorruptError where an index of a kept coefficient is beyond the rank."""
     if index.size and int(index.max()) >= rank:
         raise CorruptError(f"entry {name!r} names coefficient {int(index.max())} of {rank}", tensor=name)
-    dense = np.zeros((len(values), rank), np.float32)
-    np.add.at(
-        dense, (np.arange(len(values))[:, None], index.astype(np.int64)), values
-    )  # unused slots add 0 to column 0
-    return dense
 
 
 def project(
@@ -129,7 +134,7 @@ def grow(
     """
     wide, centre = basis.astype(np.float64), mean.astype(np.float64)
     centred = snippets.astype(np.float64) - centre
-    before = _cosines(snippets, centred @ wide.T @ wide + centre)
+    before = cosines(snippets, centred @ wide.T @ wide + centre)
     short = before < below
     room = basis.shape[1] - len(basis)
     if not short.any() or not room:
@@ -141,7 +146,7 @@ def grow(
 
     def reached(count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         grown = np.vstack([wide, directions[:count]])
-        return grown, _cosines(snippets, centred @ grown.T @ grown + centre)
+        return grown, cosines(snippets, centred @ grown.T @ grown + centre)
 
     low, high = 1, len(directions)
     while (
@@ -154,12 +159,12 @@ def grow(
             low = middle + 1
     # one more orthogonalisation: the residuals were orthogonal to the basis only up to their own rounding
     grown = np.linalg.qr(reached(low)[0].T)[0].T
-    grown = np.asarray(np.vstack([basis, _signed(grown[len(basis) :])]), np.float32)
-    after = _cosines(snippets, centred @ grown.astype(np.float64).T @ grown + centre)
+    grown = np.asarray(np.vstack([basis, signed(grown[len(basis) :])]), np.float32)
+    after = cosines(snippets, centred @ grown.astype(np.float64).T @ grown + centre)
     return Grown(basis=grown, coefficients=project(snippets, grown, mean), cosines_before=before, cosines_after=after)
 
 
-def _cosines(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.float64]:
+def cosines(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.float64]:
     """Return the (n,) cosines between rows; 0 where one has no direction."""
     first, second = a.astype(np.float64), b.astype(np.float64)
     norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
@@ -167,7 +172,7 @@ def _cosines(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.flo
     return cosines
 
 
-def _signed(directions: NDArray[np.float64]) -> NDArray[np.float64]:
+def signed(directions: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return directions with the sign convention: the entry of largest size of each row is positive."""
     largest = np.take_along_axis(directions, np.abs(directions).argmax(axis=1)[:, None], axis=1)
     return np.where(largest < 0, -directions, directions)
@@ -227,7 +232,7 @@ def join(
     order = np.argsort(-energies, kind="stable")
     kept = order[energies[order] > max(energies.max(), 0.0) * 1e-13]
     kept = kept if len(kept) else order[:1]  # all rows are the same: one direction, of no energy
-    basis = _signed(vectors[:, kept].T @ frame)
+    basis = signed(vectors[:, kept].T @ frame)
     turn = frame @ basis.T
     return Joined(
         basis=basis.astype(np.float32),

@@ -10,10 +10,13 @@ import os
 import numpy as np
 from numpy.typing import NDArray
 
+from gmem_bank import refitting
 from gmem_bank.draft import Draft
 from gmem_bank.editing import Edit, EditReport, editing
 from gmem_bank.errors import ConceptExistsError, ConfigError, UnknownKeyError, suggest
 from gmem_bank.naming import concept_name_problem
+from gmem_bank.provenance import Json
+from gmem_bank.segment_rows import one_thread_a_product
 from gmem_bank.selection import Selection, rows_selected
 
 PathLike = str | os.PathLike[str]
@@ -32,15 +35,23 @@ def check_concept_name(name: str) -> str:
 
 
 def remove_concept(
-    bank_path: PathLike, name: str, *, output: PathLike | None = None, dry_run: bool = False, undo: bool = True
+    bank_path: PathLike,
+    name: str,
+    *,
+    refit: bool = False,
+    output: PathLike | None = None,
+    dry_run: bool = False,
+    undo: bool = True,
 ) -> EditReport:
     """Delete a concept and its rows; the rows after them move up, keys stay.
 
-    On a factored bank the basis stays as it is.
+    On a factored bank the basis stays as it is, and the history says so, unless `refit` is asked for.
 
     Args:
         bank_path: the bank.
         name: the concept.
+        refit: factored banks: fit basis, mean and all coefficients anew to the rows that are left, so that directions
+            that only the removed rows used are gone from the file (with `undo` False, from what was kept too).
         output: bank file to write; default: replace the bank.
         dry_run: write nothing, and report what would be done.
         undo: keep the bank as it was for `undo`; False also deletes what was kept for earlier edits.
@@ -49,17 +60,20 @@ def remove_concept(
         UnknownKeyError: no such concept; the nearest names are offered.
         GMemError: no row would be left.
     """
-    with editing(bank_path, "remove-concept", {"name": name}, output=output, dry_run=dry_run, undo=undo) as edit:
+    arguments = {"name": name, **({"refit": True} if refit else {})}
+    with editing(bank_path, "remove-concept", arguments, output=output, dry_run=dry_run, undo=undo) as edit:
         if edit.made is not None and name not in edit.made.names:
+            refitting.clear(edit.target)  # of this very command, killed after its last write
             return edit.unchanged(concept=name)
         doomed = edit.bank.all_rows_of(name)
-        return _without(edit, doomed, concept=name)
+        return _without(edit, doomed, refit, concept=name)
 
 
 def remove(
     bank_path: PathLike,
     selection: Selection,
     *,
+    refit: bool = False,
     output: PathLike | None = None,
     dry_run: bool = False,
     undo: bool = True,
@@ -69,30 +83,45 @@ def remove(
     Args:
         bank_path: the bank.
         selection: which rows.
-        output, dry_run, undo: as `remove_concept`.
+        refit, output, dry_run, undo: as `remove_concept`.
 
     Raises:
-        ConfigError, UnknownKeyError: as `rows_selected`.
+        ConfigError, UnknownKeyError: as `rows_selected`; or a dense bank is to be refitted.
         GMemError: no row would be left.
     """
-    with editing(bank_path, "remove", selection.to_json(), output=output, dry_run=dry_run, undo=undo) as edit:
+    arguments = {**selection.to_json(), **({"refit": True} if refit else {})}
+    with editing(bank_path, "remove", arguments, output=output, dry_run=dry_run, undo=undo) as edit:
         if edit.made is not None:
+            refitting.clear(edit.target)
             return edit.unchanged()
-        return _without(edit, rows_selected(edit.bank, selection))
+        return _without(edit, rows_selected(edit.bank, selection), refit)
 
 
-def _without(edit: Edit, doomed: NDArray[np.int64], *, concept: str | None = None) -> EditReport:
+def _without(edit: Edit, doomed: NDArray[np.int64], refit: bool, *, concept: str | None = None) -> EditReport:
+    if refit:
+        refitting.require_factored(edit.bank)
     keep = np.ones(len(edit.bank), np.bool_)
     keep[doomed] = False
     draft = edit.draft()
     dropped = [name for name in draft.keep(keep) if name != concept]
-    return edit.finish(
-        draft, num_rows=len(doomed), concept=concept, num_removed=len(doomed), dropped_concepts=dropped,
-        details=_basis_stays(draft), noted=_basis_stays(draft),
-    )  # fmt: skip
+    try:
+        basis = _refitted(draft, write=not edit.dry_run) if refit else _basis_stays(draft)
+        noted = {"basis": basis["basis"]} if basis else {}
+        return edit.finish(
+            draft, num_rows=len(doomed), concept=concept, num_removed=len(doomed), dropped_concepts=dropped,
+            details=basis, noted=noted,
+        )  # fmt: skip
+    finally:
+        if refit and not edit.dry_run:
+            refitting.clear(edit.target)
 
 
-def _basis_stays(draft: Draft) -> dict[str, str]:
+def _refitted(draft: Draft, *, write: bool) -> dict[str, Json]:
+    with one_thread_a_product():
+        return refitting.refit(draft, write=write)
+
+
+def _basis_stays(draft: Draft) -> dict[str, Json]:
     return {"basis": "kept"} if draft.bank.header.kind == "factored" else {}
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from gmem_bank import moments
 from gmem_bank.bank import MemoryBank
 from gmem_bank.errors import ConfigError
 from gmem_bank.index import search_flat
@@ -135,19 +136,14 @@ def _active_rows(bank: MemoryBank) -> NDArray[np.int64]:
 
 def _centred_gram(bank: MemoryBank, rows: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the (D,) mean and the (D, D) Gram matrix of the centred snippets, in one pass."""
-    shift = np.zeros(bank.dim, np.float32)
-    total, gram = np.zeros(bank.dim), np.zeros((bank.dim, bank.dim))
-    for start, block in bank.snippet_blocks(rows):
-        if start == 0:  # without the shift a large mean would drown the small directions in float32
-            shift = block.mean(axis=0, dtype=np.float64).astype(np.float32)
-        shifted = np.subtract(block, shift, out=block)
-        total += shifted.sum(axis=0, dtype=np.float64)
-        largest = float(np.abs(shifted).max())
-        exact = shifted if 1e-15 < largest < 1e15 else shifted.astype(np.float64)  # their squares are no float32
-        gram += exact.T @ exact
-    centre = total / len(rows)
-    gram -= len(rows) * np.outer(centre, centre)
-    return shift + centre, gram
+    sums = None
+    for _, block in bank.snippet_blocks(rows):
+        if sums is None:  # the shift: without it a large mean would drown the small directions in float32
+            sums = moments.RunningSums(block.mean(axis=0, dtype=np.float64).astype(np.float32))
+        sums.add(moments.sum_chunk(block, sums.shift, wide=False))
+    assert sums is not None, "there is a row"
+    found = sums.moments()
+    return found.mean, found.scatter
 
 
 def neighbour_distances(bank: MemoryBank, *, num_probes: int = 2000, sample: int = 50_000, seed: int = 0) -> Neighbours:

@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gmem_bank import plot_page, plot_picture
 from gmem_bank.bank import MemoryBank
-from gmem_bank.errors import ConfigError
+from gmem_bank.errors import ConfigError, OutputExistsError
 from gmem_bank.index import require_faiss
-from gmem_bank.plot_measures import Projection, neighbour_distances, project, spectrum
+from gmem_bank.plot_measures import Projection, Spectrum, neighbour_distances, project, spectrum
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import Json
 from gmem_bank.storage import atomic
@@ -93,6 +94,27 @@ def plot(
             plot_page.add_thumbnails(drawing.map, bank, progress, *THUMBNAILS[target.suffix.lower()])
     atomic.write_bytes(target, write(drawing))
     return _report(target, bank, drawing)
+
+
+def require_drawable(target: Path) -> None:
+    """Raise ConfigError, MissingDependencyError or OutputExistsError where no spectrum can be drawn into that file."""
+    _writer(target, ("spectrum",))
+    if target.exists():
+        raise OutputExistsError(f"{target} exists: name another file with --plot, or delete it first", path=target)
+
+
+def draw_spectrum(bank: MemoryBank, values: NDArray[np.float64], output: str | os.PathLike[str]) -> None:
+    """Draw (R,) singular values of a bank, descending, into a picture or page; what is there is replaced.
+
+    Raises:
+        ConfigError, MissingDependencyError, WriteError: as `plot`.
+    """
+    target = Path(output)
+    squares = np.cumsum(values**2)
+    energy = squares / squares[-1] if values.any() else np.ones_like(values)
+    found = Spectrum(values=values, energy=energy, stored=False)
+    drawing = plot_page.Drawing(title=_title(bank), facts=_facts(bank), panels=("spectrum",), spectrum=found)
+    atomic.write_bytes(target, _writer(target, drawing.panels)(drawing))
 
 
 def _writer(target: Path, panels: Sequence[str]) -> Callable[[plot_page.Drawing], bytes]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from gmem_bank.arrays import is_array_file, read_array
 from gmem_bank.bank import MemoryBank
+from gmem_bank.batch_size import AUTO, BatchSize
 from gmem_bank.encoders import Encoder, SupportsText, reload_encoder, require_same_encoder
 from gmem_bank.encoding import encode_in_memory
 from gmem_bank.errors import ConfigError, EncoderError, EncoderMismatchError, UnknownKeyError, suggest
@@ -89,7 +90,7 @@ def search(
     index: BankIndex | None = None,
     load: Callable[[], Encoder] | None = None,
     text: bool = False,
-    batch_size: int = 32,
+    batch_size: BatchSize = AUTO,
     progress: Progress = no_progress,
 ) -> list[QueryHits]:
     """Find the rows nearest to whatever `query` points at.
@@ -127,7 +128,7 @@ def search(
 
 
 def _snippets_of(
-    bank: MemoryBank, query: str, load: Callable[[], Encoder], batch_size: int, progress: Progress
+    bank: MemoryBank, query: str, load: Callable[[], Encoder], batch_size: BatchSize, progress: Progress
 ) -> tuple[list[str], NDArray[np.float32]]:
     """Return the labels and the (B, D) snippets of a query that is not text."""
     path = Path(query)

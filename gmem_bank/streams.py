@@ -25,11 +25,14 @@ BLOCK_BYTES = 4 << 20
 
 def checked(payload: Payload) -> Iterator[bytes | memoryview]:
     """Yield a payload's bytes; raises CorruptError at the end where they do not match the hash that it came with."""
+    if payload.sha256 is None:
+        yield from payload.blocks()
+        return
     digest = hashlib.sha256()
     for block in payload.blocks():
         digest.update(block)
         yield block
-    if payload.sha256 is not None and digest.hexdigest() != payload.sha256:
+    if digest.hexdigest() != payload.sha256:
         raise CorruptError(
             f"{payload.label or 'an entry'} does not match its hash, so nothing is made from it: restore the bank from a copy "
             "or build it again"
@@ -38,7 +41,7 @@ def checked(payload: Payload) -> Iterator[bytes | memoryview]:
 
 def verified(payload: Payload) -> Payload:
     """Return the payload, its bytes checked against its hash while they are copied."""
-    return replace(payload, blocks=lambda: checked(payload), part=None)
+    return replace(payload, blocks=lambda: checked(payload), part=None, name="")
 
 
 def read(payload: Payload) -> NDArray[Any]:
@@ -91,7 +94,7 @@ def filtered(payload: Payload, keep: NDArray[np.bool_]) -> Payload:
             if len(kept):
                 yield _bytes(kept)
 
-    return replace(payload, shape=(int(keep.sum()), *payload.shape[1:]), blocks=blocks, sha256=None, part=None)
+    return replace(payload, shape=(int(keep.sum()), *payload.shape[1:]), blocks=blocks, sha256=None, part=None, name="")
 
 
 def sliced(payload: Payload, begin: int, end: int) -> Payload:
@@ -106,7 +109,7 @@ def sliced(payload: Payload, begin: int, end: int) -> Payload:
         row_bytes = np.dtype(NUMPY_DTYPE[payload.dtype]).itemsize * math.prod(payload.shape[1:])
         shape = (end - begin, *payload.shape[1:])
         own = lambda: part(begin * row_bytes, end * row_bytes)  # noqa: E731
-        return replace(payload, shape=shape, blocks=own, sha256=None, part=None)
+        return replace(payload, shape=shape, blocks=own, sha256=None, part=None, name="")
     keep = np.zeros(payload.shape[0], np.bool_)
     keep[begin:end] = True
     return filtered(payload, keep)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gmem_bank import factors, segments
+from gmem_bank import factors, segments, streams
 from gmem_bank.bank import MemoryBank
 from gmem_bank.draft import Draft
 from gmem_bank.errors import CorruptError
@@ -46,6 +46,11 @@ def new_vectors(
         blocks: the snippets; read once more each time the payload is.
         num_rows: n.
         grow_below: cosine that each new snippet's reconstruction must reach; None takes the bank's own, -1 never grows.
+
+    Returns:
+        The entries, and for a factored bank what the report says: "rank", "grown_directions", "grow_below", the cosines of the
+        new snippets to what is kept of them ("cosines", a row each, and "cosine" in short), and what projection onto the old
+        basis alone would have kept ("cosines_by_projection", "cosine_by_projection").
     """
     bank = draft.bank
     if not isinstance(bank, FactoredBank):
@@ -60,13 +65,22 @@ def new_vectors(
             energy = np.linalg.norm(grown.coefficients[:, bank.rank :].astype(np.float64), axis=0)
             entries["singular_values"] = np.concatenate([bank.singular_values, energy])
         draft.set_factors(grown=True, **entries)
-    before, after = grown.cosines_before, grown.cosines_after
+    payloads = coefficient_payloads(grown.coefficients, stored_dtype(bank))
+    read = streams.read(
+        segments.coefficients_as_f32(payloads, len(grown.basis))
+    )  # as they are stored, i8 steps and all
+    before, after = grown.cosines_before, factors.cosines(snippets, factors.reconstruct(read, grown.basis, bank.mean))
     details = {
         "rank": len(grown.basis), "grown_directions": num_grown, "grow_below": target,
-        "cosine_by_projection": {"mean": float(before.mean()), "min": float(before.min())},
-        "cosine": {"mean": float(after.mean()), "min": float(after.min())},
+        "cosine_by_projection": _kept(before), "cosine": _kept(after),
+        "cosines_by_projection": [round(value, 6) for value in before.tolist()],
+        "cosines": [round(value, 6) for value in after.tolist()],
     }  # fmt: skip
-    return coefficient_payloads(grown.coefficients, stored_dtype(bank)), details
+    return payloads, details
+
+
+def _kept(cosines: NDArray[np.float64]) -> dict[str, float]:
+    return {"mean": float(cosines.mean()), "median": float(np.median(cosines)), "min": float(cosines.min())}
 
 
 def recorded_grow_below(bank: MemoryBank) -> float:

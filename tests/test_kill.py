@@ -100,6 +100,43 @@ def test_a_writer_killed_between_write_and_rename_leaves_the_old_bank(photos: Pa
     assert not [path for path in Path.cwd().iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".safetensors", ".h5", ".gmem"])
+def test_compress_survives_kills(tmp_path: Path, suffix: str) -> None:
+    """In place: the dense bank or the factored one, sound; in the end the bytes of an uninterrupted run, and no strays."""
+    for name in ("bank", "reference"):
+        synthetic_bank(tmp_path / f"{name}{suffix}", rows=60_000, dim=256, dtype="f16")
+    bank, reference = tmp_path / f"bank{suffix}", tmp_path / f"reference{suffix}"
+    dense = gmem_bank.open(bank).fingerprint
+    code = (
+        "import gmem_bank.moments as m; m.SAVE_SECONDS = 0; from gmem_bank.cli import main; main()"  # each sum is kept
+    )
+    command = [sys.executable, "-c", code, "compress", "--rank", "40", "--dtype", "i8", "-q"]
+    started = time.perf_counter()
+    subprocess.run([*command, str(reference)], check=True, stdout=subprocess.DEVNULL)
+    longest = 1.1 * (time.perf_counter() - started)
+    made = gmem_bank.open(reference).fingerprint
+
+    def old_or_new() -> None:
+        assert verify(bank).ok
+        assert gmem_bank.open(bank).fingerprint in (dense, made)
+
+    kills = killed_until_done([*command, str(bank)], old_or_new, longest)
+    assert gmem_bank.open(bank).fingerprint == made
+    assert kills > 0
+    if bank.is_file():
+        assert bank.read_bytes() == reference.read_bytes()
+    require_tidy_beside(bank)
+    gmem_bank.undo(bank)
+    assert gmem_bank.open(bank).fingerprint == dense
+
+
+def require_tidy_beside(bank: Path) -> None:
+    """No staging folder, lock or temporary file of the bank is left."""
+    names = [path.name for path in bank.parent.iterdir() if path.name.startswith(f".{bank.name}.")]
+    assert not names
+
+
 # -- one bank edited over and over, by children that are killed
 
 EDITS: dict[str, Callable[..., EditReport]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 import gmem_bank
-from gmem_bank.cli import build, edit, insert, inspect, search, tokens, transfer, whole
+from gmem_bank.cli import build, compress, edit, insert, inspect, search, tokens, transfer, whole
 from gmem_bank.console import CommandGroup
 
 
@@ -26,7 +26,7 @@ def main(traceback: bool) -> None:
 for command in (
     build.build, insert.insert_concept, edit.remove_concept, edit.remove, edit.select, edit.rename, edit.mask, edit.unmask,
     edit.interpolate, edit.compose, edit.undo, whole.merge, whole.dedup, whole.coreset, whole.diff, whole.convert, whole.shard,
-    whole.compact, transfer.import_, transfer.export, transfer.plot, inspect.info, inspect.verify, inspect.list_rows,
-    inspect.history, inspect.provenance, search.index, search.search, tokens.tokens, build.encoders,
+    whole.compact, compress.compress, transfer.import_, transfer.export, transfer.plot, inspect.info, inspect.verify,
+    inspect.list_rows, inspect.history, inspect.provenance, search.index, search.search, tokens.tokens, build.encoders,
 ):  # fmt: skip
     main.add_command(command)

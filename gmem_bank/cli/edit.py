@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from gmem_bank.cli.options import edit_options, print_edit, selection_from, selection_options
-from gmem_bank.console import bank_argument, bank_option, device_option, json_option, print_json, printable
+from gmem_bank.cli.options import edit_options, print_edit, refit_option, selection_from, selection_options
+from gmem_bank.console import bank_argument, bank_option, device_option, json_option, note, print_json, printable
 
 
 def _edit(output: str | None, dry_run: bool, no_undo: bool) -> dict[str, Any]:
@@ -17,26 +17,47 @@ def _edit(output: str | None, dry_run: bool, no_undo: bool) -> dict[str, Any]:
 @click.command("remove-concept")
 @click.argument("name")
 @bank_option
+@refit_option
 @edit_options
-def remove_concept(name: str, bank: str, output: str | None, dry_run: bool, no_undo: bool, as_json: bool) -> None:
+def remove_concept(
+    name: str, bank: str, refit: bool, output: str | None, dry_run: bool, no_undo: bool, as_json: bool
+) -> None:
     """Delete the concept NAME and its rows from a bank."""
     import gmem_bank
 
-    report = gmem_bank.remove_concept(bank, name, **_edit(output, dry_run, no_undo))
+    report = gmem_bank.remove_concept(bank, name, refit=refit, **_edit(output, dry_run, no_undo))
     print_edit(report, as_json, f"of concept {printable(name)!r}", f"has concept {printable(name)!r} removed already")
+    _print_basis(report, as_json)
 
 
 @click.command()
 @bank_argument
 @selection_options
+@refit_option
 @edit_options
-def remove(bank: str, output: str | None, dry_run: bool, no_undo: bool, as_json: bool, **selection: Any) -> None:
+def remove(
+    bank: str, refit: bool, output: str | None, dry_run: bool, no_undo: bool, as_json: bool, **selection: Any
+) -> None:
     """Delete rows from BANK: by key, pattern, concept or at random."""
     import gmem_bank
 
-    report = gmem_bank.remove(bank, selection_from(**selection), **_edit(output, dry_run, no_undo))
+    report = gmem_bank.remove(bank, selection_from(**selection), refit=refit, **_edit(output, dry_run, no_undo))
     drawn = "has had these rows drawn and removed (another --seed draws others)" if selection["random"] else ""
     print_edit(report, as_json, "(removal)", drawn)
+    _print_basis(report, as_json)
+
+
+def _print_basis(report: Any, as_json: bool) -> None:
+    """Say what became of a factored bank's basis."""
+    facts = report.details
+    if as_json or "basis" not in facts:
+        return
+    if facts["basis"] == "kept":
+        note("the basis was kept, removed rows included: --refit fits it to the rows that are left")
+        return
+    click.echo(f"  basis     refitted, rank {facts['rank_before']} → {facts['rank']}")
+    if "coefficient_mask" in facts:
+        note("the coefficient mask has ended: 'gmem-bank mask --keep' makes one again")
 
 
 @click.command()
@@ -53,12 +74,43 @@ def select(bank: str, output: str | None, dry_run: bool, no_undo: bool, as_json:
 
 @click.command()
 @bank_argument
+@click.option(
+    "--keep", type=click.IntRange(min=1), metavar="K", help="Coefficients: the K largest of each snippet stay."
+)
+@click.option(
+    "--keep-energy", type=click.FloatRange(0, 1, min_open=True), metavar="E",
+    help="Coefficients: the fewest that hold this share of each snippet's squared norm stay.",
+)  # fmt: skip
+@click.option(
+    "--keep-random", type=click.FloatRange(0, 1, min_open=True), metavar="P",
+    help="Coefficients: each stays with this probability, by --seed.",
+)  # fmt: skip
 @selection_options
 @edit_options
-def mask(bank: str, output: str | None, dry_run: bool, no_undo: bool, as_json: bool, **selection: Any) -> None:
-    """Hide rows of BANK: they stay in the file, and nothing reads them until 'unmask'."""
+def mask(
+    bank: str, keep: int | None, keep_energy: float | None, keep_random: float | None, output: str | None, dry_run: bool,
+    no_undo: bool, as_json: bool, **selection: Any,
+) -> None:  # fmt: skip
+    """Hide rows of BANK: they stay in the file, and nothing reads them until 'unmask'. Or, with --keep, --keep-energy or
+    --keep-random, drop coefficients of every row of a factored bank.
+    """  # noqa: D205 - click takes the first paragraph for the summary
     import gmem_bank
 
+    kept: dict[str, Any] = {"keep": keep, "keep_energy": keep_energy, "keep_random": keep_random}
+    if any(value is not None for value in kept.values()):
+        if not selection_from(**selection).empty or selection["invert"]:
+            raise click.UsageError(
+                "mask rows (--concept, --key, …) or coefficients (--keep, …), not both in one command"
+            )
+        if sum(value is not None for value in kept.values()) > 1:
+            raise click.UsageError("give one of --keep, --keep-energy and --keep-random")
+        report = gmem_bank.mask_coefficients(bank, seed=selection["seed"], **kept, **_edit(output, dry_run, no_undo))
+        facts = report.details
+        print_edit(report, as_json, f"{facts.get('num_kept')} of {facts.get('num_coefficients')} coefficients kept")
+        if not as_json and "cosine" in facts:
+            cosine = facts["cosine"]
+            click.echo(f"  cosine    mean {cosine['mean']:.4f}, p1 {cosine['p1']:.4f}, min {cosine['min']:.4f}")
+        return
     report = gmem_bank.mask(bank, selection_from(**selection), **_edit(output, dry_run, no_undo))
     _print_mask(report, as_json, "hidden")
 

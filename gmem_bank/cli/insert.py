@@ -96,11 +96,11 @@ def insert_concept(
     if result.skipped:
         click.echo(f"skipped: {len(result.skipped)} files")
     _print_novelty(result.details.get("novelty"))
-    if result.details.get("grown_directions"):
+    if "cosine_by_projection" in result.details:
         before, after = result.details["cosine_by_projection"], result.details["cosine"]
         click.echo(
-            f"basis: +{result.details['grown_directions']} directions, rank {result.details['rank']} now; cosine of the new rows "
-            f"min {after['min']:.3f}, by projection alone {before['min']:.3f}"
+            f"basis: +{result.details['grown_directions']} directions, rank {result.details['rank']} now; cosine of new rows: "
+            f"median {after['median']:.3f}, min {after['min']:.3f}; projection alone {before['median']:.3f}, {before['min']:.3f}"
         )
 
 

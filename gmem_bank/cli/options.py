@@ -21,11 +21,19 @@ def edit_options(command: Command) -> Command:
     )(command)
 
 
+def refit_option(command: Command) -> Command:
+    """Add --refit."""
+    return click.option(
+        "--refit", is_flag=True,
+        help="Factored banks: fit basis and coefficients to the rows left; with --no-undo for deletion on request.",
+    )(command)  # fmt: skip
+
+
 def selection_options(command: Command) -> Command:
     """Add what selects rows: --concept, --key, --keys, --pattern, --random, --seed, --invert."""
     options = (
         click.option("--invert", is_flag=True, help="All other rows instead."),
-        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For --random."),
+        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of what is drawn."),
         click.option(
             "--random", type=click.IntRange(min=1), metavar="N", help="N of those rows (default: of all) at random."
         ),

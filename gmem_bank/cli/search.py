@@ -104,7 +104,7 @@ def _print_report(report: Any, update: bool) -> None:
 @quiet_option
 def search(
     bank: str, query: str, k: int, weights: str | None, text: bool, exact: bool, index_file: str | None, page: str | None,
-    overwrite: bool, device: str, batch_size: int, as_json: bool, quiet: bool,
+    overwrite: bool, device: str, batch_size: Any, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Find the rows of BANK nearest to QUERY.
 

@@ -13,7 +13,7 @@ from gmem_bank.storage.payload import Payload
 from gmem_bank.storage.schema import Header
 from gmem_bank.storage.stored import StoredBank
 
-__all__ = ["Payload", "StoredBank", "open_stored", "real_target", "require_known_suffix", "write"]
+__all__ = ["Payload", "StoredBank", "num_bytes", "open_stored", "real_target", "require_known_suffix", "write"]
 
 _STORES = {
     ".safetensors": "safetensors_store", ".h5": "hdf5_store", ".hdf5": "hdf5_store", ".gmem": "folder_store",
@@ -66,3 +66,9 @@ def write(path: str | os.PathLike[str], header: Header, payloads: Mapping[str, P
     target = require_known_suffix(path)
     written: Header = _store(target).write(target, header, payloads)
     return written
+
+
+def num_bytes(path: str | os.PathLike[str], header: Header, payloads: Mapping[str, Payload]) -> int:
+    """Return how large the bank would be that `write` makes of these; the payloads' bytes are not asked for."""
+    size: int = _store(require_known_suffix(path)).num_bytes(header, payloads)
+    return size

@@ -120,10 +120,27 @@ def write(path: Path, header: schema.Header, payloads: Mapping[str, Payload]) ->
     return _write_into(path, header, payloads)
 
 
-def _write_into(folder: Path, header: schema.Header, payloads: Mapping[str, Payload]) -> schema.Header:
+def num_bytes(header: schema.Header, payloads: Mapping[str, Payload]) -> int:
+    """Return the size of the manifest and of the files that `write` would make."""
+    files: dict[str, int] = {}
+    for group, own in _grouped(header, payloads).items():
+        entries = container.lay_out({name: (payload.dtype, payload.shape) for name, payload in own.items()})
+        size = len(container.render(entries, {})) + max(entry.end for entry in entries.values())
+        files[_file_name(group, {})] = size
+    text = replace(header, hashes=known_hashes(payloads)).to_json()
+    return sum(files.values()) + len(_render(json.loads(text), files).encode())
+
+
+def _grouped(header: schema.Header, payloads: Mapping[str, Payload]) -> dict[str, dict[str, Payload]]:
+    """Return file → its entries."""
     groups: dict[str, dict[str, Payload]] = {}
     for name, payload in payloads.items():
         groups.setdefault(_group(name, header), {})[name] = payload
+    return groups
+
+
+def _write_into(folder: Path, header: schema.Header, payloads: Mapping[str, Payload]) -> schema.Header:
+    groups = _grouped(header, payloads)
     hashes: dict[str, str] = {}
     files: dict[str, int] = {}
     for group in sorted(groups):

@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -238,6 +239,16 @@ def write(path: Path, header: schema.Header, payloads: Mapping[str, Payload]) ->
         ]
         _write_guard(stream, path, block, sorted(spans))
     return final
+
+
+def num_bytes(header: schema.Header, payloads: Mapping[str, Payload]) -> int:
+    """Return the size of the file that `write` would make, by laying one out without its data."""
+    room = len(replace(header, hashes=known_hashes(payloads)).to_json().encode())
+    in_order = sorted(payloads, key=lambda name: (-_item_size(payloads[name]), name))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "empty.h5"
+        _lay_out(path, {name: payloads[name] for name in in_order}, room)
+        return path.stat().st_size
 
 
 def _item_size(payload: Payload) -> int:

@@ -40,6 +40,8 @@ class Payload:
     """Where it came from, for messages: "bank.safetensors: entry '0/snippets'"."""
     file: Path | None = None
     """The file that it is copied from."""
+    name: str = ""
+    """Its name in that file, as long as all of it is copied."""
 
     @classmethod
     def of(cls, array: NDArray[Any], dtype: str | None = None) -> Payload:

@@ -84,6 +84,13 @@ def write(path: Path, header: schema.Header, payloads: Mapping[str, Payload]) ->
     return final
 
 
+def num_bytes(header: schema.Header, payloads: Mapping[str, Payload]) -> int:
+    """Return the size of the file that `write` would make."""
+    entries = container.lay_out({name: (payload.dtype, payload.shape) for name, payload in payloads.items()})
+    reserved = _render(replace(header, hashes=known_hashes(payloads)), entries)
+    return len(reserved) + max((entry.end for entry in entries.values()), default=0)
+
+
 def write_entries(stream: BinaryIO, entries: Mapping[str, Entry], payloads: Mapping[str, Payload]) -> dict[str, str]:
     """Write the data of a safetensors file at the stream's position; return name → sha256."""
     in_order = sorted(entries, key=lambda name: entries[name].begin)

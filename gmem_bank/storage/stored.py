@@ -140,7 +140,7 @@ class StoredBank:
             dtype=place.dtype, shape=place.shape, blocks=lambda: self.blocks(name),
             sha256=self.header.hashes[name], label=f"{self.path}: entry {name!r}",
             part=lambda begin, end: self.blocks(name, BLOCK_BYTES, begin, end),
-            file=place.file.path,
+            file=place.file.path, name=name,
         )  # fmt: skip
 
     def payloads(self) -> dict[str, Payload]:

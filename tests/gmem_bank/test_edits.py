@@ -456,6 +456,12 @@ def test_inserting_into_a_factored_bank_grows_its_basis_where_projection_would_l
     assert cosines.min() > (0.985 if dtype == "i8" else 0.9899)
     assert report.details["grown_directions"] >= 1
     assert report.details["cosine_by_projection"]["min"] < report.details["cosine"]["min"]
+    np.testing.assert_allclose(report.details["cosines"], cosines, atol=2e-6)
+    wide = unit.astype(np.float64)
+    centred = wide - bank.mean
+    projected = centred @ bank.basis.T.astype(np.float64) @ bank.basis + bank.mean
+    lost = np.vecdot(projected, wide) / np.linalg.norm(projected, axis=1)
+    np.testing.assert_allclose(report.details["cosines_by_projection"], lost, atol=2e-6)
     assert edited.stored.dtype("1/coefficients") == bank.stored.dtype("0/coefficients")
     assert gmem_bank.verify(bank.path).problems == []
     gmem_bank.undo(bank.path)

@@ -1,0 +1,85 @@
+"""gmem-bank compress."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from gmem_bank.cli.options import edit_options, print_edit
+from gmem_bank.console import byte_count, human_bytes, note, print_json, quiet_option
+
+
+@click.command()
+@click.argument("banks", nargs=-1, type=click.Path(), metavar="[BANK]...")
+@click.option("--rank", "-r", type=int, default=None, metavar="R", help="Components to keep.")
+@click.option(
+    "--energy", type=float, default=None, metavar="E", help="Share of the centred squared norm to keep: 0.95."
+)
+@click.option(
+    "--target-cosine", type=float, default=None, metavar="C", help="Mean cosine to the snippets to reach: 0.99."
+)
+@click.option(
+    "--max-bytes", type=str, default=None, metavar="B", help="Size of the bank not to pass: 500000, 20M, 1.5G."
+)
+@click.option(
+    "--dtype", type=click.Choice(["f32", "f16", "i8"]), default="f32", show_default=True,
+    help="How coefficients are stored; i8 with a scale a component.",
+)  # fmt: skip
+@click.option(
+    "--memory-limit", type=str, default=None, metavar="B", help="Working memory, such as 200M; default: some 200 MB."
+)
+@click.option(
+    "--sweep",
+    is_flag=True,
+    help="Write no bank: print what ranks, types and coefficient masks keep, and how large they are.",
+)
+@click.option("--plot", default=None, metavar="FILE", help="Draw the spectrum into a .html or .png file.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Draws the rows compared.")
+@edit_options
+@quiet_option
+def compress(
+    banks: tuple[str, ...], max_bytes: str | None, memory_limit: str | None, sweep: bool, plot: str | None, seed: int,
+    output: str | None, dry_run: bool, no_undo: bool, as_json: bool, quiet: bool, **goal: Any,
+) -> None:  # fmt: skip
+    """Store the snippets of BANK as coefficients on their principal directions; give one of --rank, --energy, --target-cosine
+    and --max-bytes.
+
+    Of a factored bank components are dropped, by their energy. Several BANKs of one encoder become one, written to -o. The same
+    command again continues where it was interrupted.
+    """  # noqa: D205 - click takes the first paragraph for the summary
+    import gmem_bank
+    from gmem_bank.progress import ProgressBar
+
+    paths = list(banks) or ["bank.safetensors"]
+    limits: dict[str, Any] = {"memory_limit": byte_count(memory_limit), "plot": plot, "seed": seed}
+    if sweep:
+        asked = [name for name in ("rank", "energy", "target_cosine") if goal[name] is not None]
+        if asked or max_bytes or output or len(paths) > 1:
+            raise click.UsageError("--sweep shows what each goal would give, of one BANK: give no goal and no --output")
+        with ProgressBar("sweep", "row", quiet=quiet) as progress:
+            found = gmem_bank.sweep(paths[0], progress=progress, **limits)
+        print_json(found.to_json()) if as_json else click.echo(found.table())
+        return
+    with ProgressBar("compress", "row", quiet=quiet) as progress:
+        report = gmem_bank.compress(
+            paths, max_bytes=byte_count(max_bytes), output=output, dry_run=dry_run, undo=not no_undo, progress=progress,
+            **limits, **goal,
+        )  # fmt: skip
+    facts = report.details
+    print_edit(report, as_json, f"rank {facts.get('rank')}, {goal['dtype']} coefficients")
+    if not as_json and not report.unchanged:
+        _print_quality(facts)
+
+
+def _print_quality(facts: dict[str, Any]) -> None:
+    if facts["rank_asked"] > facts["rank"]:
+        note(f"rank {facts['rank_asked']} was asked for: the rows span {facts['rank']} directions")
+    click.echo(f"  bytes     {human_bytes(facts['bytes_before'])} → {human_bytes(facts['bytes_after'])}")
+    error = f", relative error {facts['relative_error']:.4g}" if "relative_error" in facts else ""
+    click.echo(f"  energy    {facts['energy']:.4f}{error} (optimum {facts['optimal_relative_error']:.4g})")
+    if "cosine" in facts:
+        cosine, same = facts["cosine"], facts["neighbour_overlap_at_10"]
+        click.echo(f"  cosine    mean {cosine['mean']:.4f}, p1 {cosine['p1']:.4f}, min {cosine['min']:.4f}")
+        if same is not None:
+            click.echo(f"  overlap   {same:.3f} of the 10 nearest among {facts['neighbours_among']} rows")

@@ -1,0 +1,204 @@
+"""Compress banks: factorise dense ones, truncate factored ones, several into one; streamed, and resumed after a kill.
+
+Shapes: N rows, D dimensions, R rank.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gmem_bank import kinds
+from gmem_bank.bank import MemoryBank
+from gmem_bank.builder import staging_folder
+from gmem_bank.combine import absorb_banks
+from gmem_bank.criteria import Goal, rank_for_bytes, rank_for_cosine, rank_for_energy
+from gmem_bank.draft import Draft
+from gmem_bank.editing import Edit, EditReport, editing
+from gmem_bank.encoders import require_same_encoder
+from gmem_bank.errors import ConfigError, GMemError, WriteError
+from gmem_bank.fitting import gather_moments, project_rows
+from gmem_bank.moments import Moments, SumStore, principal, spectrum_of
+from gmem_bank.ops import PathLike
+from gmem_bank.plotting import draw_spectrum, require_drawable
+from gmem_bank.progress import Progress, no_progress
+from gmem_bank.provenance import Json
+from gmem_bank.quality import sample_rows
+from gmem_bank.rewrite import join_if_many
+from gmem_bank.segment_rows import Plan, SegmentRows, one_thread_a_product, plan_for, rows_of
+from gmem_bank.storage import num_bytes
+from gmem_bank.storage.rules import MAX_RANK
+from gmem_bank.stored_fit import measure, put_into, put_shapes
+
+
+def compress(
+    bank_path: PathLike | Sequence[PathLike],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    target_cosine: float | None = None,
+    max_bytes: int | None = None,
+    dtype: str = "f32",
+    memory_limit: int | None = None,
+    seed: int = 0,
+    plot: PathLike | None = None,
+    output: PathLike | None = None,
+    dry_run: bool = False,
+    undo: bool = True,
+    progress: Progress = no_progress,
+) -> EditReport:
+    """Store snippets as coefficients on their principal directions, as far as exactly one of four goals asks.
+
+    One pass adds up the mean and the (D, D) scatter matrix of all rows (float32 products of chunks shifted by the first
+    chunk's mean, float64 sums), whose eigenvectors are the basis; a second pass writes coefficients. Masked rows count like
+    others. Memory does not grow with N but for some 50 bytes a row. The same call again continues after a kill, to the same
+    bytes. A factored bank is diagonalised anew and truncated.
+
+    Args:
+        bank_path: the bank; or several of one encoder, whose rows become one bank.
+        rank: R, 1 to D; fewer where the rows span fewer directions.
+        energy: share of the centred squared norm to keep, above 0, at most 1: the smallest rank that does.
+        target_cosine: mean cosine of snippets to what is read of them: the smallest rank that reaches it.
+        max_bytes: size of the bank on disk, all of it: the largest rank that fits.
+        dtype: coefficients as "f32", "f16", or "i8" with a scale a component and segment.
+        memory_limit: bytes of working memory; None: some 200 MB for 768 dimensions.
+        seed: draws the rows that neighbours are compared among.
+        plot: .html or .png file for the spectrum, new; drawn with `dry_run` too.
+        output: bank to write; default: replace the bank (of several, give one).
+        dry_run: write nothing: report rank, energy and bytes after the first pass.
+        undo: keep the bank as it was for `undo`.
+        progress: told rows done and rows in all, both passes together.
+
+    Returns:
+        A report with "rank", "rank_asked", "dtype", "energy", "cosine" (mean, p1, p5, median, min), "neighbour_overlap_at_10",
+        "relative_error" (‖s - ŝ‖ over ‖s - mean‖, all rows together), "optimal_relative_error" (Eckart and Young 1936,
+        exact coefficients), "bytes_before", "bytes_after" and "grow_below" in its details.
+
+    Raises:
+        ConfigError: not one goal, one out of range, or one that cannot be reached (the message says what can).
+        CorruptError: a row is not finite, or an entry is damaged; nothing is written.
+        EncoderMismatchError, ConceptExistsError: of several banks, encoders differ or a key occurs twice.
+    """
+    paths = [bank_path] if isinstance(bank_path, str | os.PathLike) else list(bank_path)
+    if not paths or (len(paths) > 1 and output is None):
+        raise ConfigError("several banks are compressed into a new one: give its name with -o", key="output")
+    goal = Goal(rank=rank, energy=energy, target_cosine=target_cosine, max_bytes=max_bytes, dtype=dtype)
+    others = [kinds.open(path) for path in paths[1:]]
+    arguments = goal.to_json() | ({"banks": [bank.fingerprint for bank in others]} if others else {})
+    with editing(paths[0], "compress", arguments, output=output, dry_run=dry_run, undo=undo) as edit:
+        folder = staging_folder(edit.target, "compress")
+        if edit.made is not None:
+            if not dry_run:
+                shutil.rmtree(folder, ignore_errors=True)  # of this very command, killed after its last write
+            return edit.unchanged(details={"rank": getattr(edit.made, "rank", None)})
+        goal.check(edit.bank.dim)
+        if plot is not None:
+            require_drawable(Path(plot))
+        job = job_of(edit, others, memory_limit, progress)
+        try:
+            with one_thread_a_product():
+                report, found = _compressed(edit, job, goal, folder, seed)
+        except GMemError as error:
+            if not dry_run and not isinstance(error, WriteError):  # the same command would end there again
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        if not dry_run:
+            shutil.rmtree(folder, ignore_errors=True)
+        if plot is not None:  # last: a kill before leaves the name free for the same command again
+            draw_spectrum(edit.bank, np.sqrt(spectrum_of(found)), plot)
+    return report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is compressed, and how."""
+
+    draft: Draft
+    banks: list[MemoryBank]
+    rows: list[SegmentRows]
+    plan: Plan
+    progress: Progress
+
+    @property
+    def bytes_before(self) -> int:
+        """Of all banks on disk."""
+        return sum(bank.stored.num_bytes for bank in self.banks)
+
+
+def job_of(edit: Edit, others: Sequence[MemoryBank], memory_limit: int | None, progress: Progress) -> Job:
+    """Return what an edit of a bank, and of others whose rows follow, has to do."""
+    for other in others:
+        require_same_encoder(other.encoder, edit.bank.encoder)
+    draft = edit.draft()
+    banks = [edit.bank, *others]
+    origins = absorb_banks(draft, banks, "error").origins
+    if all(bank.header.kind == "dense" for bank in banks):
+        join_if_many(draft)
+        origins = [0] * len(draft.segments)
+    return Job(
+        draft=draft, banks=banks, rows=rows_of(draft, banks, origins),
+        plan=plan_for(edit.bank.dim, draft.num_rows, memory_limit), progress=progress,
+    )  # fmt: skip
+
+
+def moments_of(job: Job, folder: Path | None = None) -> Moments:
+    """Return the moments of a job's rows; its sums survive a kill in a folder."""
+    plan: dict[str, object] = {
+        "banks": [bank.fingerprint for bank in job.banks], "chunk_rows": job.plan.chunk_rows, "version": 1,
+    }  # fmt: skip
+    store = SumStore(folder, plan) if folder is not None else None
+    # the second pass has as many rows
+    return gather_moments(job.rows, job.plan, store, lambda done, total: job.progress(done, 2 * total))
+
+
+def _compressed(edit: Edit, job: Job, goal: Goal, folder: Path, seed: int) -> tuple[EditReport, Moments]:
+    found = moments_of(job, None if edit.dry_run else folder)
+    most = min(edit.bank.dim, MAX_RANK, max(found.count - 1, 1))
+
+    def size(rank: int) -> int:
+        return size_of(job, edit, rank, goal.dtype)
+
+    chosen = goal.rank
+    if goal.energy is not None:
+        chosen = rank_for_energy(spectrum_of(found), goal.energy)
+    elif goal.max_bytes is not None:
+        chosen = rank_for_bytes(size, most, goal.max_bytes, goal.dtype)
+    directions = principal(found, most if chosen is None else min(chosen, most))
+    if goal.target_cosine is not None:
+        chosen = rank_for_cosine(job.rows, directions, found.mean, job.plan, goal)
+    basis, kept = directions.basis[:chosen], float(directions.energies[:chosen].sum())
+    share = min(kept / found.energy, 1.0) if found.energy > 0 else 1.0
+    facts: dict[str, Json] = {
+        "rank": len(basis), "rank_asked": chosen, "dtype": goal.dtype, "energy": share,
+        "optimal_relative_error": float(np.sqrt(1 - share)), "bytes_before": job.bytes_before,
+    }  # fmt: skip
+    noted: dict[str, Json] = {"rank": len(basis)}
+    if edit.dry_run:
+        facts["bytes_after"] = size(len(basis))
+        return edit.finish(job.draft, num_rows=job.draft.num_rows, noted=noted, details=facts), found
+    sample = sample_rows(np.arange(job.draft.num_rows), job.plan.sample_rows, seed)
+    fitted = project_rows(
+        job.rows, basis, found.mean, job.plan, folder / "coefficients", sample=sample,
+        progress=lambda done, total: job.progress(total + done, 2 * total),
+    )  # fmt: skip
+    quality = measure(fitted, goal.dtype, sample, plan=job.plan)
+    facts |= quality.report(found.energy, 1 - share, fitted.sample)
+    put_into(job.draft, fitted, goal.dtype, quality.grow_below())
+    report = edit.finish(job.draft, num_rows=job.draft.num_rows, noted=noted, details=facts)
+    facts |= {"grow_below": quality.grow_below(), "bytes_after": kinds.open(edit.target).stored.num_bytes}
+    return report, found
+
+
+def size_of(job: Job, edit: Edit, rank: int, dtype: str, keep: int | None = None) -> int:
+    """Return the bytes of the whole bank at a rank, with so many coefficients kept a row (None: all)."""
+    put_shapes(job.draft, rank, dtype, keep)
+    entry = {
+        "operation": edit.operation, "arguments": dict(edit.arguments), "num_rows": job.draft.num_rows, "rank": rank,
+    }  # fmt: skip
+    header, payloads = job.draft.finish(entry)
+    return num_bytes(edit.target, header, payloads)

@@ -1,0 +1,280 @@
+"""Fit a draft's rows by a basis: one pass for the scatter matrix, one for the coefficients, in bounded memory.
+
+The fit looks at all rows, masked ones too: a mask can be taken back, and its rows should then read as well as others.
+
+Shapes: N rows, n rows of a segment, b rows of a chunk, D dimensions, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gmem_bank import moments
+from gmem_bank.errors import CorruptError
+from gmem_bank.moments import Moments, RunningSums, SumStore
+from gmem_bank.progress import Progress, no_progress
+from gmem_bank.segment_rows import Chunk, Plan, SegmentRows, in_order
+from gmem_bank.storage import atomic
+
+PROJECT_ROWS = 1024
+"""Of a chunk of the second pass at most: it goes over its rows several times, and should stay in the cache."""
+TELLING = 0.01
+"""Share of a squared norm from which on a difference of two float32 sums says enough."""
+WIDE_PRODUCTS = 1 << 32
+"""N·D² up to which products are taken in float64: it costs nothing that one would notice."""
+
+
+def gather_moments(
+    rows: Sequence[SegmentRows],
+    plan: Plan,
+    store: SumStore | None = None,
+    progress: Progress = no_progress,
+) -> Moments:
+    """Return the moments of a draft's rows.
+
+    Args:
+        rows: of its segments.
+        plan: how much to hold at a time.
+        store: where an interrupted pass over dense rows is taken up; None: nowhere.
+        progress: told rows done and rows in all.
+
+    Raises:
+        CorruptError: a row is not finite.
+    """
+    dense = [segment for segment in rows if segment.basis is None]
+    found = _sum_dense(dense, plan, store, progress) if dense else moments.no_rows(rows[0].dim)
+    for segment in rows:
+        if segment.basis is not None:
+            found = found.merged(_sum_coefficients(segment, plan))
+            progress(segment.first + segment.num_rows, rows[-1].first + rows[-1].num_rows)
+    return found
+
+
+def _sum_dense(rows: Sequence[SegmentRows], plan: Plan, store: SumStore | None, progress: Progress) -> Moments:
+    num_rows, dim = sum(segment.num_rows for segment in rows), rows[0].dim
+    wide = num_rows * dim * dim <= WIDE_PRODUCTS
+    kept = store.load() if store is not None else None
+    sums, finished = kept if kept is not None else (RunningSums(_first_mean(rows, plan)), 0)
+
+    def work(chunk: Chunk) -> moments.ChunkSums:
+        found = moments.sum_chunk(chunk.values, sums.shift, wide=wide)
+        if not np.isfinite(found.gram).all():
+            _require_finite(rows, chunk)
+        return found
+
+    done = finished
+    progress(min(finished * plan.chunk_rows, num_rows), num_rows)
+    for found in in_order(plan, work, _chunks_from(rows, plan, finished)):
+        sums.add(found)
+        done += 1
+        if store is not None:
+            store.save(sums, done)
+        progress(min(done * plan.chunk_rows, num_rows), num_rows)
+    if store is not None and done > finished:
+        store.save(sums, done, final=True)
+    return sums.moments()
+
+
+def _require_finite(rows: Sequence[SegmentRows], chunk: Chunk) -> None:
+    """Name the row whose sums are not finite; the chunk's values have been shifted, which leaves NaN and infinity as they are."""
+    segment = next(segment for segment in rows if segment.number == chunk.segment)
+    segment.require_finite(chunk, chunk.values)
+    raise CorruptError(f"{segment.path}: rows from {chunk.first} on have values whose squares float64 cannot hold")
+
+
+def _first_mean(rows: Sequence[SegmentRows], plan: Plan) -> NDArray[np.float32]:
+    """Return the (D,) mean of the first chunk; 0 where it is not finite."""
+    chunk = next(rows[0].chunks(plan.chunk_rows))
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = chunk.values.mean(axis=0, dtype=np.float64).astype(np.float32)
+    return np.where(np.isfinite(mean), mean, np.float32(0))
+
+
+def _chunks_from(rows: Sequence[SegmentRows], plan: Plan, finished: int) -> Iterator[Chunk]:
+    """Yield the chunks after the first `finished` ones."""
+    for segment in rows:
+        count = -(-segment.num_rows // plan.chunk_rows)
+        if finished >= count:
+            finished -= count
+            continue
+        yield from segment.chunks(plan.chunk_rows, finished * plan.chunk_rows)
+        finished = 0
+
+
+def _sum_coefficients(segment: SegmentRows, plan: Plan) -> Moments:
+    """Return the moments of a factored segment's reconstructions, exactly: in float64, and in its own few dimensions."""
+    assert segment.basis is not None
+    assert segment.mean is not None
+    rank = len(segment.basis)
+    sums = RunningSums(np.zeros(rank, np.float32))
+    for chunk in segment.chunks(plan.chunk_rows):
+        segment.require_finite(chunk, chunk.values)
+        values = chunk.values.astype(np.float64)
+        sums.add(moments.ChunkSums(count=len(values), total=values.sum(axis=0), gram=values.T @ values))
+    return moments.from_coefficients(sums.count, sums.total, sums.gram, segment.basis, segment.mean)
+
+
+@dataclass(kw_only=True)
+class Fitted:
+    """Coefficients of all rows on a basis, in a file beside the bank, and what was measured on the way."""
+
+    basis: NDArray[np.float32]
+    """(R, D)."""
+    mean: NDArray[np.float32]
+    """(D,)."""
+    counts: list[int]
+    """Rows of each segment."""
+    largest: NDArray[np.float32]
+    """(segments, R): largest absolute coefficient."""
+    squares: NDArray[np.float64]
+    """(N,) ‖s‖² of each snippet s."""
+    dots: NDArray[np.float64]
+    """(N,) s · mean."""
+    residuals: NDArray[np.float64]
+    """(N,) ‖s - c·B - mean‖², before the coefficients are stored in any type."""
+    column_energy: NDArray[np.float64]
+    """(R,) Σ c² over all rows."""
+    sample: NDArray[np.float32]
+    """(m, D): the snippets that were asked for."""
+    file: Path
+
+    def coefficients(self, segment: int, size: int) -> Iterator[NDArray[np.float32]]:
+        """Yield the (b, R) float32 coefficients of a segment in order, `size` rows at a time."""
+        rank, first = len(self.basis), sum(self.counts[:segment])
+        with self.file.open("rb") as stream:
+            stream.seek(4 * rank * first)
+            for start in range(0, self.counts[segment], size):
+                rows = min(size, self.counts[segment] - start)
+                block = np.fromfile(stream, np.float32, rows * rank)
+                if len(block) < rows * rank:
+                    raise CorruptError(f"{self.file} was cut short while it was read: run the same command again")
+                yield block.reshape(rows, rank)
+
+
+def project_rows(
+    rows: Sequence[SegmentRows],
+    basis: NDArray[np.float64],
+    mean: NDArray[np.float64],
+    plan: Plan,
+    file: Path,
+    *,
+    sample: NDArray[np.int64] | None = None,
+    progress: Progress = no_progress,
+) -> Fitted:
+    """Project all rows onto a basis; every stored entry that is read is checked against its hash.
+
+    Args:
+        rows: of a draft's segments.
+        basis: (R, D) orthonormal rows; rounded to float32, as they are stored.
+        mean: (D,); rounded likewise.
+        plan: how much to hold at a time.
+        file: where the coefficients go, (N, R) float32.
+        sample: (m,) rows, ascending, whose snippets to keep.
+        progress: told rows done and rows in all.
+
+    Raises:
+        CorruptError: an entry is damaged, or a row is not finite.
+        WriteError: there is no room for the coefficients.
+    """
+    narrow, centre = basis.astype(np.float32), mean.astype(np.float32)
+    num_rows, rank, wanted = rows[-1].first + rows[-1].num_rows, len(basis), np.zeros(0, np.int64)
+    wanted = wanted if sample is None else sample
+    fitted = Fitted(
+        basis=narrow, mean=centre, counts=[segment.num_rows for segment in rows], file=file,
+        largest=np.zeros((len(rows), rank), np.float32), squares=np.zeros(num_rows), dots=np.zeros(num_rows),
+        residuals=np.zeros(num_rows), column_energy=np.zeros(rank),
+        sample=np.empty((len(wanted), rows[0].dim), np.float32),
+    )  # fmt: skip
+
+    def work(chunk: Chunk) -> tuple[Chunk, NDArray[np.float32]]:
+        return chunk, _project_chunk(fitted, rows[chunk.segment], chunk, wanted)
+
+    chunks = (chunk for segment in rows for chunk in segment.chunks(min(plan.chunk_rows, PROJECT_ROWS), check=True))
+    done = 0
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("wb") as stream:
+            for chunk, coefficients in in_order(plan, work, chunks):
+                coefficients.tofile(stream)
+                largest = np.abs(coefficients).max(axis=0)
+                np.maximum(fitted.largest[chunk.segment], largest, out=fitted.largest[chunk.segment])
+                fitted.column_energy += np.square(coefficients, dtype=np.float64).sum(axis=0)
+                done += len(coefficients)
+                progress(done, num_rows)
+    except OSError as error:
+        raise atomic.explain(error, file, 4 * rank * num_rows) from error
+    return fitted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projected:
+    """One chunk on a basis."""
+
+    coefficients: NDArray[np.float32]
+    """(b, R)."""
+    squares: NDArray[np.float32]
+    """(b,) ‖s‖²."""
+    dots: NDArray[np.float32]
+    """(b,) s · mean."""
+    centred: NDArray[np.float32]
+    """(b, D) s - mean."""
+    sample: NDArray[np.float32]
+    """The snippets asked for."""
+
+
+def project_block(
+    segment: SegmentRows,
+    chunk: Chunk,
+    basis: NDArray[np.float32],
+    mean: NDArray[np.float32],
+    sample: NDArray[np.int64] | None = None,
+) -> Projected:
+    """Return the coefficients of a chunk, whose values are overwritten.
+
+    Args:
+        segment: that it is of.
+        chunk: b rows.
+        basis: (R, D) float32.
+        mean: (D,) float32.
+        sample: places in the chunk of the snippets to keep.
+
+    Raises:
+        CorruptError: a row is not finite.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        snippets = segment.snippets(chunk.values)
+        squares, dots = np.vecdot(snippets, snippets), snippets @ mean
+        kept = snippets[np.zeros(0, np.int64) if sample is None else sample]
+        centred = np.subtract(snippets, mean, out=snippets)
+        coefficients = centred @ basis.T
+    if not (np.isfinite(coefficients).all() and np.isfinite(squares).all()):
+        segment.require_finite(chunk, centred)
+        raise CorruptError(f"{segment.path}: rows from {chunk.first} on have values whose squares float32 cannot hold")
+    return Projected(coefficients=coefficients, squares=squares, dots=dots, centred=centred, sample=kept)
+
+
+def _project_chunk(
+    fitted: Fitted, segment: SegmentRows, chunk: Chunk, wanted: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Return the (b, R) coefficients of a chunk, and note what is measured of its rows: in places that no other chunk has."""
+    own = slice(chunk.first, chunk.first + len(chunk.values))
+    low, high = np.searchsorted(wanted, [own.start, own.stop])
+    found = project_block(segment, chunk, fitted.basis, fitted.mean, wanted[low:high] - chunk.first)
+    fitted.squares[own], fitted.dots[own], fitted.sample[low:high] = found.squares, found.dots, found.sample
+    fitted.residuals[own] = _residuals(found, fitted.basis)
+    return found.coefficients
+
+
+def _residuals(found: Projected, basis: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the (b,) squared norms of what the basis leaves: by Pythagoras, but where that would be rounding."""
+    norms = np.vecdot(found.centred, found.centred)
+    left = norms - np.vecdot(found.coefficients, found.coefficients)
+    if (left < TELLING * norms).any():
+        rest = np.subtract(found.centred, found.coefficients @ basis, out=found.centred)
+        left = np.vecdot(rest, rest)
+    return np.asarray(left)

@@ -1,0 +1,293 @@
+"""The snippets of a draft's segments as streams of chunks, read ahead and worked on by threads, in order.
+
+Of a dense bank these are its snippets in its space, of a factored one the raw reconstructions. Masked rows come too.
+
+Shapes: N rows, n rows of a segment, b rows of a chunk, D dimensions, R rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import queue
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gmem_bank import factors, segments, streams
+from gmem_bank.bank import MemoryBank
+from gmem_bank.draft import Draft
+from gmem_bank.errors import ConfigError, CorruptError
+from gmem_bank.kinds import FactoredBank
+from gmem_bank.quality import SAMPLE_ROWS
+from gmem_bank.space import all_finite
+from gmem_bank.storage import Payload
+from gmem_bank.storage.stored import Place
+
+CHUNK_ROWS = 2048
+CHUNK_BYTES = 16 << 20
+FEWEST_CHUNK_ROWS = 64
+MOST_WORKERS = 4
+ROW_BYTES = 60
+"""Held of every row: its norms, cosine, and place in the table of keys."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Some neighbouring rows of a segment."""
+
+    segment: int
+    first: int
+    """Row of the first one in the draft."""
+    values: NDArray[np.float32]
+    """(b, D), to be overwritten at will; where they are stored as coefficients, (b, R)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentRows:
+    """The rows of one segment."""
+
+    number: int
+    """Position among the segments."""
+    first: int
+    """Row of the first one in the draft."""
+    num_rows: int
+    dim: int
+    space: str
+    entries: Mapping[str, Payload]
+    basis: NDArray[np.float32] | None
+    """(R, D) of the bank that the segment came from; None: it is dense."""
+    mean: NDArray[np.float32] | None
+    path: str
+    """Of that bank, for messages."""
+    place: Place | None = None
+    """Where float32 snippets lie as they are, to be read straight into chunks."""
+
+    def stored(self, begin: int = 0, *, check: bool) -> Iterator[NDArray[np.float32]]:
+        """Yield (b, D) snippets, or (b, R) coefficients of a factored segment, from row `begin` on.
+
+        Args:
+            begin: only of dense segments.
+            check: raise CorruptError at the end where an entry does not match its hash; not possible from within.
+        """
+        entries = {what: payload if check else replace(payload, sha256=None) for what, payload in self.entries.items()}
+        if self.basis is not None:
+            yield from streams.row_blocks(segments.coefficients_as_f32(entries, len(self.basis)))
+            return
+        wanted = streams.sliced(entries["snippets"], begin, self.num_rows)
+        yield from streams.row_blocks(segments.snippets_as_f32(wanted, self.space))
+
+    def snippets(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return (b, D) snippets from what `stored` gives."""
+        if self.basis is None or self.mean is None:
+            return values
+        return factors.reconstruct(values, self.basis, self.mean)
+
+    def chunks(self, size: int, begin: int = 0, *, check: bool = False) -> Iterator[Chunk]:
+        """Yield chunks of `size` rows, the last one shorter.
+
+        Args:
+            size: rows.
+            begin: row of the segment to begin with, a multiple of `size`.
+            check: as in `stored`.
+        """
+        start = begin
+        plain = rechunked(self.stored(begin, check=check), size, self.num_rows - begin)
+        for values in plain if self.place is None else self._read(self.place, size, begin, check):
+            row = self.first + start
+            start += len(values)
+            yield Chunk(segment=self.number, first=row, values=values)
+
+    def _read(self, place: Place, size: int, begin: int, check: bool) -> Iterator[NDArray[np.float32]]:
+        """Yield chunks as `chunks` does, one copy of the file's bytes and no more."""
+        digest, position = hashlib.sha256(), place.begin + 4 * self.dim * begin
+        for start in range(begin, self.num_rows, size):
+            values = np.empty((min(size, self.num_rows - start), self.dim), np.float32)
+            view = values.view(np.uint8).data.cast("B")
+            while view:
+                count = os.preadv(place.file.descriptor, [view], position)
+                if not count:
+                    raise CorruptError(f"{self.path} was cut short after it was opened", path=self.path)
+                if check:
+                    digest.update(view[:count])
+                view, position = view[count:], position + count
+            yield values
+        if check and digest.hexdigest() != self.entries["snippets"].sha256:
+            for _ in streams.checked(self.entries["snippets"]):  # raises, in the words of all edits
+                pass
+
+    def require_finite(self, chunk: Chunk, values: NDArray[np.float32]) -> None:
+        """Raise CorruptError that names the first row of a chunk whose (b, …) values are not finite."""
+        if all_finite(values):
+            return
+        row = chunk.first + int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
+        raise CorruptError(
+            f"{self.path}: the snippet of row {row} is not finite, so nothing is made from it: 'gmem-bank verify' lists what "
+            "is wrong; build it again, or remove the row",
+            path=self.path, row=row,
+        )  # fmt: skip
+
+
+def rows_of(draft: Draft, banks: Sequence[MemoryBank], origins: Sequence[int]) -> list[SegmentRows]:
+    """Return the rows of each segment of a draft.
+
+    Args:
+        draft: of the first bank, with the segments of the others appended.
+        banks: all of them.
+        origins: for each segment the bank that it came from.
+    """
+    found, first = [], 0
+    for number, (segment, origin) in enumerate(zip(draft.segments, origins, strict=True)):
+        bank = banks[origin]
+        factored = bank if isinstance(bank, FactoredBank) else None
+        entries = draft.segment_entries(segment)
+        found.append(
+            SegmentRows(
+                number=number, first=first, num_rows=segment.num_rows, dim=bank.dim, space=bank.space,
+                entries=entries, place=_plain_place(bank, entries), path=str(bank.path),
+                basis=None if factored is None else factored.basis, mean=None if factored is None else factored.mean,
+            )
+        )  # fmt: skip
+        first += segment.num_rows
+    return found
+
+
+def _plain_place(bank: MemoryBank, entries: Mapping[str, Payload]) -> Place | None:
+    """Return where the snippets of a segment lie in their bank's file, where they are float32 and whole."""
+    snippets = entries.get("snippets")
+    if snippets is None or snippets.dtype != "F32" or snippets.name not in bank.stored or sys.byteorder != "little":
+        return None
+    return bank.stored.place(snippets.name)
+
+
+def rechunked(blocks: Iterable[NDArray[np.float32]], size: int, num_rows: int) -> Iterator[NDArray[np.float32]]:
+    """Yield the rows of (b, D) blocks as new arrays of `size` rows each, the last one of what is left."""
+    filled, chunk = 0, np.empty((0, 0), np.float32)
+    for block in blocks:
+        taken = 0
+        while taken < len(block):
+            if not filled:
+                chunk = np.empty((min(size, num_rows), block.shape[1]), np.float32)
+            part = block[taken : taken + len(chunk) - filled]
+            chunk[filled : filled + len(part)] = part
+            filled, taken = filled + len(part), taken + len(part)
+            if filled == len(chunk):
+                num_rows -= filled
+                yield chunk
+                filled = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How much is held at a time."""
+
+    chunk_rows: int
+    num_workers: int
+    sample_rows: int
+    """Rows that neighbours are looked for among, at most."""
+
+
+def plan_for(dim: int, num_rows: int, memory_limit: int | None = None) -> Plan:
+    """Return how large chunks are, and how many threads work on them.
+
+    Args:
+        dim: D.
+        num_rows: N.
+        memory_limit: bytes of working memory, beyond what Python and its libraries take; None: chunks of 16 MiB.
+
+    Raises:
+        ConfigError: the limit has no room for the scatter matrix and its eigenvectors.
+    """
+    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, MOST_WORKERS)
+    row_bytes, sample = 4 * dim, SAMPLE_ROWS
+    rows = max(FEWEST_CHUNK_ROWS, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes))
+    if memory_limit is not None:
+        workers = min(workers, 2)
+        fixed, share = 8 * dim * dim * (3 + workers) + ROW_BYTES * num_rows, row_bytes * (5 * workers + 4)
+        room = (memory_limit - fixed) // share
+        if room < FEWEST_CHUNK_ROWS:
+            least = fixed + FEWEST_CHUNK_ROWS * share
+            raise ConfigError(
+                f"a memory limit of {memory_limit:,} bytes is too small for {num_rows:,} rows of {dim} dimensions: give at least "
+                f"{least:,}",
+                key="memory_limit",
+            )
+        rows = min(rows, room)
+        sample = max(2, min(sample, (memory_limit - fixed) // (10 * row_bytes)))
+    return Plan(chunk_rows=1 << (rows.bit_length() - 1), num_workers=workers, sample_rows=sample)
+
+
+@contextlib.contextmanager
+def one_thread_a_product() -> Iterator[None]:
+    """Let linear algebra use one thread a call: results then do not depend on how many cores there are.
+
+    Small calls are faster so, too: threads that wait for each other on busy cores lose milliseconds a call.
+    """
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    with threadpool_limits(1, user_api="blas"):
+        yield
+
+
+def read_ahead(items: Iterable[Item], most: int) -> Generator[Item]:
+    """Yield items that another thread gets, up to `most` ahead; what it raises is raised here."""
+    ready: queue.Queue[tuple[bool, Any]] = queue.Queue(most)
+    stopped = threading.Event()
+
+    def put(entry: tuple[bool, Any]) -> None:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(entry, timeout=0.1)
+                return
+
+    def run() -> None:
+        try:
+            for item in items:
+                put((True, item))
+                if stopped.is_set():
+                    return
+            put((False, None))
+        except BaseException as error:  # noqa: BLE001 - raised again where the items are asked for
+            put((False, error))
+
+    reader = threading.Thread(target=run, daemon=True)
+    reader.start()
+    try:
+        while (entry := ready.get())[0]:
+            yield entry[1]
+        if entry[1] is not None:
+            raise entry[1]
+    finally:
+        stopped.set()
+        reader.join()
+
+
+def in_order(plan: Plan, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Yield what `work` makes of each item, in order, a few at a time in threads; another one reads the items.
+
+    Each thread's products have one thread of their own, so that results do not depend on how many cores there are.
+    """
+    waiting: deque[Future[Result]] = deque()
+    ahead = contextlib.closing(read_ahead(items, 1))
+    with one_thread_a_product(), ThreadPoolExecutor(plan.num_workers) as pool, ahead as ready:
+        try:
+            for item in ready:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > plan.num_workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -1,0 +1,234 @@
+"""How fast and how exactly banks are compressed, beside named peers in the same run, as JSON.
+
+python -m tools.bench_compress [--rows 200000] [--rank 64] [--runs 3] [--threads 2] [--memory-rows 1000000] [--folder DIR]
+
+`compress` is the whole command: reading, checking hashes, both passes, the report, writing and syncing the bank. The peers
+start from the array in memory and write nothing: torch.linalg.svd of the centred matrix, and scikit-learn's PCA by the
+covariance matrix with its transform. --memory-rows 0 leaves the large bank out, which takes 3 GB of disk at its default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import gmem_bank
+from gmem_bank import keys as key_tables
+from gmem_bank import segments
+from gmem_bank.provenance import EncoderSpec, Source
+from gmem_bank.storage import write
+from gmem_bank.storage.schema import Header, Segment
+
+DIM = 768
+BLOCK = 20_000
+PROGRAM = """
+import json, re, sys, time
+from pathlib import Path
+import gmem_bank, numpy, scipy.linalg, threadpoolctl
+from gmem_bank import compression
+def status(name):
+    return int(re.search(name + r":\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+before, times = status("VmRSS"), []
+for run in range(int(sys.argv[4])):
+    Path(sys.argv[2]).unlink(missing_ok=True)
+    started = time.perf_counter()
+    gmem_bank.compress(sys.argv[1], rank=int(sys.argv[3]), output=sys.argv[2])
+    times.append(time.perf_counter() - started)
+print(json.dumps({"seconds": times, "peak_megabytes_above_start": status("VmHWM") - before}))
+"""
+
+
+def rows_of(num_rows: int, mean: float, seed: int = 0) -> Iterator[NDArray[np.float32]]:
+    """Yield blocks of rows whose spectrum falls to a hundredth, around a mean."""
+    rng = np.random.default_rng(seed)
+    turn = np.linalg.qr(rng.standard_normal((DIM, DIM)))[0].astype(np.float32)
+    centre = (mean * rng.standard_normal(DIM)).astype(np.float32)
+    sizes = np.geomspace(1, 0.01, DIM).astype(np.float32)
+    for start in range(0, num_rows, BLOCK):
+        yield (rng.standard_normal((min(BLOCK, num_rows - start), DIM), dtype=np.float32) * sizes) @ turn + centre
+
+
+def make_bank(path: Path, num_rows: int, mean: float) -> None:
+    """Write a dense f32 bank, in blocks."""
+    keys = [f"class{row % 100:02d}/{row:07d}.jpg" for row in range(num_rows)]
+    concepts = segments.concepts_of_folders(keys)
+    header = Header(
+        kind="dense", space="raw", dim=DIM, segments=(Segment(name="0", num_rows=num_rows),), concepts=tuple(concepts),
+        encoder=EncoderSpec(name="made-up", family="precomputed", dim=DIM, space="raw"),
+        sources=(Source(kind="array", path="x.npy"),), history=({"operation": "build", "arguments": {}, "num_rows": num_rows},),
+    )  # fmt: skip
+    snippets = segments.snippet_payload(lambda: rows_of(num_rows, mean), num_rows, DIM, "f32")
+    own = segments.segment_payloads("0", key_tables.encode(keys), np.zeros(num_rows, np.int64), snippets)
+    table = segments.key_table_payloads(*key_tables.sorted_table(key_tables.hashes_of(keys)))
+    write(path, header, own | table | segments.concept_payloads(concepts))
+
+
+def compress_alone(bank: Path, output: Path, rank: int, runs: int, threads: int) -> dict[str, Any]:
+    """Compress in a process of its own; return seconds and peak memory."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-c", PROGRAM, str(bank), str(output), str(rank), str(runs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def best(work: Callable[[], Any], runs: int) -> list[float]:
+    """Return the wall times of some calls."""
+    times = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return times
+
+
+def exactness(bank: Path, output: Path) -> dict[str, float]:
+    """Return errors against eigenvalues of a scatter matrix that is summed in float64, mean first."""
+    values = gmem_bank.open(bank).stored.array("0/snippets")
+    mean = values.mean(axis=0, dtype=np.float64)
+    scatter, lost = np.zeros((DIM, DIM)), 0.0
+    made: Any = gmem_bank.open(output)
+    basis, centre = made.basis.astype(np.float64), made.mean.astype(np.float64)
+    for start in range(0, len(values), BLOCK):
+        block = values[start : start + BLOCK].astype(np.float64)
+        rows = np.arange(start, start + len(block))
+        lost += float(np.square(block - made.coefficients(rows).astype(np.float64) @ basis - centre).sum())
+        block -= mean
+        scatter += block.T @ block
+    sigma = np.sqrt(np.linalg.eigvalsh(scatter)[::-1])
+    rank = len(basis)
+    optimum = np.sqrt((sigma[rank:] ** 2).sum())
+    counted = sigma[:rank] >= sigma[0] / 100
+    return {
+        "error_over_optimum_minus_1": float(np.sqrt(lost) / optimum - 1) if optimum else float(np.sqrt(lost)),
+        "largest_relative_error_of_a_singular_value": float(
+            np.abs(made.singular_values / sigma[:rank] - 1)[counted].max()
+        ),
+        "values_looked_at": int(counted.sum()),
+    }
+
+
+def speed(folder: Path, num_rows: int, rank: int, runs: int, threads: int) -> dict[str, Any]:
+    """Time compress and the peers."""
+    import torch
+    from sklearn.decomposition import PCA
+
+    torch.set_num_threads(threads)
+    bank, output = folder / "bank.safetensors", folder / "out.safetensors"
+    make_bank(bank, num_rows, 1.0)
+    values = np.array(gmem_bank.open(bank).stored.array("0/snippets"))
+    ours = compress_alone(bank, output, rank, runs, threads)
+
+    def full_svd() -> None:
+        matrix = torch.from_numpy(values)
+        torch.linalg.svd(matrix - matrix.mean(dim=0), full_matrices=False)
+
+    def covariance() -> None:
+        PCA(rank, svd_solver="covariance_eigh").fit(values).transform(values)
+
+    peers = {"torch.linalg.svd": best(full_svd, max(1, runs // 3)), "PCA covariance_eigh": best(covariance, runs)}
+    mine = float(np.median(ours["seconds"]))
+    return {
+        "rows": num_rows, "dim": DIM, "rank": rank, "threads": threads,
+        "seconds": {"compress": ours["seconds"], **peers},
+        "times_as_fast": {name: float(np.median(times)) / mine for name, times in peers.items()},
+        "peak_megabytes_above_start": ours["peak_megabytes_above_start"],
+        "exactness": exactness(bank, output),
+    }  # fmt: skip
+
+
+def large_mean(folder: Path, num_rows: int, threads: int) -> dict[str, Any]:
+    """Compress rows whose mean is a hundred times their largest spread, to full rank."""
+    bank, output = folder / "mean.safetensors", folder / "mean-out.safetensors"
+    make_bank(bank, num_rows, 100.0)
+    compress_alone(bank, output, DIM - 8, 1, threads)
+    return {"rows": num_rows, "mean": 100.0, "rank": DIM - 8, **exactness(bank, output)}
+
+
+def insertion(folder: Path) -> dict[str, Any]:
+    """Insert 100 snippets orthogonal to a bank's basis: what grows, what projection would keep, what truncation keeps."""
+    bank = folder / "grow.safetensors"
+    make_bank(bank, 5000, 0.0)
+    gmem_bank.compress(bank, rank=64)
+    before: Any = gmem_bank.open(bank)
+    rng = np.random.default_rng(1)
+    new = rng.standard_normal((100, DIM))
+    new -= new @ before.basis.T.astype(np.float64) @ before.basis
+    few = np.linalg.svd(new, full_matrices=False)[2][:8]
+    new = np.asarray(10 * (rng.standard_normal((100, 8)) @ few), np.float32)
+    hashes = {name: value for name, value in before.header.hashes.items() if name.startswith("0/")}
+    report = gmem_bank.insert_snippets(bank, new, name="new", grow_below=0.999, report=False).details
+    after = gmem_bank.open(bank).header.hashes
+    cut = gmem_bank.compress(bank, rank=64).details
+    kept = gmem_bank.open(bank).snippets(np.arange(5000, 5100))
+    cosines = np.vecdot(kept, new) / np.linalg.norm(kept, axis=1) / np.linalg.norm(new, axis=1)
+    return {
+        "grown_directions": report["grown_directions"], "cosine": report["cosine"],
+        "cosine_by_projection": report["cosine_by_projection"],
+        "old_segment_unchanged": all(after[name] == value for name, value in hashes.items()),
+        "after_truncation": {"rank": cut["rank"], "cosine_mean": float(cosines.mean()), "cosine_min": float(cosines.min())},
+    }  # fmt: skip
+
+
+def reading(folder: Path, runs: int) -> dict[str, Any]:
+    """Gather 1,024 random rows a call from compressed banks, as snippets: million rows a second."""
+    bank, rng, found = folder / "bank.safetensors", np.random.default_rng(2), {}
+    for name, dtype in (("f32", "f32"), ("f16", "f16"), ("i8", "i8"), ("f32, 16 kept", "f32"), ("i8, 16 kept", "i8")):
+        path = folder / "read.safetensors"
+        path.unlink(missing_ok=True)
+        gmem_bank.compress(bank, rank=64, dtype=dtype, output=path)
+        if "kept" in name:
+            gmem_bank.mask_coefficients(path, keep=16, undo=False)
+        opened = gmem_bank.open(path)
+        opened.snippets(opened.rows()[:100_000])
+        rows = rng.integers(0, min(100_000, len(opened)), (20 * runs, 1024))
+        times = [best(lambda own=own, opened=opened: opened.snippets(own), 1)[0] for own in rows]  # type: ignore[misc]
+        found[name] = round(1024 / float(np.median(times)) / 1e6, 4)
+    return found
+
+
+def main() -> int:
+    """Measure all, and print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of the peers and of compress")
+    parser.add_argument("--memory-rows", type=int, default=1_000_000)
+    parser.add_argument("--mean-rows", type=int, default=50_000)
+    parser.add_argument("--folder", type=Path, default=None)
+    given = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(dir=given.folder))
+    try:
+        result = {
+            "speed": speed(folder, given.rows, given.rank, given.runs, given.threads),
+            "reading_million_rows_per_second": reading(folder, given.runs),
+            "large_mean": large_mean(folder, given.mean_rows, given.threads),
+            "insertion": insertion(folder),
+        }
+        if given.memory_rows:
+            bank = folder / "bank.safetensors"
+            bank.unlink()
+            make_bank(bank, given.memory_rows, 1.0)
+            alone = compress_alone(bank, folder / "out.safetensors", given.rank, 1, given.threads)
+            result["memory"] = {"rows": given.memory_rows, **alone}
+    finally:
+        shutil.rmtree(folder)
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

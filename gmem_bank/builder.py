@@ -113,17 +113,26 @@ def build(
     """
     if dtype not in SNIPPET_DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(SNIPPET_DTYPES)}, not {dtype!r}", key="dtype")
+    if narrowing is not None and narrowing.num_shards > 1 and batch_size == AUTO:
+        raise ConfigError(
+            "parts are cut between batches: give every part the same --batch-size, not 'auto', which another machine may take "
+            "for another number",
+            key="batch_size",
+        )
     target = real_target(output)
     started = time.perf_counter()
     with atomic.locked(target):
         wanted = narrowing or Narrowing()
         staging = staging_folder(target, "build")
         whole = list_source(os.fspath(source), exclude=(target, report_path(target)), columns=columns)
-        size = resumed(batch_size, encoder, staging, lambda size: [narrowed(whole, wanted, size)])
+        built = target.exists() and not overwrite
+        asked = _recorded_batch_size(target, batch_size) if built else batch_size
+        size = resumed(asked, encoder, staging, lambda size: [narrowed(whole, wanted, size)])
         listing = narrowed(whole, wanted, size)
         spec = localised(encoder.spec, target)
         arguments = {"dtype": dtype, "batch_size": size, **wanted.to_json()}
-        built = target.exists() and not overwrite
+        if wanted.num_shards > 1:
+            arguments["num_listed"] = len(whole.items)
         if built:
             _require_already_built(target, listing, spec, arguments)
         if built and not staging.exists():
@@ -146,6 +155,17 @@ def build(
         atomic.write_bytes(report_path(target), (canonical_json(report.to_json()) + "\n").encode())
         encoded.staging.discard()
     return report
+
+
+def _recorded_batch_size(target: Path, asked: BatchSize) -> BatchSize:
+    """Return for "auto" the batch size by which the bank that is there was built: another machine's choice is as good."""
+    if asked != AUTO:
+        return asked
+    try:
+        recorded = kinds.open(target).history[0]["arguments"]["batch_size"]
+    except (GMemError, LookupError, TypeError):
+        return AUTO
+    return recorded if type(recorded) is int and recorded > 0 else AUTO
 
 
 def staging_folder(bank: Path, purpose: str) -> Path:

@@ -20,6 +20,7 @@ from gmem_bank.encoders import require_same_encoder
 from gmem_bank.errors import ConceptExistsError, ConfigError, EncoderMismatchError
 from gmem_bank.kinds import FactoredBank
 from gmem_bank.ops import PathLike
+from gmem_bank.parts import check_parts
 from gmem_bank.rewrite import join_if_many
 from gmem_bank.storage import Payload
 from gmem_bank.storage.rules import COEFFICIENT_DTYPES
@@ -73,9 +74,10 @@ def merge(
 
 
 def _merged(edit: Edit, banks: Sequence[MemoryBank], on_duplicate: str) -> EditReport:
+    parts = check_parts([edit.bank, *banks])
     draft = edit.draft()
     taken = absorb_banks(draft, [edit.bank, *banks], on_duplicate)
-    details: dict[str, Any] = {
+    details: dict[str, Any] = parts | {
         "num_banks": 1 + len(banks), "num_duplicates": taken.num_dropped,
         "num_memberships_of_earlier_rows": taken.num_joined,
     }  # fmt: skip

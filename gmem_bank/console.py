@@ -10,9 +10,13 @@ from typing import Any, TypeVar
 
 import click
 
-from gmem_bank.errors import GMemError
+from gmem_bank.errors import GMemError, is_out_of_memory
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+RESUMABLE = ("build", "insert-concept", "tokens", "compress", "train")
+"""Commands that go on where they were interrupted."""
 
 
 class CommandGroup(click.Group):
@@ -35,17 +39,15 @@ class CommandGroup(click.Group):
             click.echo(f"Error:{where} {error.strerror}", err=True)
             ctx.exit(1)
         except (MemoryError, RuntimeError) as error:
-            out_of_memory = isinstance(error, MemoryError) or any(
-                word in str(error) for word in ("alloc", "out of memory")
-            )
-            if ctx.params.get("traceback") or not out_of_memory:
+            if ctx.params.get("traceback") or not is_out_of_memory(error):
                 raise
             click.echo("Error: out of memory: ask for less (smaller model, batch, image or number)", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
             if ctx.params.get("traceback"):
                 raise
-            click.echo("Interrupted. The same command continues where it stopped.", err=True)
+            resumable = ctx.invoked_subcommand in RESUMABLE
+            click.echo("Interrupted." + " The same command continues where it stopped." * resumable, err=True)
             ctx.exit(130)
 
 

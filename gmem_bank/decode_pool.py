@@ -18,6 +18,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,14 @@ MOST_AHEAD = 4
 PIPE_BYTES = 1 << 20
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
-WORKER = ("-m", "gmem_bank.decode_worker")
-"""What Python is told to run."""
+ROOT = Path(__file__).resolve().parents[1]
+WORKER = (
+    "-P", "-c",
+    "import sys; at = next((i for i, p in enumerate(sys.path) if p.endswith('-packages')), len(sys.path)); "
+    "sys.path.insert(at, sys.argv[1]); from gmem_bank.decode_worker import main; sys.exit(main())",
+    str(ROOT),
+)  # fmt: skip
+"""What Python is told to run: this package, from where it was imported here, and nothing from the working folder."""
 
 Decoded = tuple[str, NDArray[np.uint8] | str]
 """sha256 of the image's bytes, and its crop, or why there is none."""
@@ -63,6 +70,7 @@ class DecodePool:
         self._size = int(preprocessing["crop_size"])
         self._local = threading.local()
         self._closing = False
+        self._starting = threading.Lock()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._threads = ThreadPoolExecutor(num_workers, "decode") if num_workers else None
 
@@ -70,7 +78,8 @@ class DecodePool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._closing = True
+        with self._starting:  # no process is started after this
+            self._closing = True
         for process in self._processes:
             process.kill()
         if self._threads is not None:
@@ -131,13 +140,16 @@ class DecodePool:
     def _process(self) -> subprocess.Popen[bytes]:
         process: subprocess.Popen[bytes] | None = getattr(self._local, "process", None)
         if process is None:
-            process = subprocess.Popen(  # noqa: S603 - our own module, by our own interpreter
-                [sys.executable, *WORKER],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **ONE_THREAD},
-            )  # fmt: skip
+            with self._starting:
+                if self._closing:
+                    raise ValueError("the pool is closed")
+                process = subprocess.Popen(  # noqa: S603 - our own module, by our own interpreter
+                    [sys.executable, *WORKER],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **ONE_THREAD},
+                )  # fmt: skip
+                self._processes.append(process)
             _widen_pipe(process.stdout)
             self._local.process = process
-            self._processes.append(process)
         return process
 
 

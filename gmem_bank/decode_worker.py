@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -72,21 +73,25 @@ def _item(record: list[Any]) -> Item:
     )
 
 
-def _silence_libraries() -> None:
-    """Keep stderr for Python: libtiff writes its complaints there itself, and what cannot be decoded is reported anyway."""
+def _own_output() -> BinaryIO:
+    """Return stdout for answers alone, and keep stderr for Python: libraries write to both of their own accord."""
+    answers = os.fdopen(os.dup(1), "wb")
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
     null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
+    for descriptor in (1, 2):
+        os.dup2(null, descriptor)
     os.close(null)
+    return answers
 
 
 def main() -> int:
     """Answer jobs until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever started this; then the input ends
     os.nice(NICE)
-    _silence_libraries()
+    warnings.simplefilter("ignore")  # Pillow warns of oddities that decode well; failures raise
+    answers = _own_output()
     for line in sys.stdin.buffer:
-        answer(line, sys.stdout.buffer)
+        answer(line, answers)
     return 0
 
 

@@ -12,11 +12,12 @@ import contextlib
 from array import array
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, tee
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +26,10 @@ from gmem_bank.batch_size import BatchSize, resolve
 from gmem_bank.decode_pool import Decoded, DecodePool, default_workers
 from gmem_bank.decode_worker import decode_one
 from gmem_bank.encoders import Encoder
-from gmem_bank.errors import EncoderError, GMemError, SourceError
+from gmem_bank.errors import EncoderError, GMemError, SourceError, is_out_of_memory
 from gmem_bank.listing import Digest, Item, Items, Listing, Skipped
 from gmem_bank.progress import Progress
+from gmem_bank.provenance import Json
 from gmem_bank.space import Space, to_space, unusable_rows
 from gmem_bank.staging import Batch, Staging, make_plan
 
@@ -149,37 +151,69 @@ def encode_listings(
 def _batches(
     jobs: Jobs, staging: Staging, encoder: Encoder, num_workers: int | None, progress: Progress
 ) -> Iterator[tuple[int, Batch, int]]:
-    """Yield (index, batch, images of it that an earlier run had done) in order; new ones are kept on disk.
-
-    The encoder has a thread of its own, and its next batch waits for it: a device does not idle while this thread stacks pixels
-    and writes.
-    """
+    """Yield (index, batch, images of it that an earlier run had done) in order; new ones are kept on disk."""
     finished = [staging.has(index) for index in range(jobs.num_batches)]
     missing = [index for index, done in enumerate(finished) if not done]
-    num_missing = sum(stop - start for start, stop in map(jobs.span, missing))
-    waiting: deque[tuple[int, Future[Batch]]] = deque()
-    with (
-        DecodePool(encoder.spec.preprocessing, _num_workers(num_workers, num_missing)) as pool,
-        _one_thread() as encoding,
-    ):
-        decoded = pool.batches(jobs.batch(index) for index in missing)
+    workers = workers_for(num_workers, sum(stop - start for start, stop in map(jobs.span, missing)))
+    starts = iter(missing)
+
+    def work(own: Sequence[Item], found: Sequence[Decoded], crops: NDArray[np.uint8]) -> Batch:
+        return _encode_batch(own, found, crops, jobs.span(next(starts))[0], encoder)
+
+    encoded = encoded_ahead((jobs.batch(index) for index in missing), encoder.spec.preprocessing, workers, work)
+    with contextlib.closing(encoded):
         for index, done in enumerate(finished):
             start, stop = jobs.span(index)
             batch = staging.load(index) if done else None
             if batch is not None:
-                while waiting:
-                    yield _kept(staging, *waiting.popleft())
                 yield index, batch, stop - start
                 continue
-            if not waiting:
-                progress(start, jobs.num_images)  # before the work, so that a rate counts this run's images only
-            own = jobs.batch(index)
-            images = [decode_one(item, encoder.spec.preprocessing) for item in own] if done else next(decoded)
-            waiting.append((index, encoding.submit(_encode_batch, own, images, start, encoder)))
+            progress(start, jobs.num_images)  # before the work, so that a rate counts this run's images only
+            batch = _encode_again(jobs, index, encoder) if done else next(encoded)
+            staging.save(index, batch)
+            yield index, batch, 0
+
+
+def _encode_again(jobs: Jobs, index: int, encoder: Encoder) -> Batch:
+    """Return a batch that lay damaged in the staging folder."""
+    own = jobs.batch(index)
+    found = [decode_one(item, encoder.spec.preprocessing) for item in own]
+    return _encode_batch(own, found, _stacked(found), jobs.span(index)[0], encoder)
+
+
+Result = TypeVar("Result")
+
+
+def encoded_ahead(
+    batches: Iterable[list[Item]],
+    preprocessing: Mapping[str, Json],
+    num_workers: int,
+    work: Callable[[Sequence[Item], Sequence[Decoded], NDArray[np.uint8]], Result],
+) -> Generator[Result, None, None]:
+    """Yield what `work` makes of each batch: its images, what decoding gave, and the (b, S, S, 3) crops of the readable ones.
+
+    With worker processes, `work` runs in one thread of its own and its next batch waits for it there: a device does not idle
+    while this thread stacks pixels and the caller writes. Without them everything runs here, one after the other.
+    """
+    if not num_workers:
+        for own in batches:
+            found = [decode_one(item, preprocessing) for item in own]
+            yield work(own, found, _stacked(found))
+        return
+    waiting: deque[Future[Result]] = deque()
+    ahead, asked = tee(batches)
+    with DecodePool(preprocessing, num_workers) as pool, _one_thread() as thread:
+        for own, found in zip(asked, pool.batches(ahead), strict=True):
+            waiting.append(thread.submit(work, own, found, _stacked(found)))
             if len(waiting) > 1:
-                yield _kept(staging, *waiting.popleft())
+                yield waiting.popleft().result()
         while waiting:
-            yield _kept(staging, *waiting.popleft())
+            yield waiting.popleft().result()
+
+
+def _stacked(found: Sequence[Decoded]) -> NDArray[np.uint8]:
+    crops = [pixels for _, pixels in found if not isinstance(pixels, str)]
+    return np.stack(crops) if crops else np.zeros((0, 0, 0, 3), np.uint8)
 
 
 @contextlib.contextmanager
@@ -192,13 +226,8 @@ def _one_thread() -> Iterator[ThreadPoolExecutor]:
         executor.shutdown(cancel_futures=True)
 
 
-def _kept(staging: Staging, index: int, encoded: Future[Batch]) -> tuple[int, Batch, int]:
-    batch = encoded.result()
-    staging.save(index, batch)
-    return index, batch, 0
-
-
-def _num_workers(asked: int | None, num_missing: int) -> int:
+def workers_for(asked: int | None, num_missing: int) -> int:
+    """Return how many processes decode: as asked, else one a core where there are enough images to be worth their start."""
     if asked is not None:
         return asked
     return default_workers() if num_missing >= WORTH_WORKERS else 0
@@ -219,7 +248,8 @@ def encode_in_memory(
     batch_size = resolve(batch_size, encoder)
     for start in range(0, len(listing.items), batch_size):
         own = listing.items[start : start + batch_size]
-        batches.append(_encode_batch(own, [decode_one(i, encoder.spec.preprocessing) for i in own], start, encoder))
+        found = [decode_one(item, encoder.spec.preprocessing) for item in own]
+        batches.append(_encode_batch(own, found, _stacked(found), start, encoder))
         progress(min(start + batch_size, len(listing.items)), len(listing.items))
     skipped = [entry for batch in batches for entry in batch.skipped]
     items = [listing.items[place] for batch in batches for place in batch.places]
@@ -230,19 +260,20 @@ def encode_in_memory(
     return items, np.concatenate([batch.snippets for batch in batches]), skipped
 
 
-def _encode_batch(items: Sequence[Item], decoded: Sequence[Decoded], start: int, encoder: Encoder) -> Batch:
+def _encode_batch(
+    items: Sequence[Item], decoded: Sequence[Decoded], crops: NDArray[np.uint8], start: int, encoder: Encoder
+) -> Batch:
     spec = encoder.spec
     hashes = [digest for digest, _ in decoded]
-    crops = [found for _, found in decoded if not isinstance(found, str)]
     places = [start + place for place, (_, found) in enumerate(decoded) if not isinstance(found, str)]
     skipped = [
         Skipped(path=item.key, reason=found)
         for item, (_, found) in zip(items, decoded, strict=True)
         if isinstance(found, str)
     ]
-    if not crops:
+    if not len(crops):
         return Batch(places=[], hashes=hashes, snippets=np.zeros((0, spec.dim), np.float32), skipped=skipped)
-    snippets = _checked(_run(encoder, np.stack(crops)), len(crops), encoder)
+    snippets = _checked(run(encoder, encoder.encode, crops), len(crops), encoder)
     space: Space = "unit" if spec.space == "unit" else "raw"
     reasons = unusable_rows(snippets, space)
     skipped += [Skipped(path=items[places[row] - start].key, reason=reason) for row, reason in reasons.items()]
@@ -252,14 +283,16 @@ def _encode_batch(items: Sequence[Item], decoded: Sequence[Decoded], start: int,
     )
 
 
-def _run(encoder: Encoder, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return what the encoder gives; raises EncoderError where it fails, but lets a lack of memory pass as that."""
+def run(
+    encoder: Encoder, method: Callable[[NDArray[np.uint8]], NDArray[np.float32]], crops: NDArray[np.uint8]
+) -> NDArray[np.float32]:
+    """Return what a method of the encoder gives; raises EncoderError where it fails, but lets a lack of memory pass as that."""
     try:
-        return encoder.encode(crops)
-    except (GMemError, MemoryError):
+        return method(crops)
+    except GMemError:
         raise
     except Exception as error:  # a plug-in may fail in any way
-        if isinstance(error, RuntimeError) and ("out of memory" in str(error) or "alloc" in str(error)):
+        if is_out_of_memory(error):
             raise
         raise EncoderError(
             f"encoder {encoder.spec.name!r} failed: {type(error).__name__}: {error}", key=encoder.spec.name

@@ -142,3 +142,13 @@ def first_three(names: Sequence[str]) -> str:
     """Return up to three names quoted, and how many more there are."""
     shown = ", ".join(repr(name) for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that memory ran out: Python's own, or what PyTorch raises for it on a CPU or a GPU."""
+    if isinstance(error, MemoryError):
+        return True
+    told = isinstance(error, RuntimeError) and type(error).__module__.partition(".")[0] in ("builtins", "torch")
+    return told and any(
+        words in str(error) for words in ("out of memory", "can't allocate memory", "DefaultCPUAllocator")
+    )

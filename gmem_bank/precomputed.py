@@ -16,10 +16,10 @@ import gmem_bank
 from gmem_bank import keys as key_tables
 from gmem_bank import kinds, segments
 from gmem_bank.arrays import ArrayRows
-from gmem_bank.builder import BuildReport, finished_report
+from gmem_bank.builder import BuildReport, finished_report, report_path
 from gmem_bank.errors import GMemError, OutputExistsError, first_three
 from gmem_bank.ops import PathLike
-from gmem_bank.provenance import EncoderSpec, Source, relative_to_bank
+from gmem_bank.provenance import EncoderSpec, Source, canonical_json, relative_to_bank
 from gmem_bank.space import Space, to_space, unusable_rows
 from gmem_bank.storage import Payload, atomic, real_target, write
 from gmem_bank.storage.schema import Header, Segment
@@ -78,13 +78,15 @@ def build_precomputed(
     arguments = {"dtype": dtype, "model": model, "digest": rows.digest}
     with atomic.locked(target):
         if target.exists() and not overwrite:
-            _require_made(target, arguments)
+            _require_made(target, arguments, space)
             return dataclasses.replace(finished_report(target, started), unchanged=True)
         spec = precomputed_spec(rows.snippets.shape[1], space, model)
         header, own = _content(rows, keys, spec, target, arguments)
         snippets = segments.snippet_payload(lambda: _blocks(rows, space), len(keys), spec.dim, dtype)
         write(target, header, own | {"0/snippets": snippets})
-        return finished_report(target, started)
+        report = finished_report(target, started)
+        atomic.write_bytes(report_path(target), (canonical_json(report.to_json()) + "\n").encode())
+        return report
 
 
 def _content(
@@ -127,14 +129,14 @@ def _blocks(rows: ArrayRows, space: Space) -> Iterator[NDArray[np.float32]]:
         yield to_space(block, space)
 
 
-def _require_made(target: PathLike, arguments: dict[str, str]) -> None:
+def _require_made(target: PathLike, arguments: dict[str, str], space: Space) -> None:
     try:
-        history = kinds.open(target).history
+        bank = kinds.open(target)
     except GMemError as error:
         raise OutputExistsError(
             f"{target} exists and is not a bank that can be read: --overwrite replaces it"
         ) from error
-    if len(history) != 1 or history[0].get("arguments") != arguments:
+    if len(bank.history) != 1 or bank.history[0].get("arguments") != arguments or bank.space != space:
         raise OutputExistsError(
             f"{target} exists and was not built from these snippets in this way: choose another name with -o, or replace it "
             "with --overwrite"

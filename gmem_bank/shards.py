@@ -9,6 +9,7 @@ Shapes: N rows, n rows of a shard, E shape of one row's array.
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -28,6 +29,8 @@ PLAN = "plan.json"
 FORMAT = "gmem-shards"
 VERSION = 1
 DTYPES = {"f32": np.float32, "f16": np.float16}
+MOST_OPEN = 128
+"""Shards that are mapped at a time."""
 NAMES = {"F32": np.float32, "F16": np.float16}
 
 
@@ -104,7 +107,7 @@ class ShardWriter:
 
 
 class _Shard:
-    """One file, mapped."""
+    """One file, mapped once: its entries are views of that map, which is let go with the last of them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -114,10 +117,11 @@ class _Shard:
                 prefix = stream.read(container.PREFIX_BYTES)
                 header = stream.read(container.header_bytes_of(prefix, size))
             parsed = container.parse(header, size)
-            entry = parsed.entries["values"]
-            self._offsets = self._map(parsed, "keys.offsets", np.int64)
-            self._text = self._map(parsed, "keys.bytes", np.uint8)
-            self.values = self._map(parsed, "values", NAMES[entry.dtype])
+            whole = np.memmap(path, np.uint8, "r")
+            self.dtype = parsed.entries["values"].dtype
+            self.values = _view(whole, parsed, "values", NAMES[self.dtype])
+            self._text = _view(whole, parsed, "keys.bytes", np.uint8)
+            self._offsets = _view(whole, parsed, "keys.offsets", np.int64)
             key_tables.require_offsets(self._offsets, len(self._text), path)
         except OSError as error:
             raise SourceError(f"could not read {path}: {error.strerror or error}", path=path) from error
@@ -125,13 +129,7 @@ class _Shard:
             raise CorruptError(f"{path} is damaged: {error}", path=path) from error
         if len(self._offsets) != len(self.values) + 1:
             raise CorruptError(f"{path} has {len(self._offsets) - 1} keys for {len(self.values)} rows", path=path)
-        self.shape, self.dtype = self.values.shape[1:], entry.dtype
-
-    def _map(self, parsed: container.Container, name: str, dtype: Any) -> NDArray[Any]:
-        entry = parsed.entries[name]
-        if not entry.end - entry.begin:
-            return np.zeros(entry.shape, dtype)
-        return np.memmap(self.path, dtype, "r", parsed.data_start + entry.begin, entry.shape)
+        self.shape = self.values.shape[1:]
 
     def __len__(self) -> int:
         return len(self.values)
@@ -140,6 +138,13 @@ class _Shard:
         """Yield the keys."""
         text, offsets = self._text.tobytes(), self._offsets.tolist()
         return (key_tables.decode(text[a:b], self.path) for a, b in pairwise(offsets))
+
+
+def _view(whole: NDArray[np.uint8], parsed: container.Container, name: str, dtype: Any) -> NDArray[Any]:
+    entry = parsed.entries[name]
+    own = np.asarray(whole)[parsed.data_start + entry.begin : parsed.data_start + entry.end]
+    view: NDArray[Any] = own.view(dtype).reshape(entry.shape)
+    return view
 
 
 class Shards:
@@ -160,11 +165,12 @@ class Shards:
         """What was said of them: the encoder's fingerprint and more."""
         self.shape: tuple[int, ...] = tuple(record["shape"])
         """E."""
-        self._shards = [_Shard(self.folder / shard_name(number)) for number in range(len(record["num_rows"]))]
-        for shard, count in zip(self._shards, record["num_rows"], strict=True):
-            if (len(shard), shard.shape, shard.dtype) != (count, self.shape, record["dtype"]):
-                raise CorruptError(f"{shard.path} is not the shard that {INDEX} describes", path=shard.path)
-        self._starts = np.cumsum([0, *record["num_rows"]])
+        self._counts: list[int] = record["num_rows"]
+        self._dtype = record["dtype"]
+        self._starts = np.cumsum([0, *self._counts])
+        self._open: OrderedDict[int, _Shard] = OrderedDict()
+        for number in range(len(self._counts)):
+            self._shard(number)  # a damaged or foreign file is found at once, not in the middle of a training
 
     def _read_index(self) -> dict[str, Any]:
         path = self.folder / INDEX
@@ -185,12 +191,24 @@ class Shards:
             raise FormatError(f"{path} is of a version that this gmem does not know: install a newer one", path=path)
         return dict(record)
 
+    def _shard(self, number: int) -> _Shard:
+        """Return a shard, mapped; of those least used the maps are let go, so that descriptors do not run out."""
+        if number not in self._open:
+            shard = _Shard(self.folder / shard_name(number))
+            if (len(shard), list(shard.shape), shard.dtype) != (self._counts[number], list(self.shape), self._dtype):
+                raise CorruptError(f"{shard.path} is not the shard that {INDEX} describes", path=shard.path)
+            self._open[number] = shard
+            if len(self._open) > MOST_OPEN:
+                self._open.popitem(last=False)
+        self._open.move_to_end(number)
+        return self._open[number]
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def keys(self) -> list[str]:
         """Return all N keys."""
-        return [key for shard in self._shards for key in shard.all_keys()]
+        return [key for number in range(len(self._counts)) for key in self._shard(number).all_keys()]
 
     @cached_property
     def _rows(self) -> dict[str, int]:
@@ -215,5 +233,5 @@ class Shards:
         owners = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(owners):
             places = np.flatnonzero(owners == number)
-            found[places] = self._shards[number].values[rows[places] - self._starts[number]]
+            found[places] = self._shard(number).values[rows[places] - self._starts[number]]
         return found

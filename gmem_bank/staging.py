@@ -105,6 +105,7 @@ def make_plan(listings: Sequence[Listing], encoder: Encoder, batch_size: int) ->
     """Return everything that decides the batches: a file that was replaced in the meantime changes it."""
     return {
         "encoder": encoder.spec.fingerprint,
+        "software": encoder.spec.software,
         "batch_size": batch_size,
         "listings": [
             [listing.root.resolve().as_posix(), listing.prefix, dict(listing.columns), digest_of(listing.items.facts())]

@@ -5,10 +5,11 @@ Shapes: N rows, B images of a batch, T patch tokens of an image, D dimensions.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,18 +18,20 @@ from numpy.typing import NDArray
 
 from gmem_bank.bank import MemoryBank
 from gmem_bank.batch_size import AUTO, BatchSize, resolve
-from gmem_bank.decode_pool import Decoded, DecodePool, default_workers
+from gmem_bank.decode_pool import Decoded
 from gmem_bank.encoders import Encoder, SupportsPatchTokens, require_same_encoder
-from gmem_bank.encoding import WORTH_WORKERS
+from gmem_bank.encoding import encoded_ahead, run, workers_for
 from gmem_bank.errors import ConfigError, EncoderError, SourceError
 from gmem_bank.interface import ImagesFrom
-from gmem_bank.listing import Item
+from gmem_bank.listing import Digest, Item
 from gmem_bank.locating import locate
 from gmem_bank.naming import FLIP_SUFFIX
 from gmem_bank.progress import Progress, no_progress
-from gmem_bank.provenance import IMAGE_KINDS, Json, sha256_of
+from gmem_bank.provenance import IMAGE_KINDS, Json
+from gmem_bank.segments import narrow
 from gmem_bank.shards import DTYPES, Shards, ShardWriter
 from gmem_bank.storage import atomic
+from gmem_bank.storage.rules import SNIPPET_DTYPES
 
 SHARD_BYTES = 64 << 20
 
@@ -97,9 +100,9 @@ def write_tokens(
     with atomic.locked(folder):
         writer = ShardWriter(folder, job.plan(dtype), overwrite=overwrite)
         missing = [] if writer.finished else [number for number in range(job.num_shards) if not writer.has(number)]
-        workers = default_workers() if num_workers is None and len(job) >= WORTH_WORKERS else num_workers or 0
-        for number, keys, tokens in job.encode(missing, workers, progress):
-            writer.write(number, keys, tokens.astype(DTYPES[dtype]))
+        with contextlib.closing(job.encode(missing, num_workers, progress)) as encoded:
+            for number, keys, tokens in encoded:
+                writer.write(number, keys, narrow(tokens, SNIPPET_DTYPES[dtype]))
         if not writer.finished:
             writer.finish(job.num_shards, {"holds": "patch tokens", "encoder": encoder.spec.to_json()})
     shards = Shards(folder)
@@ -123,15 +126,9 @@ class _Job:
         keys = bank.keys(rows)
         self._places = list(zip(keys, rows.tolist(), strict=True))
         if flip:
-            have = set(keys)
-            twin_of = {key: key + FLIP_SUFFIX for key in keys if not key.endswith(FLIP_SUFFIX)}
-            self._places = [
-                (name, row) for key, row in self._places
-                for name in (key, twin_of.get(key, key)) if name == key or name not in have
-            ]  # fmt: skip
-            self._places = list(dict.fromkeys(self._places))
-        one = encoder.encode_tokens(np.zeros((1, *[int(encoder.spec.preprocessing["crop_size"])] * 2, 3), np.uint8))
-        per_shard = max(1, SHARD_BYTES // (batch_size * 2 * one[0].size)) * batch_size
+            self._places = [twin for place in self._places for twin in _with_twin(*place, set(keys))]
+        blank = np.zeros((1, *[int(encoder.spec.preprocessing["crop_size"])] * 2, 3), np.uint8)
+        per_shard = max(1, SHARD_BYTES // (batch_size * encoder.encode_tokens(blank).nbytes)) * batch_size
         self._shards = [self._places[start : start + per_shard] for start in range(0, len(self._places), per_shard)]
 
     def __len__(self) -> int:
@@ -143,34 +140,51 @@ class _Job:
         return len(self._shards)
 
     def plan(self, dtype: str) -> dict[str, Json]:
-        """Return what decides the shards."""
+        """Return what decides the shards: which images, where they are, their sizes and times of change."""
+        facts = Digest()
+        for key, row in self._places:
+            item = self._item(key, row)
+            facts.add([key, item.path.resolve().as_posix(), *_stamp(item), item.place])
         return {
-            "encoder": self._encoder.spec.fingerprint, "batch_size": self._batch_size, "dtype": dtype,
-            "keys": sha256_of([key for key, _ in self._places]), "sources": [source.to_json() for source in self._bank.sources],
+            "encoder": self._encoder.spec.fingerprint, "software": self._encoder.spec.software,
+            "batch_size": self._batch_size, "dtype": dtype, "images": facts.hexdigest(),
         }  # fmt: skip
 
     def encode(
-        self, numbers: Sequence[int], workers: int, progress: Progress
-    ) -> Iterator[tuple[int, list[str], NDArray[np.float32]]]:
+        self, numbers: Sequence[int], num_workers: int | None, progress: Progress
+    ) -> Generator[tuple[int, list[str], NDArray[np.float32]], None, None]:
         """Yield (number, keys, (n, T, D) tokens) of shards."""
-        assert isinstance(self._encoder, SupportsPatchTokens)
         wanted = [(number, self._shards[number]) for number in numbers]
-        done = len(self) - sum(len(shard) for _, shard in wanted)
-        size = self._batch_size
+        num_missing, size = sum(len(shard) for _, shard in wanted), self._batch_size
+        done = len(self) - num_missing
         batches = (
-            [self._item(*p) for p in shard[a : a + size]] for _, shard in wanted for a in range(0, len(shard), size)
+            [self._item(*place) for place in shard[at : at + size]]
+            for _, shard in wanted
+            for at in range(0, len(shard), size)
         )
+        workers = workers_for(num_workers, num_missing)
         progress(done, len(self))
-        with DecodePool(self._encoder.spec.preprocessing, workers) as pool:
-            decoded = pool.batches(batches)
+        with contextlib.closing(
+            encoded_ahead(batches, self._encoder.spec.preprocessing, workers, self._tokens)
+        ) as encoded:
             for number, shard in wanted:
                 parts = []
-                for start in range(0, len(shard), size):
-                    crops = _all_readable(next(decoded), shard[start : start + size])
-                    parts.append(self._encoder.encode_tokens(np.stack(crops)))
-                    done += len(crops)
+                for _ in range(0, len(shard), size):
+                    parts.append(next(encoded))
+                    done += len(parts[-1])
                     progress(done, len(self))
                 yield number, [key for key, _ in shard], np.concatenate(parts)
+
+    def _tokens(self, own: Sequence[Item], found: Sequence[Decoded], crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+        assert isinstance(self._encoder, SupportsPatchTokens)
+        for item, (_, pixels) in zip(own, found, strict=True):
+            if isinstance(pixels, str):
+                raise SourceError(
+                    f"the image of row {item.key!r} cannot be used: {pixels}. It could be read when the bank was built: restore "
+                    "it, or give another folder with --images",
+                    key=item.key,
+                )
+        return run(self._encoder, self._encoder.encode_tokens, crops)
 
     def _item(self, key: str, row: int) -> Item:
         stored = key.removesuffix(FLIP_SUFFIX)
@@ -179,14 +193,16 @@ class _Job:
         return replace(found, key=key, flipped=key.endswith(FLIP_SUFFIX))
 
 
-def _all_readable(decoded: Sequence[Decoded], places: Sequence[tuple[str, int]]) -> list[NDArray[np.uint8]]:
-    crops = []
-    for (_, found), (key, _) in zip(decoded, places, strict=True):
-        if isinstance(found, str):
-            raise SourceError(
-                f"the image of row {key!r} cannot be used: {found}. It could be read when the bank was built: restore it, or "
-                "give another folder with --images",
-                key=key,
-            )
-        crops.append(found)
-    return crops
+def _with_twin(key: str, row: int, have: set[str]) -> list[tuple[str, int]]:
+    """Return a row, and its mirrored twin unless it is one or has one in the bank."""
+    twin = key + FLIP_SUFFIX
+    return [(key, row)] if key.endswith(FLIP_SUFFIX) or twin in have else [(key, row), (twin, row)]
+
+
+def _stamp(item: Item) -> tuple[int, int]:
+    """Return size and time of change of the file that an image lies in; -1 where it is gone."""
+    try:
+        facts = item.path.stat()
+    except OSError:
+        return -1, -1
+    return facts.st_size, facts.st_mtime_ns

@@ -83,6 +83,7 @@ def build(
 
     wanted = Narrowing(**narrowing)
     if encoder == "precomputed":
+        _refuse_inapplicable(click.get_current_context())
         _build_precomputed(source, pairs, output, space, dtype, overwrite, as_json)
         return
     require_source(source)  # before minutes go into loading an encoder
@@ -118,6 +119,19 @@ def build(
     )
 
 
+FOR_PRECOMPUTED = {"source", "encoder", "pairs", "output", "space", "dtype", "overwrite", "as_json", "quiet"}
+
+
+def _refuse_inapplicable(context: click.Context) -> None:
+    """Raise UsageError for an option that is given and has no effect on snippets that are there already."""
+    for parameter in context.command.params:
+        given = context.get_parameter_source(str(parameter.name)) == click.core.ParameterSource.COMMANDLINE
+        if given and parameter.name not in FOR_PRECOMPUTED:
+            raise click.UsageError(
+                f"{parameter.opts[0]} has no meaning for --encoder precomputed: nothing is decoded or encoded"
+            )
+
+
 def _build_precomputed(
     source: str, pairs: tuple[str, ...], output: str, space: Any, dtype: str, overwrite: bool, as_json: bool
 ) -> None:
@@ -134,6 +148,8 @@ def _build_precomputed(
     if as_json:
         print_json(report.to_json())
         return
+    if report.unchanged:
+        note(f"{report.bank} was built from these snippets already: nothing to do (--overwrite builds it again)")
     click.echo(
         f"{report.bank}: {report.num_rows} rows × {report.dim}, {report.space} space, {human_bytes(report.bytes)}"
     )

@@ -33,6 +33,9 @@ def merge(
 
     report = gmem_bank.merge(first, others, on_duplicate=on_duplicate, output=output, dry_run=dry_run, undo=not no_undo)
     print_edit(report, as_json, f"({len(others) + 1} banks)")
+    missing = report.details.get("parts", {}).get("missing")
+    if missing:
+        note(f"of {report.details['parts']['of']} parts of the build these are missing: {', '.join(map(str, missing))}")
 
 
 @click.command()

@@ -10,7 +10,7 @@ import torch
 
 import gmem_bank
 from gmem_bank.encoders.sizing import LARGEST, SHARE, best_batch_size, largest_that_fits
-from gmem_bank.errors import ConfigError
+from gmem_bank.errors import ConfigError, OutputExistsError
 from tests.gmem_bank.test_hub_models import make_model
 
 
@@ -83,3 +83,11 @@ def test_the_choice_on_a_gpu_follows_memory_alone() -> None:
         assert size == 1 or size * bytes_an_image <= SHARE * total
         assert size == LARGEST or 2 * size * bytes_an_image > SHARE * total
     assert best_batch_size(torch.device("cpu"), lambda count: pytest.fail("not tried")) == 32
+
+
+def test_a_finished_bank_is_recognised_whatever_this_machine_would_choose(photos: Path) -> None:
+    """ "auto" accepts the batch size by which the bank was built elsewhere; a number is taken at its word."""
+    gmem_bank.build(photos, Wishful(5), "a.safetensors")
+    assert gmem_bank.build(photos, Wishful(8), "a.safetensors").unchanged
+    with pytest.raises(OutputExistsError):
+        gmem_bank.build(photos, Wishful(8), "a.safetensors", batch_size=8)

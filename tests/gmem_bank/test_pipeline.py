@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import signal
+import threading
+import time
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import numpy as np
@@ -136,3 +141,30 @@ def test_parts_merged_in_order_are_the_whole_bit_for_bit(photos: Path) -> None:
     assert {n: merged.rows_of(n).tolist() for n in merged.names} == {n: whole.rows_of(n).tolist() for n in whole.names}
     with pytest.raises(SourceError, match="too few for 9 shards"):
         gmem_bank.build(photos, encoder, "x.safetensors", batch_size=5, narrowing=Narrowing(num_shards=9, shard=0))
+
+
+def test_nothing_in_the_working_folder_is_run(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules of the names that a worker imports may lie among the images."""
+    for name in ("hashlib", "numpy", "json", "PIL", "gmem_bank"):
+        Path(f"{name}.py").write_text("import pathlib\npathlib.Path('ran').touch()\n")
+    items = list_folder(photos).items[:4]
+    with DecodePool(ADM, 1) as pool:
+        [found] = pool.batches([items])
+    assert not Path("ran").exists()
+    assert [digest for digest, _ in found] == [hashlib.sha256(item.path.read_bytes()).hexdigest() for item in items]
+
+
+def test_leaving_a_pool_early_does_not_hang(photos: Path) -> None:
+    """However soon after the first job: no worker is started once the pool is closing."""
+    items = list_folder(photos).items[:16]
+    for delay in np.linspace(0.0, 0.03, 12):
+        with DecodePool(ADM, 4) as pool:
+            jobs = pool.batches([items[at : at + 4] for at in range(0, 16, 4)] * 3)
+
+            def ask(jobs=jobs) -> None:
+                with contextlib.suppress(OSError, ValueError, GMemError, CancelledError, RuntimeError):
+                    next(jobs)
+
+            threading.Thread(target=ask, daemon=True).start()
+            time.sleep(delay)
+        assert all(process.poll() is not None for process in pool._processes)

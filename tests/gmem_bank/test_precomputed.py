@@ -75,3 +75,32 @@ def test_bad_rows_are_named_and_nothing_is_written() -> None:
     with pytest.raises(GMemError, match="'a'"):
         gmem_bank.build_precomputed(gmem_bank.read_array(Path("y.npz")), "bank.safetensors")
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["x.npy", "y.npz"]
+
+
+def test_another_space_is_another_bank_and_options_without_meaning_are_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Nothing is passed over in silence; the report of the build lies beside the bank."""
+    np.save("v.npy", np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32))
+    build = ["build", "v.npy", "-e", "precomputed", "-o", "v.safetensors"]
+
+    def run(*more: str) -> int:
+        with pytest.raises(SystemExit) as ended:
+            main([*build, *more])
+        return int(ended.value.code or 0)
+
+    assert run() == 0
+    assert json.loads(Path("v.safetensors.report.json").read_text())["num_rows"] == 6
+    assert run() == 0
+    assert "already: nothing to do" in capsys.readouterr().err
+    assert run("--space", "raw") == 1
+    for option in (
+        ["--limit", "3"],
+        ["--flip"],
+        ["--include", "*"],
+        ["--workers", "1"],
+        ["--batch-size", "4"],
+        ["--device", "cpu"],
+    ):
+        assert run(*option) == 2
+        assert f"{option[0]} has no meaning for --encoder precomputed" in capsys.readouterr().err

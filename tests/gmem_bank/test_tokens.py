@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +12,17 @@ import pytest
 import torch
 
 import gmem_bank
-from gmem_bank import shards, tokens
+from gmem_bank import tokens
 from gmem_bank.encoders import preprocess
-from gmem_bank.errors import CorruptError, EncoderError, FormatError, OutputExistsError, SourceError, UnknownKeyError
+from gmem_bank.errors import (
+    CorruptError,
+    EncoderError,
+    FormatError,
+    GMemError,
+    OutputExistsError,
+    SourceError,
+    UnknownKeyError,
+)
 from tests.gmem_bank.test_hub_models import make_model
 
 PARAMETERS = {"input_size": 32, "dtype": "fp32"}
@@ -55,7 +66,7 @@ def test_tokens_are_those_of_a_direct_forward(bank, tmp_path: Path, photos: Path
 def test_interrupted_work_goes_on_and_gives_the_same_bytes(bank, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards that are there are not encoded again; the folder is byte for byte that of one run."""
     opened, encoder = bank
-    monkeypatch.setattr(tokens, "SHARD_BYTES", 4 * 2 * 16 * 32 * 3)  # three batches of four a shard
+    monkeypatch.setattr(tokens, "SHARD_BYTES", 4 * 4 * 16 * 32 * 3)  # three batches of four a shard
     gmem_bank.write_tokens(opened, encoder, "whole", batch_size=4)
 
     def stop(done: int, total: int) -> None:
@@ -122,4 +133,51 @@ def test_damaged_shards_are_refused(bank) -> None:
         shard.write_bytes(changed)
         with pytest.raises(CorruptError):
             gmem_bank.Shards("t")
-    assert shards.VERSION == 1
+
+
+def test_more_shards_than_files_may_be_open() -> None:
+    """Shards are mapped as they are asked for, and let go again."""
+    writer = gmem_bank.ShardWriter(Path("many"), {"plan": 1})
+    for number in range(300):
+        writer.write(number, [f"k{number}"], np.full((1, 2), number, np.float32))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, before[1]))
+    try:
+        writer.finish(300, {})
+        found = gmem_bank.Shards("many")
+        rows = np.random.default_rng(0).permutation(300)
+        np.testing.assert_array_equal(found.read(rows)[:, 0], rows)
+        assert found.rows_for(["k299", "k0"]).tolist() == [299, 0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_other_images_are_other_tokens(bank, photos: Path, tmp_path: Path) -> None:
+    """Pictures that have changed, or lie elsewhere, are not taken for those that were encoded."""
+    opened, encoder = bank
+    gmem_bank.write_tokens(opened, encoder, "t")
+    shutil.copytree(photos, tmp_path / "elsewhere")
+    with pytest.raises(OutputExistsError, match="in another way"):
+        gmem_bank.write_tokens(opened, encoder, "t", images=tmp_path / "elsewhere")
+    [key] = opened.keys(np.array([3]))
+    os.utime(photos / key, (1, 1))
+    with pytest.raises(OutputExistsError, match="in another way"):
+        gmem_bank.write_tokens(opened, encoder, "t")
+
+
+def test_tokens_beyond_f16_are_refused(bank) -> None:
+    """Never stored as infinity."""
+    opened, encoder = bank
+
+    class Loud:
+        spec = encoder.spec
+
+        def encode(self, images):
+            return encoder.encode(images)
+
+        def encode_tokens(self, images):
+            return 1e6 * encoder.encode_tokens(images)
+
+    with pytest.raises(GMemError, match="65504, the largest f16"):
+        gmem_bank.write_tokens(opened, Loud(), "t")
+    gmem_bank.write_tokens(opened, Loud(), "t32", dtype="f32")

@@ -1,0 +1,59 @@
+"""Parts of a build: together they are the whole or the reason is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gmem_bank
+from gmem_bank.cli import main
+from gmem_bank.errors import ConfigError
+
+HOG = gmem_bank.load_encoder("hog")
+
+
+def part(photos: Path, shard: int, of: int, batch_size: int, name: str, **narrowing: int) -> None:
+    gmem_bank.build(
+        photos, HOG, name, batch_size=batch_size, narrowing=gmem_bank.Narrowing(num_shards=of, shard=shard, **narrowing)
+    )
+
+
+def test_parts_cut_in_different_ways_are_not_merged(photos: Path) -> None:
+    """Another batch size, another number of parts, another limit, or images that came between: each would leave gaps."""
+    part(photos, 0, 2, 8, "first.safetensors")
+    part(photos, 1, 2, 5, "batch.safetensors")
+    part(photos, 2, 3, 8, "number.safetensors")
+    part(photos, 1, 2, 8, "limit.safetensors", limit=20)
+    copy = next(photos.rglob("*.jpg"))
+    (copy.parent / "new.jpg").write_bytes(copy.read_bytes())
+    part(photos, 1, 2, 8, "grown.safetensors")
+    for other, what in [
+        ("batch", "batch_size 8 and 5"), ("number", "num_shards 2 and 3"), ("limit", "limit None and 20"), ("grown", "num_listed 24 and 25"),
+    ]:  # fmt: skip
+        with pytest.raises(ConfigError, match=f"cut in different ways .*{what}"):
+            gmem_bank.merge("first.safetensors", [f"{other}.safetensors"], output="m.safetensors")
+    assert not Path("m.safetensors").exists()
+
+
+def test_missing_parts_are_named_and_all_of_them_are_the_whole(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The merge of all parts has the rows of one build, in value and order."""
+    for shard in range(3):
+        part(photos, shard, 3, 4, f"p{shard}.safetensors")
+    with pytest.raises(SystemExit):
+        main(["merge", "p0.safetensors", "p2.safetensors", "-o", "two.safetensors"])
+    assert "of 3 parts of the build these are missing: 1" in capsys.readouterr().err
+    gmem_bank.merge("p0.safetensors", ["p1.safetensors", "p2.safetensors"], output="all.safetensors")
+    gmem_bank.build(photos, HOG, "whole.safetensors", batch_size=4)
+    merged, whole = gmem_bank.open("all.safetensors"), gmem_bank.open("whole.safetensors")
+    assert merged.keys(merged.rows()) == whole.keys(whole.rows())
+    np.testing.assert_array_equal(merged.snippets(merged.rows()), whole.snippets(whole.rows()))
+
+
+def test_parts_need_a_batch_size(photos: Path) -> None:
+    """Machines may differ in what "auto" takes, and parts are cut between batches."""
+    with pytest.raises(ConfigError, match="give every part the same --batch-size"):
+        gmem_bank.build(photos, HOG, "p.safetensors", narrowing=gmem_bank.Narrowing(num_shards=2, shard=1))

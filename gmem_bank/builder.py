@@ -30,6 +30,7 @@ from gmem_bank.listing import Listing, Skipped
 from gmem_bank.narrowing import Narrowing, narrowed
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import EncoderSpec, Json, canonical_json, relative_to_bank
+from gmem_bank.staging import has_batches, make_plan
 from gmem_bank.storage import atomic, previous, real_target, write
 from gmem_bank.storage.rules import SNIPPET_DTYPES
 from gmem_bank.storage.schema import Header, Segment
@@ -135,7 +136,7 @@ def build(
             arguments["num_listed"] = len(whole.items)
         if built:
             _require_already_built(target, listing, spec, arguments)
-        if built and not staging.exists():
+        if built and not has_batches(staging, make_plan([listing], encoder, size)):
             return _unchanged(target, listing, started)
         # A kill may have come between the bank and its report: then the batches are still there, and give the report.
         encoded = encode_listings(
@@ -153,7 +154,7 @@ def build(
         )
         previous.tidy(target, ())  # states of a bank that was overwritten are of no use
         atomic.write_bytes(report_path(target), (canonical_json(report.to_json()) + "\n").encode())
-        encoded.staging.discard()
+        encoded.staging.discard_all()
     return report
 
 

@@ -36,7 +36,7 @@ from gmem_bank.ops import PathLike, check_concept_name
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.rewrite import join_if_many
 from gmem_bank.space import to_space
-from gmem_bank.staging import discard_own
+from gmem_bank.staging import discard_own, make_plan
 from gmem_bank.vectors import new_vectors
 
 SAME_COSINE = 0.9999
@@ -100,7 +100,9 @@ def insert_concept(
         if concept in there.names:
             result = _already_inserted(edit, there, concept, listings, encoder, size)
             if not dry_run:
-                discard_own(staging, listings, encoder, size)  # of this very insert, killed after its last write
+                discard_own(
+                    staging, make_plan(listings, encoder, size)
+                )  # of this very insert, killed after its last write
             return result
         planned = [key for listing in listings for key in listing.items.all_keys()]
         require_new_keys(edit.bank, planned)

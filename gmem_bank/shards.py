@@ -225,8 +225,9 @@ class Shards:
             )
         return np.array([self._rows[key] for key in keys], np.int64)
 
-    def read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    def read(self, rows: NDArray[np.int64] | Sequence[int]) -> NDArray[np.float32]:
         """Return the (B, *E) float32 arrays of rows; raises IndexError for one out of range."""
+        rows = np.asarray(rows, np.int64)
         if rows.size and not (int(rows.min()) >= 0 and int(rows.max()) < len(self)):
             raise IndexError(f"rows must be 0 to {len(self) - 1}")
         found = np.empty((len(rows), *self.shape), np.float32)

@@ -5,6 +5,8 @@ Shapes: B images of a batch, D dimensions.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 
 from gmem_bank.encoders import Encoder
 from gmem_bank.listing import Listing, Skipped, digest_of
-from gmem_bank.provenance import Json, canonical_json
+from gmem_bank.provenance import Json, canonical_json, sha256_of
 from gmem_bank.storage import atomic
 
 PLAN = "plan.json"
@@ -38,21 +40,24 @@ class Batch:
 class Staging:
     """Finished batches of one encoding job.
 
+    Each plan has a folder of its own below, so that a build with another batch size or encoder takes nothing from an
+    interrupted one.
+
     Args:
-        folder: where they lie; made if absent.
-        plan: everything that decides the batches. A folder with another plan is emptied first.
+        folder: where the work on a bank lies; made if absent.
+        plan: everything that decides the batches.
     """
 
     def __init__(self, folder: Path, plan: Json) -> None:
-        self.folder = folder
+        self._base, self.folder = folder, _own_folder(folder, plan)
         text = canonical_json(plan)
-        if not folder.is_dir() or _read_text(folder / PLAN) != text:
-            shutil.rmtree(folder, ignore_errors=True)
+        if _read_text(self.folder / PLAN) != text:
+            shutil.rmtree(self.folder, ignore_errors=True)
             try:
-                folder.mkdir(parents=True)
+                self.folder.mkdir(parents=True)
             except OSError as error:
-                raise atomic.explain(error, folder) from error
-            atomic.write_bytes(folder / PLAN, text.encode())
+                raise atomic.explain(error, self.folder) from error
+            atomic.write_bytes(self.folder / PLAN, text.encode())
 
     def _path(self, index: int) -> Path:
         return self.folder / f"{index:08d}.safetensors"
@@ -61,12 +66,14 @@ class Staging:
         """Keep a finished batch, atomically."""
         from safetensors.numpy import save
 
+        snippets = np.ascontiguousarray(batch.snippets)
         record = {
             "places": batch.places,
             "hashes": batch.hashes,
             "skipped": [skipped.to_json() for skipped in batch.skipped],
+            "sha256": hashlib.sha256(snippets.data).hexdigest(),
         }
-        data = save({"snippets": np.ascontiguousarray(batch.snippets)}, metadata={"batch": canonical_json(record)})
+        data = save({"snippets": snippets}, metadata={"batch": canonical_json(record)})
         atomic.write_bytes(self._path(index), data)
 
     def has(self, index: int) -> bool:
@@ -80,6 +87,8 @@ class Staging:
         try:
             with safe_open(self._path(index), framework="numpy") as stored:
                 snippets, record = stored.get_tensor("snippets"), json.loads(stored.metadata()["batch"])
+            if hashlib.sha256(np.ascontiguousarray(snippets).data).hexdigest() != record["sha256"]:
+                return None
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
         return Batch(
@@ -90,8 +99,16 @@ class Staging:
         )
 
     def discard(self) -> None:
-        """Remove the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove this job's batches; another job's stay."""
+        _discard(self.folder)
+
+    def discard_all(self) -> None:
+        """Remove this job's batches, and whatever others that were to write the same bank have left."""
+        shutil.rmtree(self._base, ignore_errors=True)
+
+
+def _own_folder(folder: Path, plan: Json) -> Path:
+    return folder / sha256_of(plan)[:16]
 
 
 def _read_text(path: Path) -> str | None:
@@ -116,16 +133,29 @@ def make_plan(listings: Sequence[Listing], encoder: Encoder, batch_size: int) ->
 
 def planned_batch_size(folder: Path, listed: Callable[[int], list[Listing]], encoder: Encoder) -> int | None:
     """Return the batch size of unfinished work of the same images by the same encoder, None where there is none."""
-    text = _read_text(folder / PLAN)
-    try:
-        found = int(json.loads(text or "{}")["batch_size"])
-        same = found > 0 and text == canonical_json(make_plan(listed(found), encoder, found))
-    except (ValueError, KeyError, TypeError):
-        return None
-    return found if same else None
+    for place in sorted(folder.glob(f"*/{PLAN}")):
+        text = _read_text(place)
+        try:
+            found = int(json.loads(text or "{}")["batch_size"])
+            if found > 0 and text == canonical_json(make_plan(listed(found), encoder, found)):
+                return found
+        except (ValueError, KeyError, TypeError):
+            continue
+    return None
 
 
-def discard_own(folder: Path, listings: Sequence[Listing], encoder: Encoder, batch_size: int) -> None:
+def has_batches(folder: Path, plan: Json) -> bool:
+    """Say whether an unfinished job with this very plan has left anything."""
+    return _read_text(_own_folder(folder, plan) / PLAN) == canonical_json(plan)
+
+
+def discard_own(folder: Path, plan: Json) -> None:
     """Remove finished batches that a job with this very plan has left; another job's stay."""
-    if _read_text(folder / PLAN) == canonical_json(make_plan(listings, encoder, batch_size)):
-        shutil.rmtree(folder, ignore_errors=True)
+    if has_batches(folder, plan):
+        _discard(_own_folder(folder, plan))
+
+
+def _discard(own: Path) -> None:
+    shutil.rmtree(own, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another job's are there
+        own.parent.rmdir()

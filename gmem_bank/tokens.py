@@ -33,7 +33,8 @@ from gmem_bank.shards import DTYPES, Shards, ShardWriter
 from gmem_bank.storage import atomic
 from gmem_bank.storage.rules import SNIPPET_DTYPES
 
-SHARD_BYTES = 64 << 20
+SHARD_BYTES = 16 << 20
+"""Of f32 tokens: what an interrupted run may have to do again."""
 
 
 @dataclass(frozen=True, kw_only=True)

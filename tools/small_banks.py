@@ -3,9 +3,9 @@
 python -m tools.small_banks --bank train.safetensors [--held-out test.safetensors] [--cosine 0.95] [--overlap 0.7] [--points 1]
 
 Keys begin with the class ("cat/0001.jpg"). First file: mean cosine to the bank of at least --cosine. Second: overlap of the 10
-nearest neighbours of at least --overlap, and a 10-NN accuracy on the held-out bank at most --points below that of the bank itself.
-For each dtype the rank is found by halving; the files are written, and read back by the package. `--synthetic N` makes a bank of N
-rows with 768 dimensions and the spectrum σ_k ∝ k^(-1/2), in ten classes, instead.
+nearest neighbours of at least --overlap, and a 10-NN accuracy on the held-out bank at most --points below that of the bank
+itself. For each dtype the rank is found by halving; the files are written, and read back by the package. `--synthetic N` makes a
+bank of N rows with 768 dimensions and the spectrum σ_k ∝ k^(-1/2), in ten classes, instead.
 """
 
 from __future__ import annotations

@@ -91,3 +91,35 @@ def test_a_finished_bank_is_recognised_whatever_this_machine_would_choose(photos
     assert gmem_bank.build(photos, Wishful(8), "a.safetensors").unchanged
     with pytest.raises(OutputExistsError):
         gmem_bank.build(photos, Wishful(8), "a.safetensors", batch_size=8)
+
+
+def test_other_builds_leave_an_interrupted_one_alone(photos: Path) -> None:
+    """A build onto the same bank with another batch size, interrupted too, takes nothing from the first; the end clears both."""
+
+    def stop(done: int, total: int) -> None:
+        if done >= 10:
+            raise KeyboardInterrupt
+
+    for size in (5, 2):
+        with pytest.raises(KeyboardInterrupt):
+            gmem_bank.build(photos, Wishful(5), "a.safetensors", batch_size=size, progress=stop)
+    assert gmem_bank.build(photos, Wishful(5), "a.safetensors", batch_size=5).num_resumed == 10
+    assert not Path(".a.safetensors.build").exists()
+
+
+def test_a_batch_that_was_damaged_on_disk_is_encoded_again(photos: Path) -> None:
+    """Its values stand under a hash until they are in the bank."""
+
+    def stop(done: int, total: int) -> None:
+        if done >= 10:
+            raise KeyboardInterrupt
+
+    gmem_bank.build(photos, Wishful(5), "b.safetensors")
+    with pytest.raises(KeyboardInterrupt):
+        gmem_bank.build(photos, Wishful(5), "a.safetensors", progress=stop)
+    [first] = Path(".a.safetensors.build").glob("*/00000000.safetensors")
+    data = bytearray(first.read_bytes())
+    data[-8:] = b"\x00\x00\x80\x7f\x01\x02\x03\x04"
+    first.write_bytes(data)
+    assert gmem_bank.build(photos, Wishful(5), "a.safetensors").num_resumed == 5
+    assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()

@@ -103,7 +103,7 @@ def test_damaged_or_foreign_staging_is_not_trusted(photos: Path, tmp_path: Path)
     target = tmp_path / "bank.safetensors"
     with pytest.raises(Dying.Killed):
         builder.build(photos, Dying(3), target, batch_size=4)
-    staged = sorted(builder.staging_folder(target, "build").glob("*.safetensors"))
+    staged = sorted(builder.staging_folder(target, "build").glob("*/*.safetensors"))
     staged[0].write_bytes(staged[0].read_bytes()[:100])
     shutil.rmtree(photos / "shoes")
     report = builder.build(photos, load_encoder("hog"), target, batch_size=4)
@@ -199,7 +199,7 @@ def test_a_kill_after_the_bank_was_written_loses_neither_report_nor_reasons(
         else:
             from gmem_bank.staging import Staging
 
-            patch.setattr(Staging, "discard", die)
+            patch.setattr(Staging, "discard_all", die)
         with pytest.raises(Dying.Killed):
             builder.build(photos, load_encoder("hog"), target)
     report = builder.build(photos, load_encoder("hog"), target)

@@ -90,7 +90,7 @@ def test_a_change_between_a_kill_and_the_next_run(photos: Path, change: Callable
     hog = gmem_bank.load_encoder("hog")
     with pytest.raises(KeyboardInterrupt):
         gmem_bank.build(own, Meddling(hog, 4, lambda: True), bank, batch_size=4)
-    assert len(list(bank.with_name(".bank.safetensors.build").glob("*.safetensors"))) == 3
+    assert len(list(bank.with_name(".bank.safetensors.build").glob("*/*.safetensors"))) == 3
     change(own)
     gmem_bank.build(own, hog, bank, batch_size=4, num_workers=workers)
     assert bank.read_bytes() == wanted

@@ -164,7 +164,7 @@ def test_all_workers_killed_at_once_do_not_lose_the_build(sources: dict[str, str
     """Others take their places, their jobs are done again, and nothing differs."""
     gmem_bank.build(sources["folder"], gmem_bank.load_encoder("hog"), "whole.safetensors", batch_size=8)
     process = start(sources["folder"], Path("bank.safetensors"), "f32")
-    while not list(Path(".bank.safetensors.build").glob("*.safetensors")):
+    while not list(Path(".bank.safetensors.build").glob("*/*.safetensors")):
         assert process.poll() is None
         time.sleep(0.01)
     workers = children(process.pid)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import gmem_bank
-from gmem_bank import tables
+from gmem_bank import table_files, tables
 from gmem_bank.cli import main
 from gmem_bank.columns import Columns
 from gmem_bank.contents import list_source, read_item
@@ -66,8 +66,8 @@ def test_rows_are_read_in_any_order_from_large_row_groups(
     """Streaming forwards, and starting again where a row lies before, gives each row its own bytes."""
     paths = jpegs(photos)
     pq.write_table(huggingface_table(paths, classes), tmp_path / "t.parquet", row_group_size=len(paths) - 3)
-    monkeypatch.setattr(tables, "WHOLE_BYTES", 1)
-    monkeypatch.setattr(tables, "STREAM_ROWS", 4)
+    monkeypatch.setattr(table_files, "WHOLE_BYTES", 1)
+    monkeypatch.setattr(table_files, "STREAM_ROWS", 4)
     for row in np.random.default_rng(0).permutation(len(paths)).tolist():
         assert tables.read_cell(tmp_path / "t.parquet", "image", row) == paths[row].read_bytes()
 

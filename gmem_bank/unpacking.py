@@ -12,11 +12,13 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 import zipfile
 from pathlib import Path
 
 SPARE_BYTES = 64 << 20
 """Of room that stays free on the disk of the temporary folder."""
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def unpacked(path: Path, member: str) -> Path:
@@ -37,13 +39,14 @@ def unpacked(path: Path, member: str) -> Path:
     about = f"{path.resolve()}\0{member}\0{facts.st_size}\0{facts.st_mtime_ns}"
     name = hashlib.sha256(about.encode(errors="surrogateescape")).hexdigest()[:32]
     folder = _own_folder()
-    for there in folder.glob(f"{name}.*.npy"):
-        if _maker_lives(there):
-            return there
-    _tidy(folder)
-    made = folder / f"{name}.{os.getpid()}.npy"
-    _unpack(path, member, made)
-    atexit.register(_remove, made, os.getpid())
+    with _ONE_AT_A_TIME:
+        for there in folder.glob(f"{name}.*.npy"):
+            if _maker_lives(there):
+                return there
+        _tidy(folder)
+        made = folder / f"{name}.{os.getpid()}.npy"
+        _unpack(path, member, made)
+        atexit.register(_remove, made, os.getpid())
     return made
 
 
@@ -67,13 +70,21 @@ def _unpack(path: Path, member: str, made: Path) -> None:
 
 def _own_folder() -> Path:
     """Return the user's folder for such files; a new one where its usual name belongs to somebody else."""
-    user = os.getuid() if hasattr(os, "getuid") else 0
-    folder = Path(tempfile.gettempdir()) / f"gmem-unpacked-{user}"
+    user = _user()
+    folder = _usual_folder(user)
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     facts = folder.lstat()
     ours = stat.S_ISDIR(facts.st_mode) and (os.name == "nt" or (facts.st_uid == user and not facts.st_mode & 0o077))
     return folder if ours else Path(tempfile.mkdtemp(prefix="gmem-unpacked-"))
+
+
+def _user() -> int:
+    return os.getuid() if hasattr(os, "getuid") else 0
+
+
+def _usual_folder(user: int) -> Path:
+    return Path(tempfile.gettempdir()) / f"gmem-unpacked-{user}"
 
 
 def _maker_lives(made: Path) -> bool:
@@ -104,5 +115,6 @@ def _remove(made: Path, maker: int) -> None:
     if os.getpid() == maker:  # and not a fork of it
         with contextlib.suppress(OSError):
             made.unlink()
-        with contextlib.suppress(OSError):
-            made.parent.rmdir()  # where it was the last
+        if made.parent != _usual_folder(_user()):
+            with contextlib.suppress(OSError):
+                made.parent.rmdir()

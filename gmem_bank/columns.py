@@ -5,9 +5,11 @@ Shapes: N images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 from gmem_bank.errors import SourceError
 from gmem_bank.naming import concept_name_problem
@@ -62,11 +64,39 @@ def labelled_key(classes: Sequence[str] | None, row: int, name: str) -> str:
     return name if classes is None else f"{classes[row]}/{name}"
 
 
-def class_names(labels: Sequence[object], path: Path) -> list[str]:
+class Classes(Sequence[str]):
+    """The class of every image: each name once, and four bytes an image.
+
+    Args:
+        names: the names.
+        numbers: of every image the place of its name.
+    """
+
+    def __init__(self, names: Sequence[str], numbers: Sequence[int]) -> None:
+        self._names, self._numbers = names, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        """Return the class of an image, or those of several."""
+        if isinstance(index, slice):
+            return [self._names[number] for number in self._numbers[index]]
+        return self._names[self._numbers[index]]
+
+
+def class_names(labels: Iterable[object], path: Path) -> Classes:
     """Return a concept's name for every label; raises SourceError for one that cannot be."""
-    texts = [label.decode(errors="replace") if isinstance(label, bytes) else str(label) for label in labels]
-    for text in dict.fromkeys(texts):
+    numbers, places = array("i"), dict[str, int]()
+    for label in labels:
+        text = label.decode(errors="replace") if isinstance(label, bytes) else str(label)
+        numbers.append(places.setdefault(text, len(places)))
+    for text in places:
         problem = concept_name_problem(text)
         if problem:
             raise SourceError(f"{path}: the class {text[:60]!r} cannot name a concept: it {problem}", path=path)
-    return texts
+    return Classes(list(places), numbers)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
+from collections import OrderedDict
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 
 from gmem_bank import pixel_arrays, tables, tars
@@ -16,6 +17,7 @@ from gmem_bank.columns import Columns
 from gmem_bank.decoding import read_bytes, read_span
 from gmem_bank.errors import SourceError
 from gmem_bank.hub_data import HUB, hub_pattern
+from gmem_bank.key_places import KeyPlaces
 from gmem_bank.listing import Item, Listing, digest_of
 from gmem_bank.sources import list_file, list_folder, list_images, matching_files, require_path
 
@@ -115,28 +117,70 @@ def content_digest(listing: Listing) -> str:
 
 
 def find_item(source: str | Path, prefix: str, columns: Columns, key: str) -> Item | None:
-    """Return the image of a key in a source that holds images in other files, or None; the source is listed once."""
-    return _listed(os.fspath(source), prefix, columns, _stamp(os.fspath(source))).get(key)
+    """Return the image of a key in a source that holds images in other files, or None.
+
+    The source is listed once, and again after any of its files changed. For every key the file of its image is looked at;
+    all files are once a second, and whenever there is no such key.
+    """
+    asked = (os.fspath(source), prefix, columns)
+    known = _KNOWN.get(asked)
+    if known is not None and time.monotonic() - known.looked < LOOK_AGAIN:
+        item = known.get(key)
+        if item is not None and known.is_as_listed(item.path):
+            return item
+    return _looked_at(asked).get(key)
 
 
-def _stamp(source: str) -> tuple[tuple[str, int], ...]:
+LOOK_AGAIN = 1.0
+"""Seconds for which the files of a source are taken to be those that they were."""
+MOST_KNOWN = 4_000_000
+"""Images of sources kept listed, at some 100 bytes each; the two sources used last are kept however many they have."""
+_Asked = tuple[str, str, Columns]
+_Stamp = tuple[int, int, int]
+_KNOWN: OrderedDict[_Asked, _Known] = OrderedDict()
+
+
+def _looked_at(asked: _Asked) -> _Known:
+    """Return a source's images, listed anew where a file of it is not as it was."""
+    now, stamps, known = time.monotonic(), _stamps(asked[0]), _KNOWN.pop(asked, None)
+    if known is None or known.stamps != stamps:
+        known = None  # the old one goes before there are two
+        known = _Known(list_source(asked[0], prefix=asked[1], columns=asked[2]), stamps)
+    known.looked = now
+    _KNOWN[asked] = known
+    while len(_KNOWN) > 2 and sum(map(len, _KNOWN.values())) > MOST_KNOWN:
+        _KNOWN.popitem(last=False)
+    return known
+
+
+def _stamps(source: str) -> dict[Path, _Stamp]:
     paths = tables.table_paths(source) if kind_of(source) == "table" else matching_files(source)
-    return tuple((str(path), path.stat().st_mtime_ns) for path in paths)
+    try:
+        return {path: _stamp(path) for path in paths}
+    except OSError as error:  # a link to nothing
+        raise SourceError(f"could not read {error.filename}: {error.strerror}", path=source) from error
 
 
-@lru_cache(maxsize=16)
-def _listed(source: str, prefix: str, columns: Columns, _stamps: tuple[tuple[str, int], ...]) -> _ByKey:
-    return _ByKey(list_source(source, prefix=prefix, columns=columns))
+def _stamp(path: Path) -> _Stamp:
+    facts = os.stat(path)  # noqa: PTH116 - half as long as by the method, for every row
+    return facts.st_mtime_ns, facts.st_size, facts.st_ino
 
 
-class _ByKey:
-    """Finds images by key."""
+class _Known(KeyPlaces):
+    """The images of a source, and how its files were when it was listed."""
 
-    def __init__(self, listing: Listing) -> None:
-        self._items = listing.items
-        self._places = {key: place for place, key in enumerate(listing.items.all_keys())}
+    def __init__(self, listing: Listing, stamps: dict[Path, _Stamp]) -> None:
+        super().__init__(listing.items)
+        self.stamps, self.looked = stamps, 0.0
 
     def get(self, key: str) -> Item | None:
-        """Return the image, or None."""
-        place = self._places.get(key)
-        return None if place is None else self._items[place]
+        """Return the image of a key, or None."""
+        place = self.find(key)
+        return None if place is None else self.items[place]
+
+    def is_as_listed(self, path: Path) -> bool:
+        """Say whether a file is still the one that was listed."""
+        try:
+            return self.stamps.get(path) == _stamp(path)
+        except OSError:
+            return False

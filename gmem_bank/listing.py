@@ -161,6 +161,21 @@ class Items(Sequence[Item]):
         return all(bytes(text[a:b]) <= bytes(text[c:d]) for (a, b), (c, d) in pairwise(spans))
 
 
+class RowGroups:
+    """Which images of tables are read together, as the row groups of Parquet files are."""
+
+    def __init__(self) -> None:
+        self.starts = array("q")
+        """Of every group the place of its first image in the listing."""
+        self.sizes = array("q")
+        """Bytes that are read for any image of the group; 0 where each is read alone."""
+
+    def append(self, start: int, size: int) -> None:
+        """Add the group that begins at a place."""
+        self.starts.append(start)
+        self.sizes.append(size)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Listing:
     """The images of a source in their one order, and what else lay there."""
@@ -174,6 +189,8 @@ class Listing:
     """Which columns of a table or arrays of a file were taken: recorded, to find an image again."""
     classes: bool = True
     """Whether the first folder of a key names a concept."""
+    groups: RowGroups | None = None
+    """Of tables; None where every image is read by itself."""
 
     @property
     def prefix(self) -> str:

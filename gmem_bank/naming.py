@@ -31,3 +31,10 @@ def key_problem(key: str) -> str:
     if key.startswith("/") or ".." in key.split("/"):
         return "leads out of its source"
     return ""
+
+
+def image_key_problem(key: str) -> str:
+    """Return why a text cannot be the key of an image in a source, or "" where it can: no key of a mirrored twin either."""
+    return key_problem(key) or (
+        f"ends in {FLIP_SUFFIX!r}, which marks mirrored twins" if key.endswith(FLIP_SUFFIX) else ""
+    )

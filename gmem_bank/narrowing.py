@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gmem_bank.errors import ConfigError, SourceError
-from gmem_bank.listing import Listing, Skipped
+from gmem_bank.listing import Listing, RowGroups, Skipped
 from gmem_bank.provenance import Json
+from gmem_bank.table_files import WHOLE_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,7 @@ class Narrowing:
     exclude: tuple[str, ...] = ()
     """Shell patterns over keys; an image must match none."""
     shuffle_seed: int | None = None
-    """Puts the images into a random order; None keeps the sorted one."""
+    """Puts the images into a random order, those of tables by runs of row groups (`in_runs`); None keeps the sorted one."""
     limit: int | None = None
     """Takes this many from the front."""
     flip: bool = False
@@ -61,9 +63,12 @@ def narrowed(listing: Listing, wanted: Narrowing, batch_size: int) -> Listing:
         (place for place, key in enumerate(listing.items.all_keys()) if _matches(key, wanted)), np.int64
     )
     left_out = len(listing.items) - len(places)
-    if wanted.shuffle_seed is not None:
-        places = places[np.random.Generator(np.random.PCG64(wanted.shuffle_seed)).permutation(len(places))]
-    places = places[: wanted.limit]
+    if wanted.shuffle_seed is None:
+        places = places[: wanted.limit]
+    else:
+        random = np.random.Generator(np.random.PCG64(wanted.shuffle_seed))
+        places = places[random.permutation(len(places))][: wanted.limit]
+        places = places if listing.groups is None else in_runs(places, listing.groups, random)
     if not len(places):
         raise SourceError(
             f"none of the {len(listing.items)} images in {listing.root} is left by the patterns", path=listing.root
@@ -72,7 +77,7 @@ def narrowed(listing: Listing, wanted: Narrowing, batch_size: int) -> Listing:
     all_of_it = len(places) == len(listing.items) and wanted.shuffle_seed is None
     items = listing.items if all_of_it else listing.items.take(places.tolist())
     items = items.with_flips() if wanted.flip else items
-    taken = replace(listing, items=items, ignored=(*listing.ignored, *note))
+    taken = replace(listing, items=items, ignored=(*listing.ignored, *note), groups=None)
     if wanted.num_shards == 1:
         return taken
     num_batches = -(-len(items) // batch_size)
@@ -82,6 +87,30 @@ def narrowed(listing: Listing, wanted: Narrowing, batch_size: int) -> Listing:
         )
     begin, end = (num_batches * part // wanted.num_shards * batch_size for part in (wanted.shard, wanted.shard + 1))
     return replace(taken, items=items.take(range(begin, min(end, len(items)))))
+
+
+def in_runs(places: NDArray[np.int64], groups: RowGroups, random: np.random.Generator) -> NDArray[np.int64]:
+    """Return images that were drawn in an order in which every row group is read once.
+
+    The groups are put into a random order and cut into runs that fit in memory; inside a run the images stay in the order in
+    which they were drawn, except that a group too large for memory has a run of its own and is read from front to back. Where
+    all groups fit in one run, nothing changes.
+
+    Args:
+        places: (N,) images in the order in which they were drawn.
+        groups: which of them are read together.
+        random: draws the order of the groups.
+    """
+    sizes = np.asarray(groups.sizes, np.int64)
+    group = np.searchsorted(np.asarray(groups.starts, np.int64), places, side="right") - 1
+    runs, run, filled = np.zeros(len(sizes), np.int64), 0, 0
+    for one in random.permutation(np.unique(group)):
+        if filled and filled + sizes[one] > WHOLE_BYTES:
+            run, filled = run + 1, 0
+        filled += int(sizes[one])
+        runs[one] = run
+    within = np.where(sizes[group] > WHOLE_BYTES, places, np.arange(len(places)))
+    return places[np.lexsort((within, runs[group]))]
 
 
 def _matches(key: str, wanted: Narrowing) -> bool:

@@ -14,15 +14,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gmem_bank.columns import Columns, class_names, labelled_key, numbered
+from gmem_bank.columns import Classes, Columns, class_names, labelled_key, numbered
 from gmem_bank.errors import SourceError
 from gmem_bank.listing import Items, Listing
+from gmem_bank.unpacking import unpacked
 
 SUFFIXES = (".npy", ".npz")
 IMAGE_NAMES = ("images", "image", "x", "data", "arr_0", "x_train", "pixels")
 LABEL_NAMES = ("labels", "label", "y", "y_train", "targets")
 LARGEST_UNPACKED = 4 << 30
-"""Bytes: a compressed array has to be unpacked into memory, in every process that decodes."""
+"""Bytes: a compressed array has to be unpacked, once, into a temporary file that every process maps."""
+LARGEST_LABELS = 256 << 20
+"""Bytes: labels are read into memory."""
 DEFAULT_ARRAY = "array"
 
 
@@ -114,9 +117,8 @@ def _open(path: Path, _modified: int, array: str) -> NDArray[Any]:
             raise ValueError(
                 f"{array!r} would unpack to {member.file_size:,} bytes: save it as a .npy, which is read in place"
             )
-        with archive.open(member) as stream:
-            unpacked: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
-            return unpacked
+    found: NDArray[Any] = np.load(unpacked(path, member.filename), mmap_mode="r", allow_pickle=False)
+    return found
 
 
 def _mapped(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
@@ -164,10 +166,16 @@ def _chosen(path: Path, asked: str | None, usual: tuple[str, ...], names: list[s
     return found
 
 
-def _classes(path: Path, label: str, num_images: int) -> list[str]:
+def _classes(path: Path, label: str, num_images: int) -> Classes:
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            labels = stored[label]
+        with zipfile.ZipFile(path) as archive:
+            size = archive.getinfo(f"{label}.npy").file_size
+            if size > LARGEST_LABELS:
+                raise ValueError(
+                    f"they take {size:,} bytes, more than {LARGEST_LABELS:,}: save them as numbers or short texts"
+                )
+            with archive.open(f"{label}.npy") as stream:
+                labels: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise SourceError(f"could not read the labels {label!r} of {path}: {error}", path=path) from error
     if labels.shape != (num_images,) or labels.dtype.kind not in "iuUS":
@@ -175,4 +183,4 @@ def _classes(path: Path, label: str, num_images: int) -> list[str]:
             f"{path}: labels {label!r} are {labels.dtype} of shape {list(labels.shape)}, expected {num_images} numbers or texts",
             path=path,
         )
-    return class_names(labels.tolist(), path)
+    return class_names(labels, path)

@@ -179,9 +179,25 @@ class Source:
         return None if self.path is None else Path(os.path.normpath(bank_folder / self.path))
 
 
+def literal_parent(path: Path) -> tuple[Path, Path]:
+    """Return a path or glob pattern as the longest folder of it that is there, and what lies below: its last name at least."""
+    count = 1 if path.anchor else 0
+    while count < len(path.parts) - 1 and Path(*path.parts[: count + 1]).is_dir():
+        count += 1
+    return Path(*path.parts[:count]), Path(*path.parts[count:])
+
+
 def relative_to_bank(path: Path, bank_folder: Path) -> str:
-    """Return a path relative to the bank's folder in POSIX form, absolute when they share no root."""
-    target, start = path.resolve(), bank_folder.resolve()
+    """Return a path or glob pattern relative to the bank's folder in POSIX form, absolute when they share no root.
+
+    Links among its folders are resolved; its last name is kept even where it is a link, since keys and kind follow the name.
+    """
+    start = bank_folder.resolve()
+    if path.name in ("", ".."):
+        target = path.resolve()
+    else:
+        parent, below = literal_parent(path)
+        target = parent.resolve() / below
     if target.anchor != start.anchor:
         return target.as_posix()
     return Path(os.path.relpath(target, start)).as_posix()

@@ -11,9 +11,10 @@ from pathlib import Path
 from gmem_bank.decoding import EXTENSIONS
 from gmem_bank.errors import SourceError
 from gmem_bank.interface import ImagesFrom
+from gmem_bank.key_places import KeyPlaces
 from gmem_bank.listing import Items, Listing, Skipped
-from gmem_bank.naming import FLIP_SUFFIX, concept_name_problem, key_problem
-from gmem_bank.provenance import IMAGE_KINDS, IN_ONE_FILE, Source
+from gmem_bank.naming import FLIP_SUFFIX, concept_name_problem, image_key_problem, key_problem
+from gmem_bank.provenance import IMAGE_KINDS, IN_ONE_FILE, Source, literal_parent
 
 BANK_FOLDER = ".gmem"
 """A folder of this suffix is a bank and no source of images."""
@@ -49,18 +50,21 @@ def require_folder(path: str | os.PathLike[str]) -> Path:
 
 def matching_files(pattern: str | os.PathLike[str]) -> list[Path]:
     """Return the file of a path, or the files that a glob pattern matches, sorted; raises SourceError where there is none."""
-    text = os.fspath(pattern)
-    found = [Path(text)] if Path(text).is_file() else [Path(path) for path in sorted(glob.glob(text, recursive=True))]  # noqa: PTH207
+    path = Path(pattern)
+    if path.is_file():
+        return [path]
+    parent, below = literal_parent(path)  # a folder that is there is no pattern, whatever brackets its name has
+    found = sorted(glob.glob(os.fspath(below), root_dir=parent, recursive=True))  # noqa: PTH207
     if not found:
-        raise SourceError(f"no file at {text}", path=text)
-    return found
+        raise SourceError(f"no file at {path}", path=path)
+    return [parent / name for name in found]
 
 
 def list_folder(root: str | os.PathLike[str], *, prefix: str = "", exclude: Sequence[Path] = ()) -> Listing:
     """List the images below a folder, sorted by path, hidden and run folders left out.
 
     Args:
-        root: folder; links to files are followed, links to folders are not.
+        root: folder; links to files and to folders are followed, except back to a folder on the way, which is listed as ignored.
         prefix: put before each path to make its key.
         exclude: files to pass over without a word (our own outputs).
 
@@ -89,6 +93,8 @@ def list_folder(root: str | os.PathLike[str], *, prefix: str = "", exclude: Sequ
 def list_file(path: str | os.PathLike[str], *, prefix: str = "") -> Listing:
     """List the images that a text file names, one a line, relative to its folder; keys are the lines, in their order.
 
+    There are no comments: a line that begins with "#" is a file's name like any other. Blank lines are passed over.
+
     Raises:
         SourceError: no such file, no usable image in it, or a line that occurs twice.
     """
@@ -105,7 +111,7 @@ def list_file(path: str | os.PathLike[str], *, prefix: str = "") -> Listing:
             items.append(prefix + line, found.st_size, found.st_mtime_ns)
         else:
             ignored.append(Skipped(path=printable_path(line), reason=found))
-    if len(set(items.all_keys())) != len(items):
+    if KeyPlaces(items).repeated():
         raise SourceError(f"{where} names an image twice", path=where)
     if not items:
         raise SourceError(_no_images(where, ignored), path=where)
@@ -165,37 +171,43 @@ def _walk(folder: Path, ignored: list[Skipped]) -> Iterator[tuple[Path, str]]:
     def complain(error: OSError) -> None:
         ignored.append(Skipped(path=printable_path(str(error.filename)), reason=f"unreadable folder: {error.strerror}"))
 
+    above = {str(folder): _identity(folder)}
+    """Of every folder still to be walked: what identifies it and the folders on the way to it."""
     for where, folders, files in os.walk(folder, onerror=complain, followlinks=True):
-        here = Path(where)
+        here, way = Path(where), above.pop(where)
+        inside = "" if here == folder else here.relative_to(folder).as_posix() + "/"
         if RUN_MARKER in files and here != folder:
-            ignored.append(
-                Skipped(path=printable_path(here.relative_to(folder).as_posix()), reason="a training run of gmem-gen")
-            )
+            ignored.append(Skipped(path=printable_path(inside[:-1]), reason="a training run of gmem-gen"))
             folders.clear()
             continue
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and not name.endswith(BANK_FOLDER))
-        for name in [name for name in folders if _is_cycle(here / name)]:
-            folders.remove(name)
-            path = printable_path((here / name).relative_to(folder).as_posix())
-            ignored.append(Skipped(path=path, reason="a link to a folder that it lies in"))
-        inside = here.relative_to(folder).as_posix()
-        lead = "" if inside == "." else f"{inside}/"
-        yield from ((here / name, lead + name) for name in sorted(files) if not name.startswith("."))
+        wanted = sorted(name for name in folders if not name.startswith(".") and not name.endswith(BANK_FOLDER))
+        folders.clear()
+        for name in wanted:
+            found = _identity(here / name)
+            if found and found <= way:
+                reason = "a link to a folder that it lies in"
+                ignored.append(Skipped(path=printable_path(inside + name), reason=reason))
+            else:
+                folders.append(name)
+                above[os.path.join(where, name)] = way | found  # noqa: PTH118 - as os.walk joins them
+        yield from ((here / name, inside + name) for name in sorted(files) if not name.startswith("."))
 
 
-def _is_cycle(path: Path) -> bool:
-    if not path.is_symlink():
-        return False
-    target = os.path.realpath(path)
-    return Path(os.path.realpath(path.parent)).is_relative_to(target)
+def _identity(folder: Path) -> frozenset[tuple[int, int]]:
+    """Return what is the same for a folder by whatever path it is reached; empty where it is gone or may not be seen."""
+    try:
+        facts = folder.stat()
+    except OSError:
+        return frozenset()
+    return frozenset({(facts.st_dev, facts.st_ino)})
 
 
 def _facts(path: Path, key: str) -> os.stat_result | str:
     """Return size and time of an image file, or why it is none."""
-    suffix = path.suffix.lower()
+    suffix = Path(path.name.removesuffix(FLIP_SUFFIX)).suffix.lower()
     if suffix not in EXTENSIONS:
         return UNREADABLE.get(suffix, "not an image by its extension")
-    problem = key_problem(key)
+    problem = image_key_problem(key)
     if problem:
         return f"its path {problem}"
     if class_folder_problem(key):

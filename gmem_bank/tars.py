@@ -11,8 +11,9 @@ from pathlib import Path
 
 from gmem_bank.decoding import EXTENSIONS, MAX_FILE_BYTES
 from gmem_bank.errors import SourceError
+from gmem_bank.key_places import KeyPlaces
 from gmem_bank.listing import Items, Listing, Skipped
-from gmem_bank.naming import key_problem
+from gmem_bank.naming import FLIP_SUFFIX, image_key_problem
 from gmem_bank.sources import UNREADABLE, class_folder_problem, matching_files, printable_path
 
 SUFFIX = ".tar"
@@ -48,7 +49,6 @@ def list_tars(pattern: str | Path, *, prefix: str = "") -> Listing:
         SourceError: no such file, not a tar, no image in it, or two images with one key.
     """
     items, ignored = Items(Path(pattern), prefix, inside="tar"), []
-    holders: dict[str, Path] = {}
     for path in tar_paths(pattern):
         modified = path.stat().st_mtime_ns
         for key, offset, size, reason in _members(path, prefix):
@@ -56,16 +56,17 @@ def list_tars(pattern: str | Path, *, prefix: str = "") -> Listing:
                 name = key.removeprefix(prefix)
                 ignored.append(Skipped(path=f"{path.name}:{printable_path(name)}", reason=reason))
                 continue
-            if key in holders:
-                raise SourceError(
-                    f"{path} and {holders[key]} both have an image {key!r}: keys must differ within a bank",
-                    path=path,
-                    key=key,
-                )
-            holders[key] = path
             items.append(key, size, modified, path=path, place=offset)
     if not items:
         raise SourceError(f"no images in {pattern} ({len(ignored)} other members)", path=str(pattern))
+    twice = KeyPlaces(items).repeated()
+    if twice:
+        first, second = (items[place] for place in twice)
+        raise SourceError(
+            f"{second.path} and {first.path} both have an image {second.key!r}: keys must differ within a bank",
+            path=second.path,
+            key=second.key,
+        )
     return Listing(root=Path(pattern), items=items, ignored=tuple(ignored), kind="tar")
 
 
@@ -94,13 +95,13 @@ def _members(path: Path, prefix: str) -> Iterator[tuple[str, int, int, str]]:
 
 
 def _problem(member: tarfile.TarInfo, name: str, key: str, file_size: int) -> str:
-    suffix = Path(name).suffix.lower()
+    suffix = Path(name.removesuffix(FLIP_SUFFIX)).suffix.lower()
     if not member.isreg():
         return "a link or device in a tar file: never followed"
     if suffix not in EXTENSIONS:
         return UNREADABLE.get(suffix, "not an image by its extension")
-    if key_problem(key) or class_folder_problem(key):
-        return f"its path {key_problem(key)}" if key_problem(key) else class_folder_problem(key)
+    if image_key_problem(key) or class_folder_problem(key):
+        return f"its path {image_key_problem(key)}" if image_key_problem(key) else class_folder_problem(key)
     if member.issparse():
         return "a sparse member of a tar file, whose bytes do not lie together"
     if member.offset_data + member.size > file_size:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +44,7 @@ def test_every_image_is_as_it_is_in_the_array(images: np.ndarray, form: str) -> 
     expected = PIXELS.encode(np.stack([gmem_bank.center_crop(image, 8) for image in images]))
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     np.testing.assert_allclose(bank.snippets(bank.rows()), expected, atol=1e-6)
-    mapped = isinstance(pixel_arrays.open_pixels(Path(name), bank.sources[0].columns["image"]), np.memmap)
-    assert mapped == (form != "compressed")
+    assert isinstance(pixel_arrays.open_pixels(Path(name), bank.sources[0].columns["image"]), np.memmap)
 
 
 def test_grey_and_alpha(images: np.ndarray) -> None:
@@ -90,7 +92,9 @@ def test_what_is_no_array_of_images_is_refused(images: np.ndarray, monkeypatch: 
     np.save("object.npy", np.array([{}, {}]), allow_pickle=True)
     Path("cut.npy").write_bytes(Path("float.npy").read_bytes()[:200])
     Path("noise.npz").write_bytes(b"PK noise")
+    np.savez("wide.npz", images=images, labels=np.array(["a" * 10_000] * 12))
     monkeypatch.setattr(pixel_arrays, "LARGEST_UNPACKED", 100)
+    monkeypatch.setattr(pixel_arrays, "LARGEST_LABELS", 400_000)
     for name, columns, message in [
         ("float.npy", None, r"float32 of shape \[12, 9, 11, 3\], expected images"),
         ("first.npy", None, r"uint8 of shape \[12, 3, 9, 11\]"),
@@ -103,6 +107,7 @@ def test_what_is_no_array_of_images_is_refused(images: np.ndarray, monkeypatch: 
         ("labels.npz", None, r"labels 'labels' are float64 of shape \[5\], expected 12"),
         ("slash.npz", None, "the class 'a/b' cannot name a concept"),
         ("bomb.npz", None, "would unpack to"),
+        ("wide.npz", None, "labels 'labels' of wide.npz.*480,128 bytes, more than 400,000"),
         ("object.npy", None, "could not read object.npy"),
         ("cut.npy", None, "could not read cut.npy"),
         ("noise.npz", None, "could not read noise.npz"),
@@ -110,3 +115,58 @@ def test_what_is_no_array_of_images_is_refused(images: np.ndarray, monkeypatch: 
     ]:
         with pytest.raises(SourceError, match=message):
             list_source(name, columns=columns)
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from gmem_bank.pixel_arrays import open_pixels
+images = open_pixels(Path("x.npz"), "images")
+print(images.filename, int(images.sum()), flush=True)
+sys.stdin.read()
+"""
+
+
+def opener(home: Path, **how: object) -> subprocess.Popen[str]:
+    environment = {**os.environ, "TMPDIR": str(home)}
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", PROGRAM], env=environment, **streams, **how)
+
+
+def test_a_compressed_array_is_unpacked_once_for_all_processes(images: np.ndarray, tmp_path: Path) -> None:
+    """A second process maps the file of the first, which takes it along at its end; what a killed one left is cleared away."""
+    np.savez_compressed("x.npz", images=images)
+    home = tmp_path / "temporary"
+    home.mkdir()
+    with opener(home) as killed:
+        killed.stdout.readline()
+        killed.kill()
+    assert len(list(home.rglob("*.npy"))) == 1
+    with opener(home) as first:
+        name, total = first.stdout.readline().split()
+        with opener(home) as second:
+            assert second.stdout.readline().split() == [name, total]
+        assert int(total) == int(images.sum())
+        assert list(home.rglob("*.*")) == [Path(name)]
+        np.savez_compressed("x.npz", images=images[:5])
+        with opener(home) as third:
+            assert third.stdout.readline().split()[1] == str(int(images[:5].sum()))
+    assert not list(home.rglob("*.*"))
+
+
+def test_unpacked_arrays_are_not_taken_from_others_nor_written_where_there_is_no_room(
+    images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that others may write to is not used; a full disk is said with the way out."""
+    np.savez_compressed("x.npz", images=images)
+    home = tmp_path / "temporary"
+    (home / f"gmem-unpacked-{os.getuid()}").mkdir(parents=True, mode=0o777)
+    (home / f"gmem-unpacked-{os.getuid()}").chmod(0o777)
+    monkeypatch.setattr("tempfile.tempdir", str(home))
+    found = pixel_arrays.open_pixels(Path("x.npz"), "images")
+    np.testing.assert_array_equal(found, images)
+    assert Path(found.filename).parent != home / f"gmem-unpacked-{os.getuid()}"
+    os.utime("x.npz", (1, 1))
+    monkeypatch.setattr("gmem_bank.unpacking.SPARE_BYTES", 1 << 62)
+    with pytest.raises(SourceError, match=r"has no room: save it as a \.npy"):
+        list_source("x.npz")

@@ -12,7 +12,7 @@ from PIL import Image
 from gmem_bank.contents import content_digest
 from gmem_bank.decoding import decode_image, read_image
 from gmem_bank.errors import SourceError
-from gmem_bank.sources import list_folder
+from gmem_bank.sources import list_file, list_folder, matching_files
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -139,6 +139,57 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     listing = list_folder(source)
     assert [item.key for item in listing.items] == ["cats/1.png", "dogs/2.png"]
     assert {skipped.path for skipped in listing.ignored} == {"dogs/up", "loop.png"}
+
+
+def test_folders_that_link_to_each_other_are_walked_once(tmp_path: Path) -> None:
+    """Each lies in the other once, as the links say; the way back is listed."""
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.png").write_bytes(b"x")
+        (tmp_path / name / "other").symlink_to(tmp_path / other)
+    listing = list_folder(tmp_path)
+    assert list(listing.items.all_keys()) == ["a/a.png", "a/other/b.png", "b/b.png", "b/other/a.png"]
+    assert [skipped.path for skipped in listing.ignored] == ["a/other/other", "b/other/other"]
+    assert {skipped.reason for skipped in listing.ignored} == {"a link to a folder that it lies in"}
+
+
+def test_folders_with_brackets_in_their_names_are_no_patterns(tmp_path: Path) -> None:
+    """Only what lies below the folders that are there is matched; a pattern over folders still is one."""
+    for name in ("ph [1]/a [2]/x-1.tar", "ph [1]/a [2]/x-2.tar", "ph [1]/a 2/x-3.tar"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+
+    def found(pattern: str) -> list[str]:
+        return [path.name for path in matching_files(tmp_path / pattern)]
+
+    assert found("ph [1]/a [2]/x-*.tar") == ["x-1.tar", "x-2.tar"]
+    assert found("ph [1]/a [2]/x-2.tar") == ["x-2.tar"]
+    assert found("ph [1]/a ?/*.tar") == ["x-3.tar"]
+    assert found("ph [1]/**/*.tar") == ["x-3.tar", "x-1.tar", "x-2.tar"]
+    with pytest.raises(SourceError, match="no file at"):
+        found("ph [2]/*.tar")
+
+
+def test_a_line_that_begins_with_a_hash_is_a_name(tmp_path: Path) -> None:
+    """Lists have no comments."""
+    for name in ("#1.png", "2.png"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "list.txt").write_text("#1.png\n\n2.png\n# not there\n")
+    listing = list_file(tmp_path / "list.txt")
+    assert list(listing.items.all_keys()) == ["#1.png", "2.png"]
+    assert [skipped.path for skipped in listing.ignored] == ["# not there"]
+
+
+def test_names_that_end_as_twins_do_are_listed_as_unusable(tmp_path: Path) -> None:
+    """Folder files and lines of a list; the twin of the image beside it keeps its key for itself."""
+    for name in ("c/a.png", "c/a.png#flip", "c/a#flip"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "list.txt").write_text("c/a.png\nc/a.png#flip\n")
+    for listing in (list_folder(tmp_path), list_file(tmp_path / "list.txt")):
+        assert list(listing.items.all_keys()) == ["c/a.png"]
+        reasons = {skipped.path: skipped.reason for skipped in listing.ignored}
+        assert "ends in '#flip', which marks mirrored twins" in reasons["c/a.png#flip"]
 
 
 def test_folders_whose_names_cannot_name_a_concept_are_listed(tmp_path: Path) -> None:

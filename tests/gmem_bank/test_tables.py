@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 import gmem_bank
-from gmem_bank import tables
+from gmem_bank import table_files, tables
 from gmem_bank.cli import main
 from gmem_bank.columns import Columns
 from gmem_bank.contents import list_source, read_item
 from gmem_bank.errors import SourceError
+from gmem_bank.narrowing import Narrowing
 
 HOG = gmem_bank.load_encoder("hog")
 
@@ -66,8 +67,8 @@ def test_rows_are_read_in_any_order_from_large_row_groups(
     """Streaming forwards, and starting again where a row lies before, gives each row its own bytes."""
     paths = jpegs(photos)
     pq.write_table(huggingface_table(paths, classes), tmp_path / "t.parquet", row_group_size=len(paths) - 3)
-    monkeypatch.setattr(tables, "WHOLE_BYTES", 1)
-    monkeypatch.setattr(tables, "STREAM_ROWS", 4)
+    monkeypatch.setattr(table_files, "WHOLE_BYTES", 1)
+    monkeypatch.setattr(table_files, "STREAM_ROWS", 4)
     for row in np.random.default_rng(0).permutation(len(paths)).tolist():
         assert tables.read_cell(tmp_path / "t.parquet", "image", row) == paths[row].read_bytes()
 
@@ -138,6 +139,22 @@ def test_unusable_cells_are_listed_and_passed_over(photos: Path) -> None:
     assert {"t.parquet:3", "t.parquet:4"} < set(reasons)
 
 
+def test_a_key_that_ends_as_that_of_a_twin_is_unusable(photos: Path) -> None:
+    """No key occurs twice with mirrored twins, and no picture is read back mirrored that was not."""
+    good = [path.read_bytes() for path in jpegs(photos)[:3]]
+    pq.write_table(pa.table({"image": good, "id": ["c/a", "c/a#flip", "c/b"]}), "t.parquet")
+    report = gmem_bank.build(
+        "t.parquet", HOG, "b.safetensors", columns=Columns(key="id"), narrowing=Narrowing(flip=True)
+    )
+    bank = gmem_bank.open(report.bank)
+    assert bank.keys(bank.rows()) == ["c/a", "c/a#flip", "c/b", "c/b#flip"]
+    plain = gmem_bank.read_image(jpegs(photos)[0])
+    np.testing.assert_array_equal(bank.read_image(0), plain)
+    np.testing.assert_array_equal(bank.read_image(1), plain[:, ::-1])
+    reasons = {entry["path"]: entry["reason"] for entry in report.skipped}
+    assert "'c/a#flip' ends in '#flip', which marks mirrored twins" in reasons["t.parquet:1"]
+
+
 def test_tables_without_images_are_refused_with_what_they_have(photos: Path) -> None:
     """No column of images, several of them, another column asked for, a key twice, damaged files."""
     good = jpegs(photos)[0].read_bytes()
@@ -173,12 +190,19 @@ def test_data_sets_of_the_hub_come_from_its_cache(
     snapshot.mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
-    pq.write_table(huggingface_table(jpegs(photos), classes), snapshot / "train-00000.parquet")
+    (repository / "blobs").mkdir()
+    blob = repository / "blobs" / ("ab" * 32)
+    pq.write_table(huggingface_table(jpegs(photos), classes), blob)
+    (snapshot / "train-00000.parquet").symlink_to(Path("../../../blobs") / blob.name)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     listing = list_source("hf://datasets/owner/name")
     assert [read_item(item) for item in listing.items] == [path.read_bytes() for path in jpegs(photos)]
+    for source in ("hf://datasets/owner/name", snapshot / "train-00000.parquet"):
+        bank = gmem_bank.open(gmem_bank.build(source, HOG, "hub.safetensors", overwrite=True).bank)
+        assert bank.keys(np.array([9])) == [f"{jpegs(photos)[9].parent.name}/train-00000-09"]
+        np.testing.assert_array_equal(bank.read_image(9), gmem_bank.read_image(jpegs(photos)[9]))
     with pytest.raises(SourceError, match=r"owner/other is not in the hub cache.*hf download"):
         list_source("hf://datasets/owner/other")
     with pytest.raises(SourceError, match="is not hf://datasets/OWNER/NAME"):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import gmem_bank
+from gmem_bank import contents
+from gmem_bank.columns import Columns
 from gmem_bank.contents import list_source, read_item
 from gmem_bank.errors import SourceError
 from gmem_bank.tars import list_tars
@@ -121,3 +124,74 @@ def test_a_list_gives_its_images_in_its_order(photos: Path) -> None:
     (photos / "twice.txt").write_text(f"{wanted[0]}\n{wanted[0]}\n")
     with pytest.raises(SourceError, match="names an image twice"):
         list_source(photos / "twice.txt")
+
+
+def test_a_member_that_ends_as_a_twin_is_unusable(photos: Path) -> None:
+    """Its key would be that of the mirrored twin of the member before it."""
+    data = next(photos.rglob("*.jpg")).read_bytes()
+    pack(Path("twins.tar"), [("a/1.jpg", data), ("a/1.jpg#flip", data)])
+    listing = list_tars("twins.tar")
+    assert list(listing.items.all_keys()) == ["a/1.jpg"]
+    assert [skipped.path for skipped in listing.ignored] == ["twins.tar:a/1.jpg#flip"]
+    assert "which marks mirrored twins" in listing.ignored[0].reason
+
+
+def test_a_linked_tar_is_recorded_by_its_own_name(photos: Path, tmp_path: Path) -> None:
+    """Its target has no suffix, and would be taken for an image; a pattern is kept below the folders that are there."""
+    files = [(p.relative_to(photos).as_posix(), p.read_bytes()) for p in sorted(photos.rglob("*.jpg"))]
+    (tmp_path / "store").mkdir()
+    (tmp_path / "links").mkdir()
+    pack(tmp_path / "store" / "abc", files)
+    (tmp_path / "links" / "x.tar").symlink_to(tmp_path / "store" / "abc")
+    (tmp_path / "by").symlink_to(tmp_path / "links")
+    encoder = gmem_bank.load_encoder("pixels")
+    for source, recorded in (
+        ("by/x.tar", "links/x.tar"),
+        ("by/[xy].tar", "links/[xy].tar"),
+        ("by/**/*.tar", "links/**/*.tar"),
+    ):
+        report = gmem_bank.build(source, encoder, "b.safetensors", overwrite=True)
+        bank = gmem_bank.open(report.bank)
+        assert bank.sources[0].path == recorded
+        np.testing.assert_array_equal(bank.read_image(5), gmem_bank.read_image(photos / files[5][0]))
+
+
+def test_files_are_looked_at_once_a_second_and_the_image_s_own_file_always(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand rows of ten tars cost one look at each tar; a replaced tar, or one more, is noticed with the next row."""
+    files = [(f"{number}.jpg", path.read_bytes()) for number, path in enumerate(sorted(photos.rglob("*.jpg"))[:10])]
+    for number, file in enumerate(files):
+        pack(Path(f"t-{number}.tar"), [file])
+    looks: list[str] = []
+    look = contents.matching_files
+    monkeypatch.setattr(contents, "matching_files", lambda pattern: looks.append(pattern) or look(pattern))
+    monkeypatch.setattr(contents.time, "monotonic", lambda: 100.0)
+
+    def read(name: str) -> bytes | None:
+        item = contents.find_item("t-*.tar", "", Columns(), name)
+        return None if item is None else read_item(item)
+
+    for _ in range(100):
+        assert [read(name) for name, _ in files] == [data for _, data in files]
+    assert len(looks) == 1
+    pack(Path("t-3.tar"), [("before.jpg", files[5][1]), ("3.jpg", files[4][1])])
+    assert read("3.jpg") == files[4][1]
+    assert read("more.jpg") is None
+    pack(Path("t-x.tar"), [("more.jpg", files[2][1])])
+    assert read("more.jpg") == files[2][1]
+    Path("t-4.tar").unlink()
+    assert read("4.jpg") is None
+
+
+def test_listed_sources_are_kept_by_their_number_of_images(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two always, more while they are few images; the one used longest ago goes first."""
+    data = next(photos.rglob("*.jpg")).read_bytes()
+    for name in "abcd":
+        pack(Path(f"{name}.tar"), [(f"{number}.jpg", data) for number in range(4)])
+    monkeypatch.setattr(contents, "_KNOWN", OrderedDict())
+    for most, kept in ((12, ["b", "c", "d"]), (3, ["c", "d"])):
+        monkeypatch.setattr(contents, "MOST_KNOWN", most)
+        for name in "abcd":
+            assert contents.find_item(f"{name}.tar", "", Columns(), "2.jpg") is not None
+        assert [Path(asked[0]).stem for asked in contents._KNOWN] == kept

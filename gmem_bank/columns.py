@@ -5,9 +5,11 @@ Shapes: N images.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import overload
 
@@ -60,12 +62,12 @@ def numbered(stem: str, row: int, num_rows: int, *, flat: bool) -> str:
 
 
 def labelled_key(classes: Sequence[str] | None, row: int, name: str) -> str:
-    """Return the name, below its class where there are classes."""
-    return name if classes is None else f"{classes[row]}/{name}"
+    """Return the name, below its class where it has one."""
+    return f"{classes[row]}/{name}" if classes is not None and classes[row] else name
 
 
 class Classes(Sequence[str]):
-    """The class of every image: each name once, and four bytes an image.
+    """The class of every image, "" where it has none: each name once, and four bytes an image.
 
     Args:
         names: the names.
@@ -90,13 +92,35 @@ class Classes(Sequence[str]):
 
 
 def class_names(labels: Iterable[object], path: Path) -> Classes:
-    """Return a concept's name for every label; raises SourceError for one that cannot be."""
+    """Return a concept's name for every label: slashes become dashes, and None, NaN and -1 are no class, as data sets have it.
+
+    Raises:
+        SourceError: a label that is no text or number, one that cannot name a concept, or two that get one name.
+    """
     numbers, places = array("i"), dict[str, int]()
     for label in labels:
-        text = label.decode(errors="replace") if isinstance(label, bytes) else str(label)
-        numbers.append(places.setdefault(text, len(places)))
+        numbers.append(places.setdefault(_class_text(label, path), len(places)))
+    names: dict[str, str] = {}
     for text in places:
-        problem = concept_name_problem(text)
+        name = text.replace("/", "-").replace("\\", "-").strip()
+        problem = concept_name_problem(name) if text else ""
         if problem:
-            raise SourceError(f"{path}: the class {text[:60]!r} cannot name a concept: it {problem}", path=path)
-    return Classes(list(places), numbers)
+            raise SourceError(
+                f"{path}: the class {text[:60]!r} cannot name a concept: it {problem}. --label-column none leaves classes out",
+                path=path,
+            )
+        if names.setdefault(name, text) != text:
+            raise SourceError(
+                f"{path}: the classes {names[name]!r} and {text!r} would both be the concept {name!r}", path=path
+            )
+    return Classes(list(names), numbers)
+
+
+def _class_text(label: object, path: Path) -> str:
+    if label is None or label == -1 or (isinstance(label, float) and math.isnan(label)):
+        return ""
+    if isinstance(label, bytes):
+        return label.decode(errors="replace")
+    if not isinstance(label, (str, Integral)):
+        raise SourceError(f"{path}: a class must be a text or a whole number, got {str(label)[:60]!r}", path=path)
+    return str(label)

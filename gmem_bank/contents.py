@@ -38,6 +38,8 @@ def kind_of(source: str) -> str:
 
 def require_source(source: str) -> None:
     """Raise SourceError where there is nothing at a source, before minutes go into loading an encoder."""
+    if not source:
+        raise SourceError("the source is empty: give a folder, or . for this one")
     kind = kind_of(source)
     if source.startswith(HUB):
         hub_pattern(source)

@@ -8,6 +8,7 @@ Shapes: n images of a job, S×S pixels.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -90,8 +91,9 @@ def main() -> int:
     os.nice(NICE)
     warnings.simplefilter("ignore")  # Pillow warns of oddities that decode well; failures raise
     answers = _own_output()
-    for line in sys.stdin.buffer:
-        answer(line, answers)
+    with contextlib.suppress(BrokenPipeError):  # whoever asked is gone
+        for line in sys.stdin.buffer:
+            answer(line, answers)
     return 0
 
 

@@ -5,13 +5,15 @@ Shapes: H×W pixels.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gmem_bank.columns import Columns
-from gmem_bank.contents import find_item, read_item
+from gmem_bank.contents import find_item, kind_of, read_item
 from gmem_bank.decoding import decode_named
 from gmem_bank.errors import SourceError
 from gmem_bank.interface import ImagesFrom
@@ -34,12 +36,30 @@ def locate(key: str, source: Source, bank_folder: Path, images: ImagesFrom) -> I
         SourceError: the row has no image, or the file that it lies in is gone or does not have it.
     """
     folder = source.folder(bank_folder)
-    if source.kind not in IN_ONE_FILE or images is not None or folder is None:
+    if source.kind not in IN_ONE_FILE or folder is None:
         return Item(key=key, path=image_path(key, source, bank_folder, images), size=0, modified=0)
+    if images is not None:
+        return _moved(key, source, folder, images) or Item(
+            key=key, path=image_path(key, source, bank_folder, images), size=0, modified=0
+        )
     found = find_item(folder, source.prefix, _columns(source), key.removesuffix(FLIP_SUFFIX))
     if found is None:
         raise SourceError(f"{folder} has no image {key!r} any more", path=folder, key=key)
     return found
+
+
+def _moved(key: str, source: Source, recorded: Path, images: ImagesFrom) -> Item | None:
+    """Return the image of a row in a given file of the source's kind, or one of its old name in a given folder."""
+    given = [images] if isinstance(images, (str, os.PathLike)) else images or []
+    for place in given:
+        for candidate in (Path(place), Path(place) / recorded.name):
+            if kind_of(os.fspath(candidate)) != source.kind:
+                continue
+            with contextlib.suppress(SourceError):
+                found = find_item(candidate, source.prefix, _columns(source), key.removesuffix(FLIP_SUFFIX))
+                if found is not None:
+                    return found
+    return None
 
 
 def _columns(source: Source) -> Columns:

@@ -94,11 +94,20 @@ def open_pixels(path: Path, array: str) -> NDArray[np.uint8]:
         found = _open(path, path.stat().st_mtime_ns, array)
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise SourceError(f"could not read {path}: {error}", path=path) from error
+    if found.dtype == np.uint8 and found.ndim == 3 and found.shape[2] in (1, 3, 4):
+        height, width, channels = found.shape
+        raise SourceError(
+            f"{path}: array {array!r} of shape {list(found.shape)} may be one image or {height} grey ones: save it as "
+            f"(1, {height}, {width}, {channels}) or ({height}, {width}, {channels}, 1)",
+            path=path,
+        )
     fits = found.dtype == np.uint8 and found.ndim in (3, 4) and (found.ndim == 3 or found.shape[3] in (1, 3, 4))
     if not fits or not found.size:
         raise SourceError(
             f"{path}: array {array!r} is {found.dtype} of shape {list(found.shape)}, expected images: uint8 (N, H, W) or "
-            "(N, H, W, 1, 3 or 4)",
+            "(N, H, W, 1, 3 or 4)"
+            + " (channels come last: transpose it)"
+            * (found.ndim == 4 and found.shape[1] in (1, 3, 4)),
             path=path,
         )
     return found

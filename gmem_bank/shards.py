@@ -29,7 +29,7 @@ PLAN = "plan.json"
 FORMAT = "gmem-shards"
 VERSION = 1
 DTYPES = {"f32": np.float32, "f16": np.float16}
-MOST_OPEN = 128
+MOST_OPEN = 64
 """Shards that are mapped at a time."""
 NAMES = {"F32": np.float32, "F16": np.float16}
 

@@ -91,7 +91,7 @@ def list_folder(root: str | os.PathLike[str], *, prefix: str = "", exclude: Sequ
 
 
 def list_file(path: str | os.PathLike[str], *, prefix: str = "") -> Listing:
-    """List the images that a text file names, one a line, relative to its folder; keys are the lines, in their order.
+    """List the images that a text file names, one a line, in their order; keys are their paths in the file's folder.
 
     There are no comments: a line that begins with "#" is a file's name like any other. Blank lines are passed over.
 
@@ -101,7 +101,7 @@ def list_file(path: str | os.PathLike[str], *, prefix: str = "") -> Listing:
     where = require_path(path)
     try:
         lines = [line.strip() for line in where.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        lines = [line.removeprefix("./") for line in lines]
+        lines = [_inside(line, where.parent) for line in lines]
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"could not read {where}: {error}", path=where) from error
     items, ignored = Items(where.parent, prefix), []
@@ -111,11 +111,18 @@ def list_file(path: str | os.PathLike[str], *, prefix: str = "") -> Listing:
             items.append(prefix + line, found.st_size, found.st_mtime_ns)
         else:
             ignored.append(Skipped(path=printable_path(line), reason=found))
-    if KeyPlaces(items).repeated():
-        raise SourceError(f"{where} names an image twice", path=where)
+    twice = KeyPlaces(items).repeated()
+    if twice:
+        raise SourceError(f"{where} names an image twice: {items.key(twice[1])!r}", path=where)
     if not items:
         raise SourceError(_no_images(where, ignored), path=where)
     return Listing(root=where.parent, items=items, ignored=tuple(ignored), kind="list")
+
+
+def _inside(line: str, folder: Path) -> str:
+    """Return a line of a list relative to the list's folder, where it names something in it by its whole path."""
+    base = folder.resolve().as_posix() + "/"
+    return line.removeprefix("./").removeprefix(base)
 
 
 def list_images(path: str | os.PathLike[str], *, prefix: str = "") -> Listing:

@@ -51,12 +51,14 @@ def list_tables(source: str | Path, *, prefix: str = "", columns: Columns | None
     table = opened(paths[0])
     image = _image_column(table, asked.image, paths[0])
     label = asked.label_among(_usual_labels(table), table.names, paths[0])
-    items, ignored = Items(Path(source), prefix, inside="table", column=image), list[Skipped]()
+    items = Items(Path(source), prefix, inside="table", column=image)
+    ignored = _unnamed_labels(table) if asked.label is None else []
     groups = RowGroups()
     for path in paths:
         table = opened(path)
         for name in filter(None, (image, label, asked.key)):
             table.require(name)
+        _require_names(table, asked.key)
         _append(items, ignored, groups, table, _keys(table, label, asked.key))
     if not items:
         raise SourceError(f"no rows in {source}", path=str(source))
@@ -71,6 +73,30 @@ def list_tables(source: str | Path, *, prefix: str = "", columns: Columns | None
         root=Path(source), items=items, ignored=tuple(ignored), kind="table", columns=record,
         classes=bool(prefix or label or asked.key), groups=groups,
     )  # fmt: skip
+
+
+def _require_names(table: TableFile, key: str | None) -> None:
+    """Raise SourceError where a key column holds neither texts nor whole numbers."""
+    types = require_pyarrow().types
+    kind = None if key is None else table.schema.field(key).type
+    if kind is not None and not (types.is_string(kind) or types.is_large_string(kind) or types.is_integer(kind)):
+        raise SourceError(
+            f"{table.path}: column {key!r} is {kind}, expected texts or whole numbers for keys",
+            path=table.path,
+            key=key,
+        )
+
+
+def _unnamed_labels(table: TableFile) -> list[Skipped]:
+    """Return a remark for each column of classes that is not taken by itself: numbers that the file has no names for."""
+    taken = _usual_labels(table)
+    return [
+        Skipped(
+            path=table.path.name,
+            reason=f"column {name!r} has numbers without names: --label-column {name} makes them classes",
+        )
+        for name in LABEL_NAMES if name in table.names and name not in taken
+    ]  # fmt: skip
 
 
 def _append(

@@ -88,7 +88,10 @@ def _members(path: Path, prefix: str) -> Iterator[tuple[str, int, int, str]]:
                         _problem(member, name, prefix + name, file_size),
                     )
             stream.seek(archive.offset)
-            if stream.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+            block = stream.read(tarfile.BLOCKSIZE)
+            if len(block) == tarfile.BLOCKSIZE and any(block):
+                raise ValueError(f"byte {archive.offset} of {file_size} is no header: what follows is lost")
+            if len(block) < tarfile.BLOCKSIZE:
                 yield prefix, 0, 0, "the archive has no end mark: it may have been cut short"
     except (OSError, tarfile.TarError, ValueError, EOFError, MemoryError, OverflowError) as error:
         raise SourceError(f"{path} is not a readable tar file: {error or type(error).__name__}", path=path) from error

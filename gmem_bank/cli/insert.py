@@ -108,7 +108,7 @@ def _are_arrays(images: tuple[str, ...]) -> bool:
     from gmem_bank.arrays import is_array_file
     from gmem_bank.contents import has_images
 
-    arrays = [is_array_file(Path(path)) and not has_images(Path(path)) for path in images]
+    arrays = [Path(path).is_file() and is_array_file(Path(path)) and not has_images(Path(path)) for path in images]
     if any(arrays) and (len(images) > 1):
         raise click.UsageError("give one array file, or any number of folders and images")
     return arrays[0]

@@ -87,7 +87,9 @@ def test_what_is_no_array_of_images_is_refused(images: np.ndarray, monkeypatch: 
     np.save("empty.npy", images[:0])
     np.savez("names.npz", a=images, b=images)
     np.savez("labels.npz", images=images, labels=np.zeros(5))
-    np.savez("slash.npz", images=images, labels=np.array(["a/b"] * 12))
+    np.savez("slash.npz", images=images, labels=np.array(["a\nb"] * 12))
+    np.savez("same.npz", images=images, labels=np.array(["a/b", "a-b"] * 6))
+    np.save("one.npy", images[0])
     np.savez_compressed("bomb.npz", images=images)
     np.save("object.npy", np.array([{}, {}]), allow_pickle=True)
     Path("cut.npy").write_bytes(Path("float.npy").read_bytes()[:200])
@@ -97,7 +99,7 @@ def test_what_is_no_array_of_images_is_refused(images: np.ndarray, monkeypatch: 
     monkeypatch.setattr(pixel_arrays, "LARGEST_LABELS", 400_000)
     for name, columns, message in [
         ("float.npy", None, r"float32 of shape \[12, 9, 11, 3\], expected images"),
-        ("first.npy", None, r"uint8 of shape \[12, 3, 9, 11\]"),
+        ("first.npy", None, r"uint8 of shape \[12, 3, 9, 11\].*channels come last: transpose it"),
         ("flat.npy", None, "expected images"),
         ("empty.npy", None, "expected images"),
         ("names.npz", None, r"has the arrays \['a', 'b'\]: --image-column"),
@@ -105,7 +107,9 @@ def test_what_is_no_array_of_images_is_refused(images: np.ndarray, monkeypatch: 
         ("names.npz", Columns(image="a", label="c"), "no column 'c'"),
         ("names.npz", Columns(image="a", key="b"), "--key-column is for tables"),
         ("labels.npz", None, r"labels 'labels' are float64 of shape \[5\], expected 12"),
-        ("slash.npz", None, "the class 'a/b' cannot name a concept"),
+        ("slash.npz", None, r"the class 'a\\nb' cannot name a concept.*--label-column none"),
+        ("same.npz", None, "the classes 'a/b' and 'a-b' would both be the concept 'a-b'"),
+        ("one.npy", None, r"may be one image or 9 grey ones: save it as \(1, 9, 11, 3\) or \(9, 11, 3, 1\)"),
         ("bomb.npz", None, "would unpack to"),
         ("wide.npz", None, "labels 'labels' of wide.npz.*480,128 bytes, more than 400,000"),
         ("object.npy", None, "could not read object.npy"),

@@ -245,3 +245,45 @@ def test_a_table_of_images_is_inserted_as_images_and_one_of_vectors_as_vectors(
     assert ended.value.code == 0
     bank = gmem_bank.open("b.safetensors")
     np.testing.assert_allclose(bank.snippets(bank.rows_of("one"))[0], bank.snippets(np.array([0]))[0], atol=1e-6)
+
+
+def test_labels_as_data_sets_have_them(photos: Path) -> None:
+    """No label (null, -1) is no class, slashes become dashes, numbers without names are mentioned and not taken."""
+    good = jpegs(photos)[0].read_bytes()
+    names = ["T - shirt / top", "hat"]
+    features = {"label": {"names": names, "_type": "ClassLabel"}}
+    table = pa.table({"image": [good] * 4, "label": [0, -1, None, 1]})
+    pq.write_table(
+        table.replace_schema_metadata({b"huggingface": json.dumps({"info": {"features": features}}).encode()}),
+        "t.parquet",
+    )
+    report = gmem_bank.build("t.parquet", HOG, "t.safetensors")
+    assert report.concepts == {"T - shirt - top": 1, "hat": 1}
+    bank = gmem_bank.open(report.bank)
+    assert bank.keys(bank.rows()) == ["T - shirt - top/t-0", "t-1", "t-2", "hat/t-3"]
+    pq.write_table(pa.table({"image": [good], "label": [7]}), "n.parquet")
+    report = gmem_bank.build("n.parquet", HOG, "n.safetensors")
+    assert report.concepts == {}
+    assert "--label-column label makes them classes" in report.skipped[0]["reason"]
+    pq.write_table(pa.table({"image": [good], "id": [b"x"]}), "b.parquet")
+    with pytest.raises(SourceError, match="column 'id' is binary, expected texts or whole numbers for keys"):
+        list_source("b.parquet", columns=Columns(image="image", key="id"))
+
+
+def test_moved_tables_and_patterns_are_found(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Images lie in a table given by --images, or in a folder that has it; insert-concept takes a pattern of tables."""
+    paths = jpegs(photos)[:4]
+    Path("data").mkdir()
+    pq.write_table(pa.table({"image": [p.read_bytes() for p in paths]}), "data/part.parquet")
+    gmem_bank.build("data/part.parquet", HOG, "b.safetensors")
+    Path("data").rename("elsewhere")
+    bank = gmem_bank.open("b.safetensors")
+    with pytest.raises(SourceError):
+        bank.read_image(2)
+    for place in ("elsewhere", "elsewhere/part.parquet"):
+        np.testing.assert_array_equal(bank.read_image(2, place), gmem_bank.read_image(paths[2]))
+        assert len(bank.missing_images(bank.rows(), place)) == 0
+    with pytest.raises(SystemExit) as ended:
+        main(["insert-concept", "elsewhere/p*.parquet", "--bank", "b.safetensors", "--name", "more", "-q"])
+    assert ended.value.code == 0
+    assert len(gmem_bank.open("b.safetensors").rows_of("more")) == 4

@@ -76,8 +76,8 @@ def build(
     command continues.
     """
     import gmem_bank
-    from gmem_bank.encoders import SupportsPrecision
     from gmem_bank.contents import require_source
+    from gmem_bank.encoders import SupportsPrecision
     from gmem_bank.narrowing import Narrowing
     from gmem_bank.progress import ProgressBar
     from gmem_bank.storage import require_known_suffix

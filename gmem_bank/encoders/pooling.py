@@ -42,8 +42,6 @@ PATCHES_ONLY = (
     "aimv2_vision_model", "donut-swin", "focalnet", "hiera", "ijepa", "siglip_vision_model", "swin", "swinv2",
 )  # fmt: skip
 """Model types that give patches alone."""
-SWITCHES = ("use_cls_token", "use_class_token")
-"""Fields of a config by which a model is made without its class token."""
 
 
 def layout_of(model: Any) -> TokenLayout | None:
@@ -54,9 +52,8 @@ def layout_of(model: Any) -> TokenLayout | None:
         return TokenLayout(has_class=False, num_special=0)
     if kind not in WITH_CLASS:
         return None
-    has_class = all(getattr(vision, switch, True) is not False for switch in SWITCHES)
     registers = int(getattr(vision, "num_register_tokens", 0) or 0)
-    return TokenLayout(has_class=has_class, num_special=WITH_CLASS[kind] - (not has_class) + registers)
+    return TokenLayout(has_class=True, num_special=WITH_CLASS[kind] + registers)
 
 
 def layout_seen(model: Any, pixels: torch.Tensor) -> TokenLayout | None:

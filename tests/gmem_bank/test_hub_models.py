@@ -97,12 +97,11 @@ def test_embeddings_are_those_of_a_direct_forward(tmp_path: Path, kind: str, nam
     np.testing.assert_allclose(encoder.encode(crops[:2]), encoder.encode(crops)[:2], atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["dinov2", "registers", "dinov3", "siglip"])
+@pytest.mark.parametrize("kind", ["dinov2", "registers", "dinov3"])
 def test_poolings_and_layers_pick_what_they_say(tmp_path: Path, kind: str) -> None:
     """Patch tokens without class and register tokens; the output of a block by its number."""
     model = make_model(tmp_path / "model", kind)
-    tower = getattr(model, "vision_model", model)
-    first = {"dinov2": 1, "registers": 4, "dinov3": 3, "siglip": 0}[kind]
+    first = {"dinov2": 1, "registers": 4, "dinov3": 3}[kind]
     crops = images(3, 32)
     for pooling, layer in (("cls", -1), ("mean", -1), ("cls+mean", -1), ("mean", 1), ("cls", -2)):
         encoder = gmem_bank.load_encoder(
@@ -110,7 +109,7 @@ def test_poolings_and_layers_pick_what_they_say(tmp_path: Path, kind: str) -> No
         )
         pixels = preprocess.to_input(torch.from_numpy(crops), encoder.spec.preprocessing)
         with torch.inference_mode():
-            output = tower(pixel_values=pixels, output_hidden_states=True)
+            output = model(pixel_values=pixels, output_hidden_states=True)
         states = (output.last_hidden_state if layer == -1 else output.hidden_states[layer]).numpy()
         assert states.shape[1] == 16 + first
         mean = states[:, first:].mean(axis=1)
@@ -136,17 +135,36 @@ def test_native_preprocessing_is_that_of_the_librarys_pillow_processors(
     np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-5)
 
 
-def test_texts_and_images_share_a_space(tmp_path: Path) -> None:
-    """CLIP's text tower is there for queries; a model without one says so."""
+def save_tokenizer(folder: Path) -> None:
+    """Words to ids, as a folder of a text tower has them; the padding is 2."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    model = make_model(tmp_path / "model", "clip")
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 3, "cat": 4, "dog": 5, "</s>": 2}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="</s>", unk_token="[UNK]").save_pretrained(
-        tmp_path / "model"
-    )
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="</s>", unk_token="[UNK]").save_pretrained(folder)
+
+
+@pytest.mark.parametrize(("kind", "length"), [("clip", 77), ("siglip", 16)])
+def test_texts_of_any_length_are_embedded_as_the_library_does(tmp_path: Path, kind: str, length: int) -> None:
+    """CLIP's as each alone, SigLIP's padded by hand to its full length; what is too long is cut."""
+    model = make_model(tmp_path / "model", kind)
+    save_tokenizer(tmp_path / "model")
+    ids = [[3, 4], [3, 4, 3, 5, 5], [5] * length]
+    encoder = gmem_bank.load_encoder(f"hf:{tmp_path}/model")
+    got = encoder.encode_texts(["a cat", "a cat a dog dog", "dog " * 100])
+    for row, text in zip(got, ids, strict=True):
+        padded = text + [2] * (length - len(text)) if kind == "siglip" else text
+        with torch.inference_mode():
+            output = model.get_text_features(input_ids=torch.tensor([padded]))
+        direct = output if isinstance(output, torch.Tensor) else output.pooler_output
+        np.testing.assert_allclose(row, direct.numpy()[0], atol=1e-5)
+
+
+def test_texts_and_images_share_a_space(tmp_path: Path) -> None:
+    """CLIP's text tower is there for queries; a model without one says so."""
+    model = make_model(tmp_path / "model", "clip")
+    save_tokenizer(tmp_path / "model")
     encoder = gmem_bank.load_encoder(f"hf:{tmp_path}/model")
     got = encoder.encode_texts(["a cat", "a dog"])
     with torch.inference_mode():
@@ -237,7 +255,7 @@ def test_a_bank_finds_its_model_again_from_a_folder_beside_it(photos: Path, new_
 
 
 def test_what_bf16_costs_is_recorded_in_the_bank(photos: Path, tmp_path: Path) -> None:
-    """The cosine on the first batch stands among the labels; a build that was interrupted gives the same bytes."""
+    """The cosine on the first images stands among the labels; a build that was interrupted gives the same bytes."""
     make_model(tmp_path / "model", "dinov2")
     encoder = gmem_bank.load_encoder("hf:model", parameters={"dtype": "bf16"})
     calls = 0

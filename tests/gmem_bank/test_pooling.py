@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -116,6 +117,31 @@ def test_tokens_that_nobody_can_tell_apart_are_not_pooled(tmp_path: Path) -> Non
     np.testing.assert_allclose(encoder.encode(crops), direct.pooler_output.numpy(), atol=1e-5)
     with pytest.raises(EncoderError, match="not known"):
         encoder.encode_tokens(crops)
+
+
+class Stub:
+    """A model whose tokens are given: the first are the same for both images."""
+
+    def __init__(self, same: int, different: int, **config: object) -> None:
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.rand(2, same + different, 4, generator=generator)
+        tokens[1, :same] = tokens[0, :same]
+        self.config = SimpleNamespace(model_type="unheard-of", **config)
+        self._output = SimpleNamespace(last_hidden_state=tokens, hidden_states=(tokens,))
+
+    def __call__(self, **inputs: object) -> SimpleNamespace:
+        return self._output
+
+
+@pytest.mark.parametrize(
+    ("same", "different", "patch", "found"),
+    [(1, 16, 8, (True, 1)), (0, 16, (8, 8), (False, 0)), (3, 16, [8, 8], (False, 3)), (1, 15, 8, None), (0, 17, 8, None),
+     (0, 16, (8, 4), None), (0, 16, None, None), (0, 4, 16, (False, 0)), (0, 16, 0, None)],
+)  # fmt: skip
+def test_a_look_believes_only_a_full_grid(same: int, different: int, patch: object, found: tuple | None) -> None:
+    """Of an input of 32 pixels; patches that were dropped, merged or added are no grid."""
+    layout = layout_seen(Stub(same, different, patch_size=patch), torch.rand(2, 3, 32, 32))
+    assert found == (layout and (layout.has_class, layout.num_special))
 
 
 @pytest.mark.parametrize("ratio", [0.75, 0.0])

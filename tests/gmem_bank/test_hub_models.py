@@ -97,11 +97,11 @@ def test_embeddings_are_those_of_a_direct_forward(tmp_path: Path, kind: str, nam
     np.testing.assert_allclose(encoder.encode(crops[:2]), encoder.encode(crops)[:2], atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["dinov2", "registers", "dinov3"])
+@pytest.mark.parametrize("kind", ["dinov2", "registers", "dinov3", "clip"])
 def test_poolings_and_layers_pick_what_they_say(tmp_path: Path, kind: str) -> None:
     """Patch tokens without class and register tokens; the output of a block by its number."""
     model = make_model(tmp_path / "model", kind)
-    first = {"dinov2": 1, "registers": 4, "dinov3": 3}[kind]
+    tower, first = getattr(model, "vision_model", model), {"dinov2": 1, "registers": 4, "dinov3": 3, "clip": 1}[kind]
     crops = images(3, 32)
     for pooling, layer in (("cls", -1), ("mean", -1), ("cls+mean", -1), ("mean", 1), ("cls", -2)):
         encoder = gmem_bank.load_encoder(
@@ -109,7 +109,7 @@ def test_poolings_and_layers_pick_what_they_say(tmp_path: Path, kind: str) -> No
         )
         pixels = preprocess.to_input(torch.from_numpy(crops), encoder.spec.preprocessing)
         with torch.inference_mode():
-            output = model(pixel_values=pixels, output_hidden_states=True)
+            output = tower(pixel_values=pixels, output_hidden_states=True)
         states = (output.last_hidden_state if layer == -1 else output.hidden_states[layer]).numpy()
         assert states.shape[1] == 16 + first
         mean = states[:, first:].mean(axis=1)
@@ -215,6 +215,22 @@ def test_bf16_is_close_recorded_and_chosen_only_where_it_pays(tmp_path: Path) ->
     for wrong in ("fp16", "int8"):
         with pytest.raises(EncoderError):
             choose_dtype(wrong, cpu, 768)
+
+
+def test_siglip_has_no_class_token_and_all_its_tokens_are_patches(tmp_path: Path) -> None:
+    """The mean is over all of them, at every layer; "cls" would be the patch at the top left."""
+    model = make_model(tmp_path / "model", "siglip")
+    crops = images(3, 32)
+    for layer in (-1, 1):
+        encoder = gmem_bank.load_encoder("hf:model", parameters={"pooling": "mean", "layer": layer})
+        pixels = preprocess.to_input(torch.from_numpy(crops), encoder.spec.preprocessing)
+        with torch.inference_mode():
+            output = model.vision_model(pixel_values=pixels, output_hidden_states=True)
+        states = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+        assert states.shape[1] == 16
+        np.testing.assert_allclose(encoder.encode(crops), states.mean(dim=1).numpy(), atol=1e-5)
+    with pytest.raises(EncoderError, match=r"no class token.*pooling=mean"):
+        gmem_bank.load_encoder("hf:model", parameters={"pooling": "cls"})
 
 
 def test_what_is_no_vision_model_or_has_no_safetensors_is_refused(tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from gmem_bank.batching import DEFAULT_BATCH_SIZE
-from gmem_bank.encoders import Encoder, SupportsBatchSize
+from gmem_bank.encoders import DEFAULT_BATCH_SIZE, Encoder, SupportsBatchSize
 from gmem_bank.errors import ConfigError
 from gmem_bank.listing import Listing
 from gmem_bank.staging import planned_batch_size

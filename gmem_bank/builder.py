@@ -192,8 +192,10 @@ def with_accuracy(spec: EncoderSpec, encoder: Encoder, listing: Listing) -> Enco
     crops = [found for found in decoded if not isinstance(found, str)]
     if not crops:
         return spec
-    cosine = round(encoder.cosine_to_fp32(np.stack(crops)), 6)
-    return dataclasses.replace(spec, labels={**spec.labels, "cosine_to_fp32": cosine})
+    cosine = encoder.cosine_to_fp32(np.stack(crops))
+    if cosine is None or not np.isfinite(cosine):  # none of them has a direction: no reason to lose a finished build
+        return spec
+    return dataclasses.replace(spec, labels={**spec.labels, "cosine_to_fp32": round(float(cosine), 6)})
 
 
 def _write_new(target: Path, encoded: Encoded, listing: Listing, spec: EncoderSpec, arguments: dict[str, Any]) -> None:

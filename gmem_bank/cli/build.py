@@ -77,6 +77,7 @@ def build(
     """
     import gmem_bank
     from gmem_bank.contents import require_source
+    from gmem_bank.encoders import SupportsPrecision
     from gmem_bank.narrowing import Narrowing
     from gmem_bank.progress import ProgressBar
     from gmem_bank.storage import require_known_suffix
@@ -98,11 +99,12 @@ def build(
             overwrite=overwrite, progress=progress,
         )  # fmt: skip
     list_skipped(report.skipped)
+    dtype_used = loaded.spec.parameters.get("dtype", "fp32")
     cosine = gmem_bank.open(report.bank).encoder.labels.get("cosine_to_fp32")
     if cosine is not None:
-        note(
-            f"computed in {loaded.spec.parameters['dtype']}: cosine to float32 {cosine} on the first batch (--set dtype=fp32)"
-        )
+        note(f"computed in {dtype_used}: cosine to float32 {cosine} on the first eight images (--set dtype=fp32)")
+    elif isinstance(loaded, SupportsPrecision) and dtype_used != "fp32":
+        note(f"computed in {dtype_used}: none of the first eight images says how far from float32 (--set dtype=fp32)")
     if as_json:
         print_json(report.to_json())
         return

@@ -3,87 +3,33 @@
 Built-in encoders stand in a table here; third parties add theirs through the entry point group `gmem_bank.encoders`.
 Listing reads metadata only: no plug-in is imported until it is asked for, so a broken one breaks only itself.
 
-Shapes: B images, S×S pixels, D dimensions.
+Shapes: none here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from gmem_bank.encoders.names import HUB_MODELS
 from gmem_bank.encoders.preprocess import preprocessing_problem
+from gmem_bank.encoders.protocols import DEFAULT_BATCH_SIZE as DEFAULT_BATCH_SIZE
+from gmem_bank.encoders.protocols import Encoder as Encoder
+from gmem_bank.encoders.protocols import EncoderOptions as EncoderOptions
+from gmem_bank.encoders.protocols import SupportsBatchSize as SupportsBatchSize
+from gmem_bank.encoders.protocols import SupportsPatchTokens as SupportsPatchTokens
+from gmem_bank.encoders.protocols import SupportsPrecision as SupportsPrecision
+from gmem_bank.encoders.protocols import SupportsText as SupportsText
 from gmem_bank.errors import EncoderError, EncoderMismatchError, GMemError, suggest
 from gmem_bank.provenance import DECIDING_FIELDS, EncoderSpec
 
 ENTRY_POINT_GROUP = "gmem_bank.encoders"
 BUILT_IN = "built in"
-
-
-@runtime_checkable
-class Encoder(Protocol):
-    """What every encoder offers."""
-
-    @property
-    def spec(self) -> EncoderSpec:
-        """What decides the numbers; `spec.preprocessing["crop_size"]` is S."""
-
-    def encode(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return (B, D) float32 raw embeddings of (B, S, S, 3) uint8 images; the space is applied by the bank."""
-
-
-@runtime_checkable
-class SupportsPrecision(Protocol):
-    """An encoder that may run in less than float32, and can say what that costs."""
-
-    def cosine_to_fp32(self, images: NDArray[np.uint8]) -> float:
-        """Return the mean cosine between the embeddings of (B, S, S, 3) images and those of float32."""
-
-
-@runtime_checkable
-class SupportsBatchSize(Protocol):
-    """An encoder that knows how many images it is best given at a time."""
-
-    def best_batch_size(self) -> int:
-        """Return the number: the same on machines of a kind, so that builds there give the same bytes."""
-
-
-@runtime_checkable
-class SupportsPatchTokens(Protocol):
-    """An encoder that has an embedding for every patch of an image."""
-
-    def encode_tokens(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return (B, T, D) float32 patch tokens, row by row of the image, of (B, S, S, 3) images; raises EncoderError."""
-
-
-@runtime_checkable
-class SupportsText(Protocol):
-    """An encoder whose embeddings of texts and of images can be compared."""
-
-    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return (B, D) float32 raw embeddings; raises EncoderError where the model has no text tower."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderOptions:
-    """What a factory is told."""
-
-    weights: Path | None = None
-    """Local folder with the weights; None: the hub cache or the hub."""
-    device: str = "auto"
-    """"auto", "cpu", "cuda", "cuda:1", "mps"."""
-    space: str = "unit"
-    """Space that the snippets will be stored in."""
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    """Encoder-specific settings; a factory refuses those it does not know."""
 
 
 Factory = Callable[[str, EncoderOptions], Encoder]
@@ -191,20 +137,24 @@ def load_encoder(
         EncoderError: unknown name, unknown parameter, or weights that cannot be loaded.
         MissingDependencyError: the encoder needs an extra that is not installed.
     """
-    known = available_encoders()
-    listed = next((prefix for prefix in PREFIXES if name.startswith(prefix) and name != prefix), name)
-    if listed not in known or name in PREFIXES:
-        raise EncoderError(
-            f"unknown encoder {name!r}.{suggest(name, known)} 'gmem-bank encoders' lists them all", key=name
-        )
-    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", device):
-        raise EncoderError(f"unknown device {device!r}: give auto, cpu, cuda, cuda:1, mps or xpu", key="device")
     options = EncoderOptions(
         weights=None if weights is None else Path(weights),
         device=device,
         space=space,
         parameters=dict(parameters or {}),
     )
+    return _load(name, options)
+
+
+def _load(name: str, options: EncoderOptions) -> Encoder:
+    known = available_encoders()
+    listed = next((prefix for prefix in PREFIXES if name.startswith(prefix) and name != prefix), name)
+    if listed not in known or name in PREFIXES:
+        raise EncoderError(
+            f"unknown encoder {name!r}.{suggest(name, known)} 'gmem-bank encoders' lists them all", key=name
+        )
+    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", options.device):
+        raise EncoderError(f"unknown device {options.device!r}: give auto, cpu, cuda, cuda:1, mps or xpu", key="device")
     factory, origin = _factory(known[listed]), known[listed].origin
     try:
         encoder = factory(name, options)
@@ -270,11 +220,21 @@ def reload_encoder(
         EncoderMismatchError: what was loaded gives other snippets than the bank's; both are named.
     """
     recorded = None if spec.weights_path is None else bank_folder / spec.weights_path
-    encoder = load_encoder(
-        spec.name, weights=weights or recorded, device=device, space=spec.space, parameters=spec.parameters
-    )
+    folder = weights or recorded
+    options = EncoderOptions(
+        weights=None if folder is None else Path(folder), device=device, space=spec.space,
+        parameters={**spec.parameters, **(_recorded_revision(spec) if folder is None else {})}, reloading=True,
+    )  # fmt: skip
+    encoder = _load(spec.name, options)
     require_same_encoder(encoder.spec, spec)
     return encoder
+
+
+def _recorded_revision(spec: EncoderSpec) -> dict[str, str]:
+    """Return the parameter that asks for the commit of the hub that a bank names, if it names one."""
+    revision = str(spec.labels.get("revision", ""))
+    of_the_hub = spec.name in HUB_MODELS or spec.name.startswith("hf:")
+    return {"revision": revision} if of_the_hub and re.fullmatch("[0-9a-f]{40}", revision) else {}
 
 
 def require_same_encoder(offered: EncoderSpec, wanted: EncoderSpec) -> None:

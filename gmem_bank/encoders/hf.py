@@ -6,7 +6,7 @@ Shapes: B images, S×S pixels of the crop, T tokens, D dimensions.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,32 @@ import torch
 from numpy.typing import NDArray
 
 from gmem_bank.encoders import EncoderOptions, preprocess, refuse_unknown
-from gmem_bank.encoders.names import POOLINGS, PRESETS, HubModel, model_named
+from gmem_bank.encoders.loading import (
+    TEXT_LENGTHS,
+    Tokenize,
+    choose_device,
+    load_network,
+    require_complete,
+    require_transformers,
+    tokenizer_of,
+)  # fmt: skip
+from gmem_bank.encoders.names import PRESETS, HubModel, model_named
 from gmem_bank.encoders.native import native_preprocessing
-from gmem_bank.encoders.precision import TORCH_DTYPES, choose_dtype
+from gmem_bank.encoders.pooling import (
+    POOLINGS,
+    TOKEN_POOLINGS,
+    TokenLayout,
+    choose_pooling,
+    layout_of,
+    layout_seen,
+    pool,
+)
+from gmem_bank.encoders.precision import TORCH_DTYPES, choose_dtype, mean_cosine
 from gmem_bank.encoders.sizing import best_batch_size
 from gmem_bank.encoders.weights import hub_folder, local_folder, model_sha256, read_config, revision_of
-from gmem_bank.errors import EncoderError, MissingDependencyError
+from gmem_bank.errors import EncoderError
 from gmem_bank.provenance import EncoderSpec
 
-UNUSED_WEIGHTS = ("mask_token",)  # read only while an encoder is pre-trained
-WITH_TEXT = ("clip", "siglip", "siglip_model")
 DEFAULTS: dict[str, Any] = {
     "input_size": None, "pooling": None, "layer": -1, "preset": None, "dtype": "auto", "revision": None,
 }  # fmt: skip
@@ -37,6 +53,7 @@ class TransformersEncoder:
     Args:
         model: the network, in eval mode, on its device, in float32.
         spec: what decides the numbers; its parameters name pooling, layer and dtype.
+        layout: which of its tokens are patches; None: not known.
         tokenize: turns texts into the inputs of the text tower; None for a model without one.
     """
 
@@ -44,10 +61,12 @@ class TransformersEncoder:
         self,
         model: Any,
         spec: EncoderSpec,
-        tokenize: Callable[[Sequence[str]], Mapping[str, Any]] | None = None,
+        layout: TokenLayout | None,
+        tokenize: Tokenize | None = None,
     ) -> None:
         self._spec = spec
         self._model = model
+        self._layout = layout
         self._tokenize = tokenize
         self._device = next(model.parameters()).device
         self._dtype = TORCH_DTYPES[str(spec.parameters["dtype"])]
@@ -69,24 +88,28 @@ class TransformersEncoder:
         side = int(self._spec.preprocessing["crop_size"])
         return np.zeros((count, side, side, 3), np.uint8)
 
-    def cosine_to_fp32(self, images: NDArray[np.uint8]) -> float:
-        """Return the mean cosine between what `encode` gives for (B, S, S, 3) images and what float32 would give."""
-        own, exact = self.encode(images).astype(np.float64), self._encode(images, torch.float32).astype(np.float64)
-        norms = np.linalg.norm(own, axis=1) * np.linalg.norm(exact, axis=1)
-        return float(np.mean(np.vecdot(own, exact) / norms))
+    def cosine_to_fp32(self, images: NDArray[np.uint8]) -> float | None:
+        """Return the mean cosine of what `encode` gives for (B, S, S, 3) images to float32; None: no image has a direction."""
+        return mean_cosine(self.encode(images), self._encode(images, torch.float32))
 
     def encode_tokens(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return (B, T, D) float32 patch tokens of (B, S, S, 3) images, of the encoder's layer (-1: the last, normalised).
 
         Raises:
-            EncoderError: the model has no tokens.
+            EncoderError: the model has no tokens, or it is not known which of them are patches.
         """
-        with self._running(self._dtype):
-            states = self._states(self._input(images))
+        states = self.states(images)
         if states.ndim != 3:
             raise EncoderError(f"encoder {self._spec.describe()} is a convolutional network: it has no patch tokens")
-        tokens: NDArray[np.float32] = states[:, num_special_tokens(self._model.config) :].float().cpu().numpy()
-        return tokens
+        if self._layout is None:
+            raise EncoderError(f"encoder {self._spec.describe()}: which of its tokens are patches is not known")
+        return states[:, self._layout.num_special :]
+
+    def states(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return all tokens (B, T, D), or the map (B, D, H, W), of the encoder's layer for (B, S, S, 3) images."""
+        with self._running(self._dtype):
+            found: NDArray[np.float32] = self._states(self._input(images)).float().cpu().numpy()
+        return found
 
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return (B, D) float32 embeddings of texts, comparable with those of images.
@@ -135,32 +158,8 @@ class TransformersEncoder:
             return self._model.get_image_features(pixel_values=pixels)
         if pooling == "pooler":
             return self._output(pixels, -1).pooler_output
-        states = self._states(pixels)
-        if states.ndim == 4:  # a convolutional network: (B, D, H, W)
-            return states.mean(dim=(2, 3))
-        return pool(states, pooling, num_special_tokens(self._model.config))
-
-
-def pool(tokens: torch.Tensor, pooling: str, num_special: int) -> torch.Tensor:
-    """Return (B, D), or (B, 2D) for "cls+mean", of (B, T, D) tokens.
-
-    Args:
-        tokens: (B, T, D), class and register tokens first.
-        pooling: "cls", "mean" (of the patch tokens) or "cls+mean" (one after the other).
-        num_special: how many tokens come before those of the patches.
-    """
-    mean = tokens[:, num_special:].mean(dim=1)
-    if pooling == "mean":
-        return mean
-    return tokens[:, 0] if pooling == "cls" else torch.cat([tokens[:, 0], mean], dim=1)
-
-
-def num_special_tokens(config: Any) -> int:
-    """Return how many tokens of a model's output are no patches: the class token and registers; 0 for SigLIP, which has none."""
-    vision = getattr(config, "vision_config", config)
-    if str(getattr(vision, "model_type", "")).startswith("siglip"):
-        return 0
-    return 1 + int(getattr(vision, "num_register_tokens", 0) or 0)
+        assert self._layout is not None  # looked at when the encoder was made
+        return pool(self._states(pixels), pooling, self._layout.num_special)
 
 
 def _numbers(output: Any) -> NDArray[np.float32]:
@@ -186,13 +185,14 @@ def make_hub_model(name: str, options: EncoderOptions) -> TransformersEncoder:
     model_facts = model_named(name)
     parameters = refuse_unknown(name, options.parameters, DEFAULTS)
     transformers = require_transformers()
-    weights = options.weights
-    if weights is None and name.startswith("hf:") and Path(model_facts.repository).is_dir():
+    weights, revision = options.weights, parameters.pop("revision")
+    if weights is None and revision is None and name.startswith("hf:") and Path(model_facts.repository).is_dir():
         weights = Path(model_facts.repository)  # recorded as a folder, which can move with the bank
         name = f"hf:{weights.resolve().name}"
-    folder = (
-        local_folder(weights) if weights is not None else hub_folder(model_facts.repository, parameters["revision"])
-    )
+    if weights is not None:
+        folder = local_folder(weights)
+    else:
+        folder = hub_folder(model_facts.repository, revision, or_main=options.reloading)
     config = read_config(folder)
     _require_type(name, folder, config, model_facts)
     vision = config.get("vision_config", config)
@@ -200,17 +200,22 @@ def make_hub_model(name: str, options: EncoderOptions) -> TransformersEncoder:
     record = _preprocessing(folder, vision, parameters)
     device = choose_device(options.device)
     width = int(vision.get("hidden_size") or 0)
-    parameters["dtype"] = choose_dtype(str(parameters["dtype"]), device, width)
+    parameters["dtype"] = choose_dtype(str(parameters["dtype"]), device, width, reloading=options.reloading)
     digest = model_sha256(folder, config)
-    model = _load(transformers, folder).to(device).eval()
+    network, missing = load_network(transformers, folder)
+    model = network.to(device).eval()
+    pixels = preprocess.to_input(torch.from_numpy(_noise(record)).to(device), record)
+    layout = layout_of(model) or layout_seen(model, pixels)
+    parameters["pooling"] = choose_pooling(name, parameters["pooling"], layout)
+    require_complete(folder, missing, parameters["pooling"])
     labels = {"revision": revision_of(folder)} if revision_of(folder) else {}
     spec = EncoderSpec(
-        name=name, family=f"transformers:{config['model_type']}", dim=_dim(model, parameters, record), space=options.space,
-        weights_sha256=digest, preprocessing=record, parameters={n: v for n, v in parameters.items() if n != "revision"},
+        name=name, family=f"transformers:{config['model_type']}", dim=_dim(model, parameters, record, layout),
+        space=options.space, weights_sha256=digest, preprocessing=record, parameters=parameters,
         weights_path=None if weights is None else weights.as_posix(),
         software=f"transformers {transformers.__version__}", labels=labels,
     )  # fmt: skip
-    return TransformersEncoder(model, spec, _tokenizer(transformers, folder, config))
+    return TransformersEncoder(model, spec, layout, tokenizer_of(transformers, folder, config))
 
 
 def _require_type(name: str, folder: Path, config: Mapping[str, Any], facts: HubModel) -> None:
@@ -225,15 +230,16 @@ def _require_type(name: str, folder: Path, config: Mapping[str, Any], facts: Hub
 
 
 def _resolved(name: str, facts: HubModel, parameters: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters with the model's own values in place of None."""
-    own = {"pooling": "projected" if config["model_type"] in WITH_TEXT else facts.pooling, "preset": facts.preset}
+    """Return the parameters with the model's own values in place of None; a pooling of None is left to `choose_pooling`."""
+    own = {"pooling": "projected" if config["model_type"] in TEXT_LENGTHS else None, "preset": facts.preset}
     resolved = {n: own.get(n) if value is None else value for n, value in parameters.items()}
-    for parameter, known in (("pooling", POOLINGS), ("preset", PRESETS)):
+    for parameter, known in (("pooling", (*POOLINGS, None)), ("preset", PRESETS)):
         if resolved[parameter] not in known:
             raise EncoderError(
-                f"{parameter} must be one of {', '.join(known)}, not {resolved[parameter]!r}", key=parameter
+                f"{parameter} must be one of {', '.join(filter(None, known))}, not {resolved[parameter]!r}",
+                key=parameter,
             )
-    if resolved["pooling"] == "projected" and config["model_type"] not in WITH_TEXT:
+    if resolved["pooling"] == "projected" and config["model_type"] not in TEXT_LENGTHS:
         raise EncoderError(
             f"encoder {name!r} has no projection: pooling 'projected' is for CLIP and SigLIP 2", key="pooling"
         )
@@ -264,74 +270,29 @@ def _preprocessing(folder: Path, vision: Mapping[str, Any], parameters: dict[str
     return preprocess.gmem_preprocessing(size)
 
 
-def _dim(model: torch.nn.Module, parameters: Mapping[str, Any], record: dict[str, Any]) -> int:
-    """Return D by a look at what comes out for a black image; raises EncoderError where nothing does."""
+def _noise(record: Mapping[str, Any]) -> NDArray[np.uint8]:
+    """Return two different images: blank ones would hide what a network does with places."""
     side = int(record["crop_size"])
+    return np.random.Generator(np.random.PCG64(0)).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
+
+
+def _dim(
+    model: torch.nn.Module, parameters: Mapping[str, Any], record: dict[str, Any], layout: TokenLayout | None
+) -> int:
+    """Return D by a look at what comes out for noise; raises EncoderError where nothing does, or not the same twice."""
     spec = EncoderSpec(name="", family="", dim=1, space="raw", preprocessing=record, parameters=dict(parameters))
+    encoder, images = TransformersEncoder(model, spec, layout), _noise(record)
+    look = encoder.states if parameters["pooling"] in TOKEN_POOLINGS else encoder.encode
     try:
-        return int(TransformersEncoder(model, spec).encode(np.zeros((1, side, side, 3), np.uint8)).shape[1])
+        dim, first, again = encoder.encode(images).shape[1], look(images), look(images)
     except (AttributeError, IndexError, RuntimeError, ValueError, TypeError) as error:
-        wanted = (
-            f"pooling {parameters['pooling']!r}, layer {parameters['layer']}, {record.get('input_size', side)} pixels"
-        )
+        size = record.get("input_size", record["crop_size"])
+        wanted = f"pooling {parameters['pooling']!r}, layer {parameters['layer']}, {size} pixels"
         raise EncoderError(f"the model does not work with {wanted}: {error}") from error
-
-
-def _tokenizer(
-    transformers: Any, folder: Path, config: Mapping[str, Any]
-) -> Callable[[Sequence[str]], Mapping[str, Any]] | None:
-    """Return the tokenizer of a model with a text tower, loaded on first use."""
-    if config["model_type"] not in WITH_TEXT:
-        return None
-    loaded: list[Any] = []
-
-    def tokenize(texts: Sequence[str]) -> Mapping[str, Any]:
-        if not loaded:
-            try:
-                loaded.append(transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True))
-            except Exception as error:  # whatever an absent or damaged file makes the library raise
-                raise EncoderError(f"{folder} has no usable tokenizer: {error}", path=folder) from error
-        padding = "max_length" if config["model_type"] != "clip" else True  # SigLIP was trained on padded texts only
-        inputs: Mapping[str, Any] = loaded[0](list(texts), padding=padding, truncation=True, return_tensors="pt")
-        return inputs
-
-    return tokenize
-
-
-def require_transformers() -> Any:
-    """Return the transformers module, silenced; raises MissingDependencyError."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingDependencyError(
-            "this encoder needs transformers: pip install transformers (the extra gmem[hf])", extra="hf"
-        ) from error
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return transformers
-
-
-def _load(transformers: Any, folder: Path) -> torch.nn.Module:
-    try:
-        model, info = transformers.AutoModel.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32,
-            output_loading_info=True,
-        )  # fmt: skip
-    except Exception as error:  # whatever a damaged folder makes the library raise
-        raise EncoderError(f"could not load the model in {folder}: {error}", path=folder) from error
-    missing = sorted(key for key in info["missing_keys"] if not key.endswith(UNUSED_WEIGHTS) and "pooler" not in key)
-    if missing:
-        raise EncoderError(f"the weights in {folder} lack {len(missing)} tensors, such as {missing[0]}", path=folder)
-    return model  # type: ignore[no-any-return]
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device of a name, "auto" being CUDA where there is one; raises EncoderError."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise EncoderError(f"device {name!r} cannot be used here: {error}", key="device") from error
-    return device
+    # a network that draws lots differs by as much as its numbers are large, one that rounds in another order hardly
+    if not np.allclose(first, again, rtol=0, atol=0.01 * float(np.abs(np.nan_to_num(first)).max()), equal_nan=True):
+        raise EncoderError(
+            f"the {model.__class__.__name__} gives other numbers each time for the same image (one that masks patches at "
+            "random does): no bank can be made with it",
+        )
+    return int(dim)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
-POOLINGS = ("cls", "mean", "cls+mean", "pooler", "projected")
 PRESETS = ("gmem", "native")
 
 
@@ -18,7 +16,6 @@ class HubModel:
     """On the hub; "" for hf:…, whose rest names it."""
     model_types: tuple[str, ...] = ()
     """What its config may call itself; empty: any vision model."""
-    pooling: str = "cls"
     preset: str = "native"
 
 
@@ -48,7 +45,7 @@ _DINOV3 = _sizes(
 _CLIP = _sizes(
     "clip", "openai/clip-vit-{}",
     {"base-32": "base-patch32", "base-16": "base-patch16", "large-14": "large-patch14", "large-14-336": "large-patch14-336"},
-    "large-14", model_types=("clip",), pooling="projected",
+    "large-14", model_types=("clip",),
 )  # fmt: skip
 _SIGLIP2 = _sizes(
     "siglip2", "google/siglip2-{}",
@@ -56,7 +53,7 @@ _SIGLIP2 = _sizes(
         "base-224": "base-patch16-224", "base-256": "base-patch16-256", "large-256": "large-patch16-256",
         "large-384": "large-patch16-384", "so400m-224": "so400m-patch14-224", "so400m-384": "so400m-patch14-384",
     },
-    "base-224", model_types=("siglip", "siglip_model"), pooling="projected",
+    "base-224", model_types=("siglip", "siglip_model"),
 )  # fmt: skip
 HUB_MODELS: dict[str, HubModel] = {
     **_DINOV2, **{f"{name}-with-registers": model for name, model in _REGISTERS.items()}, **_DINOV3, **_CLIP, **_SIGLIP2,
@@ -67,5 +64,5 @@ HUB_MODELS: dict[str, HubModel] = {
 def model_named(name: str) -> HubModel:
     """Return the model of a name: one of HUB_MODELS, or "hf:REPOSITORY" or "hf:FOLDER", for any vision model."""
     if name.startswith("hf:"):
-        return HubModel(repository=re.sub("^hf:", "", name))
+        return HubModel(repository=name.removeprefix("hf:"))
     return HUB_MODELS[name]

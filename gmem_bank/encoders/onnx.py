@@ -5,7 +5,6 @@ Shapes: B images, S×S pixels of the crop, T side of the network's input, D dime
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +14,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gmem_bank.batching import DEFAULT_BATCH_SIZE, padded
-from gmem_bank.encoders import EncoderOptions, preprocess, refuse_unknown
+from gmem_bank.encoders import DEFAULT_BATCH_SIZE, EncoderOptions, preprocess, refuse_unknown
 from gmem_bank.encoders.native import native_preprocessing
-from gmem_bank.errors import EncoderError, MissingDependencyError
+from gmem_bank.encoders.onnx_session import first_line, open_session, require_runtime, weight_files
+from gmem_bank.encoders.pooling import TOKEN_POOLINGS, pool
+from gmem_bank.errors import EncoderError
 from gmem_bank.provenance import EncoderSpec, sha256_of, sha256_of_file
 
 PREFIX = "onnx:"
-POOLINGS = ("cls", "mean", "cls+mean")
 NORMALISATIONS = {
     "imagenet": (preprocess.IMAGENET_MEAN, preprocess.IMAGENET_STD),
     "half": ((0.5,) * 3, (0.5,) * 3),
@@ -97,15 +96,26 @@ class OnnxEncoder:
 
     def _pooled(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return (B, D) of (B, D), of tokens (B, T, D), or of a map (B, D, H, W)."""
-        if values.ndim == 4:
-            return np.asarray(values.mean(axis=(2, 3)))
         if values.ndim == 2:
             return values
-        mean = values[:, int(self._spec.parameters["num_special_tokens"]) :].mean(axis=1)
-        pooling = self._spec.parameters["pooling"]
-        if pooling == "mean":
-            return np.asarray(mean)
-        return np.ascontiguousarray(values[:, 0]) if pooling == "cls" else np.hstack([values[:, 0], mean])
+        if values.ndim == 4:  # the parameter speaks of tokens
+            return np.asarray(values.mean(axis=(2, 3)))
+        pooled = pool(
+            torch.from_numpy(values),
+            str(self._spec.parameters["pooling"]),
+            int(self._spec.parameters["num_special_tokens"]),
+        )
+        return np.ascontiguousarray(pooled.numpy())
+
+
+def padded(images: NDArray[Any], size: int) -> Iterator[tuple[NDArray[Any], int]]:
+    """Yield images `size` at a time, the last part filled up with zeros, and how many of each part are real."""
+    for start in range(0, len(images), size):
+        part = images[start : start + size]
+        count = len(part)
+        if count < size:
+            part = np.concatenate([part, np.zeros((size - count, *part.shape[1:]), part.dtype)])
+        yield part, count
 
 
 def make_onnx(name: str, options: EncoderOptions) -> OnnxEncoder:
@@ -128,33 +138,23 @@ def make_onnx(name: str, options: EncoderOptions) -> OnnxEncoder:
     name = f"{PREFIX}{path.name}"
     parameters = refuse_unknown(name, options.parameters, DEFAULTS)
     _check_choices(parameters)
-    session = _session(path, options.device)
+    session = open_session(path, options.device)
     facts = _input_facts(path, session)
     parameters["output"] = _output(path, session, parameters["output"])
     record = _preprocessing(path, facts, parameters)
     probe = EncoderSpec(name=name, family="onnx", dim=1, space="raw", preprocessing=record, parameters=parameters)
     spec = EncoderSpec(
         name=name, family="onnx", dim=_dim(path, OnnxEncoder(session, facts, probe)), space=options.space,
-        weights_sha256=sha256_of([sha256_of_file(part) for part in (path, *_external(path, path.read_bytes()))]),
+        weights_sha256=sha256_of([sha256_of_file(part) for part in (path, *weight_files(path, path.read_bytes()))]),
         preprocessing=record, parameters=parameters, weights_path=path.as_posix(),
-        software=f"onnxruntime {_runtime().__version__}",
+        software=f"onnxruntime {require_runtime().__version__}",
     )  # fmt: skip
     return OnnxEncoder(session, facts, spec)
 
 
-def _runtime() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingDependencyError(
-            "this encoder needs onnxruntime: pip install onnxruntime (the extra gmem[onnx])", extra="onnx"
-        ) from error
-    return onnxruntime
-
-
 def _check_choices(parameters: Mapping[str, Any]) -> None:
     for parameter, known in (
-        ("pooling", POOLINGS),
+        ("pooling", TOKEN_POOLINGS),
         ("preset", ("gmem", "native")),
         ("normalise", tuple(NORMALISATIONS)),
     ):
@@ -165,63 +165,6 @@ def _check_choices(parameters: Mapping[str, Any]) -> None:
     special = parameters["num_special_tokens"]
     if type(special) is not int or special < 0:
         raise EncoderError(f"num_special_tokens must be a whole number, got {special!r}", key="num_special_tokens")
-
-
-def _external(path: Path, model: bytes) -> list[Path]:
-    """Return the files of weights outside the ONNX file: those that it names, each once, beside it.
-
-    Names are read off the bytes (a StringStringEntryProto {key: "location", value: NAME} of the format), as the runtime
-    would look for them in the working folder, whatever that is.
-
-    Raises:
-        EncoderError: a name that leads elsewhere, or a file that is not there.
-    """
-    names = {model[at : at + size].decode(errors="replace") for at, size in _locations(model)}
-    for name in sorted(names):
-        if name in ("", ".", "..") or "/" in name or "\\" in name or not path.with_name(name).is_file():
-            raise EncoderError(
-                f"{path} keeps weights in {name!r}, which is not a file beside it: export it anew", path=path
-            )
-    return [path.with_name(name) for name in sorted(names)]
-
-
-def _locations(model: bytes) -> Iterator[tuple[int, int]]:
-    """Yield offset and length of the value of every "location"."""
-    for found in re.finditer(rb"\x0a\x08location\x12([\x80-\xff]*[\x00-\x7f])", model):
-        yield found.end(), sum((byte & 0x7F) << (7 * place) for place, byte in enumerate(found[1]))
-
-
-def _session(path: Path, device: str) -> Any:
-    """Return a session; weights outside the file are only taken from files that the fingerprint covers."""
-    runtime = _runtime()
-    providers = _providers(runtime, device)
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4
-    model = path.read_bytes()
-    outside = [(part.name, part.read_bytes()) for part in _external(path, model)]
-    try:
-        if outside:
-            options.add_external_initializers_from_files_in_memory(
-                [name for name, _ in outside], [data for _, data in outside], [len(data) for _, data in outside]
-            )
-        return runtime.InferenceSession(model, options, providers=providers)
-    except Exception as error:  # the runtime has a class for each of many failures, without a common root
-        raise EncoderError(
-            f"{path} is not a network that onnxruntime can load: {_first_line(error)}", path=path
-        ) from error
-
-
-def _providers(runtime: Any, device: str) -> list[str]:
-    have = runtime.get_available_providers()
-    kind = device.partition(":")[0]
-    if kind in ("cuda", "auto") and "CUDAExecutionProvider" in have:
-        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    if kind not in ("cpu", "auto"):
-        raise EncoderError(
-            f"this onnxruntime has no {device!r} (it has {', '.join(have)}): onnxruntime-gpu has CUDA", key="device"
-        )
-    return ["CPUExecutionProvider"]
 
 
 def _input_facts(path: Path, session: Any) -> InputFacts:
@@ -277,15 +220,11 @@ def _dim(path: Path, encoder: OnnxEncoder) -> int:
     side = int(encoder.spec.preprocessing["crop_size"])
     try:
         found = encoder.encode(np.zeros((1, side, side, 3), np.uint8))
-    except Exception as error:  # as in `_session`
+    except Exception as error:  # as in `open_session`
         raise EncoderError(
-            f"{path} does not work with images of {encoder.spec.parameters['input_size']} pixels: {_first_line(error)}",
+            f"{path} does not work with images of {encoder.spec.parameters['input_size']} pixels: {first_line(error)}",
             path=path,
         ) from error
     if found.ndim != 2 or len(found) != 1:
         raise EncoderError(f"{path} gives {list(found.shape)} for one image, expected (1, D)", path=path)
     return int(found.shape[1])
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0][:300]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from gmem_bank.batching import DEFAULT_BATCH_SIZE
+from gmem_bank.encoders import DEFAULT_BATCH_SIZE
 
 PROBE_IMAGES = 8
 LARGEST = 512

@@ -29,12 +29,13 @@ def local_folder(folder: Path) -> Path:
     return folder
 
 
-def hub_folder(repository: str, revision: str | None = None) -> Path:
+def hub_folder(repository: str, revision: str | None = None, *, or_main: bool = False) -> Path:
     """Return the folder of a repository in the hub cache, fetched where it is not there and a network is.
 
     Args:
         repository: "facebook/dinov2-base".
         revision: branch, tag or commit; None takes the main branch.
+        or_main: take the main branch where the revision is not to be had; the caller compares the weights.
 
     Raises:
         EncoderError: it is not in the cache and could not be fetched; what to do instead is said.
@@ -45,10 +46,14 @@ def hub_folder(repository: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises its own, its transport's and the system's errors
+        if or_main and revision is not None:
+            return hub_folder(repository)
+        at, which = ("", "") if revision is None else (f" at {revision}", f" --revision {revision}")
         raise EncoderError(
-            f"the weights of {repository} are not in the hub cache and could not be fetched ({type(error).__name__}). "
-            f"On a machine with a network run 'hf download {repository}' and copy the cache (HF_HOME), or give a folder "
-            f"with {CONFIG} and {WEIGHTS}: --weights FOLDER. A new bank can also be built without weights: --encoder hog",
+            f"the weights of {repository}{at} are not in the hub cache and could not be fetched ({type(error).__name__}). "
+            f"On a machine with a network run 'hf download {repository}{which}' and copy the cache (HF_HOME), or give a "
+            f"folder with {CONFIG} and {WEIGHTS}: --weights FOLDER. A new bank can also be built without weights: "
+            "--encoder hog",
             key=repository,
         ) from error
 
@@ -78,9 +83,27 @@ def model_sha256(folder: Path, config: dict[str, Any]) -> str:
 def _weights_sha256(folder: Path) -> str:
     if (folder / WEIGHTS).is_file():
         return sha256_of_file(folder / WEIGHTS)
-    shards = sorted(folder.glob("model-*.safetensors"))
-    if (folder / WEIGHTS_INDEX).is_file() and shards:
-        return sha256_of([sha256_of_file(shard) for shard in shards])
+    if (folder / WEIGHTS_INDEX).is_file():
+        files = [WEIGHTS_INDEX, *_shards(folder)]
+        return sha256_of({name: sha256_of_file(folder / name) for name in files})
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     reason = f" (it has {pickles[0]}, a pickle, which can run code and is never read)" if pickles else ""
     raise EncoderError(f"{folder} has no {WEIGHTS}{reason}: convert the weights to safetensors", path=folder)
+
+
+def _shards(folder: Path) -> list[str]:
+    """Return the names of the files that an index of weights refers to, each once; raises EncoderError."""
+    index = folder / WEIGHTS_INDEX
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EncoderError(
+            f"{index} is not an index of weights: {error!r}. Fetch the model anew", path=index
+        ) from error
+    for name in names or {""}:
+        plain = isinstance(name, str) and name.endswith(".safetensors") and not set("/\\\0") & set(name)
+        if not plain or not (folder / name).is_file():
+            raise EncoderError(
+                f"{index} names {name!r}, which is not a safetensors file beside it: fetch the model anew", path=index
+            )
+    return sorted(names)

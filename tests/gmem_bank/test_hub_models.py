@@ -97,12 +97,11 @@ def test_embeddings_are_those_of_a_direct_forward(tmp_path: Path, kind: str, nam
     np.testing.assert_allclose(encoder.encode(crops[:2]), encoder.encode(crops)[:2], atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["dinov2", "registers", "dinov3", "siglip"])
+@pytest.mark.parametrize("kind", ["dinov2", "registers", "dinov3", "clip"])
 def test_poolings_and_layers_pick_what_they_say(tmp_path: Path, kind: str) -> None:
     """Patch tokens without class and register tokens; the output of a block by its number."""
     model = make_model(tmp_path / "model", kind)
-    tower = getattr(model, "vision_model", model)
-    first = {"dinov2": 1, "registers": 4, "dinov3": 3, "siglip": 0}[kind]
+    tower, first = getattr(model, "vision_model", model), {"dinov2": 1, "registers": 4, "dinov3": 3, "clip": 1}[kind]
     crops = images(3, 32)
     for pooling, layer in (("cls", -1), ("mean", -1), ("cls+mean", -1), ("mean", 1), ("cls", -2)):
         encoder = gmem_bank.load_encoder(
@@ -136,17 +135,36 @@ def test_native_preprocessing_is_that_of_the_librarys_pillow_processors(
     np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-5)
 
 
-def test_texts_and_images_share_a_space(tmp_path: Path) -> None:
-    """CLIP's text tower is there for queries; a model without one says so."""
+def save_tokenizer(folder: Path) -> None:
+    """Words to ids, as a folder of a text tower has them; the padding is 2."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    model = make_model(tmp_path / "model", "clip")
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 3, "cat": 4, "dog": 5, "</s>": 2}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="</s>", unk_token="[UNK]").save_pretrained(
-        tmp_path / "model"
-    )
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="</s>", unk_token="[UNK]").save_pretrained(folder)
+
+
+@pytest.mark.parametrize(("kind", "length"), [("clip", 77), ("siglip", 16)])
+def test_texts_of_any_length_are_embedded_as_the_library_does(tmp_path: Path, kind: str, length: int) -> None:
+    """CLIP's as each alone, SigLIP's padded by hand to its full length; what is too long is cut."""
+    model = make_model(tmp_path / "model", kind)
+    save_tokenizer(tmp_path / "model")
+    ids = [[3, 4], [3, 4, 3, 5, 5], [5] * length]
+    encoder = gmem_bank.load_encoder(f"hf:{tmp_path}/model")
+    got = encoder.encode_texts(["a cat", "a cat a dog dog", "dog " * 100])
+    for row, text in zip(got, ids, strict=True):
+        padded = text + [2] * (length - len(text)) if kind == "siglip" else text
+        with torch.inference_mode():
+            output = model.get_text_features(input_ids=torch.tensor([padded]))
+        direct = output if isinstance(output, torch.Tensor) else output.pooler_output
+        np.testing.assert_allclose(row, direct.numpy()[0], atol=1e-5)
+
+
+def test_texts_and_images_share_a_space(tmp_path: Path) -> None:
+    """CLIP's text tower is there for queries; a model without one says so."""
+    model = make_model(tmp_path / "model", "clip")
+    save_tokenizer(tmp_path / "model")
     encoder = gmem_bank.load_encoder(f"hf:{tmp_path}/model")
     got = encoder.encode_texts(["a cat", "a dog"])
     with torch.inference_mode():
@@ -199,6 +217,22 @@ def test_bf16_is_close_recorded_and_chosen_only_where_it_pays(tmp_path: Path) ->
             choose_dtype(wrong, cpu, 768)
 
 
+def test_siglip_has_no_class_token_and_all_its_tokens_are_patches(tmp_path: Path) -> None:
+    """The mean is over all of them, at every layer; "cls" would be the patch at the top left."""
+    model = make_model(tmp_path / "model", "siglip")
+    crops = images(3, 32)
+    for layer in (-1, 1):
+        encoder = gmem_bank.load_encoder("hf:model", parameters={"pooling": "mean", "layer": layer})
+        pixels = preprocess.to_input(torch.from_numpy(crops), encoder.spec.preprocessing)
+        with torch.inference_mode():
+            output = model.vision_model(pixel_values=pixels, output_hidden_states=True)
+        states = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+        assert states.shape[1] == 16
+        np.testing.assert_allclose(encoder.encode(crops), states.mean(dim=1).numpy(), atol=1e-5)
+    with pytest.raises(EncoderError, match=r"no class token.*pooling=mean"):
+        gmem_bank.load_encoder("hf:model", parameters={"pooling": "cls"})
+
+
 def test_what_is_no_vision_model_or_has_no_safetensors_is_refused(tmp_path: Path) -> None:
     """A text model, a pickle, an odd pooling, an absent preprocessor: each with its reason."""
     from transformers import BertConfig, BertModel
@@ -237,7 +271,7 @@ def test_a_bank_finds_its_model_again_from_a_folder_beside_it(photos: Path, new_
 
 
 def test_what_bf16_costs_is_recorded_in_the_bank(photos: Path, tmp_path: Path) -> None:
-    """The cosine on the first batch stands among the labels; a build that was interrupted gives the same bytes."""
+    """The cosine on the first images stands among the labels; a build that was interrupted gives the same bytes."""
     make_model(tmp_path / "model", "dinov2")
     encoder = gmem_bank.load_encoder("hf:model", parameters={"dtype": "bf16"})
     calls = 0

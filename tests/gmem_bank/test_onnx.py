@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -171,3 +172,40 @@ def test_what_is_no_onnx_file_is_refused() -> None:
         gmem_bank.load_encoder("onnx:gone.onnx")
     with pytest.raises(EncoderError, match="has no 'mps'"):
         gmem_bank.load_encoder("onnx:net.onnx", device="mps")
+
+
+class Runtime:
+    """An onnxruntime that says it has CUDA, and starts it or not."""
+
+    def __init__(self, *, starts: bool) -> None:
+        import onnxruntime
+
+        self.real, self.starts, self.asked = onnxruntime, starts, None
+        self.SessionOptions, self.__version__ = onnxruntime.SessionOptions, onnxruntime.__version__
+
+    def get_available_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def InferenceSession(self, model: bytes, options: object, providers: list) -> object:
+        self.asked = providers
+        session = self.real.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        active = self.get_available_providers() if self.starts else ["CPUExecutionProvider"]
+        session.get_providers = lambda: active
+        return session
+
+
+@pytest.mark.parametrize(("device", "number"), [("cuda", 0), ("cuda:1", 1), ("cuda:12", 12), ("auto", 0)])
+def test_the_gpu_asked_for_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch, device: str, number: int) -> None:
+    """Its number reaches the runtime; where CUDA does not start, only "auto" goes on without it."""
+    save_graph(Path("net.onnx"), output="flat")
+    for starts in (True, False):
+        runtime = Runtime(starts=starts)
+        monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
+        if starts or device == "auto":
+            assert gmem_bank.load_encoder("onnx:net.onnx", device=device).spec.dim == DIM
+        else:
+            with pytest.raises(
+                EncoderError, match=rf"could not start it on '{device}' \(running: CPUExecutionProvider\)"
+            ):
+                gmem_bank.load_encoder("onnx:net.onnx", device=device)
+        assert runtime.asked == [("CUDAExecutionProvider", {"device_id": number}), "CPUExecutionProvider"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -130,7 +131,9 @@ def find_item(source: str | Path, prefix: str, columns: Columns, key: str) -> It
         item = known.get(key)
         if item is not None and known.is_as_listed(item.path):
             return item
-    return _looked_at(asked).get(key)
+    with _LISTING:
+        known = _looked_at(asked)
+    return known.get(key)
 
 
 LOOK_AGAIN = 1.0
@@ -140,6 +143,7 @@ MOST_KNOWN = 4_000_000
 _Asked = tuple[str, str, Columns]
 _Stamp = tuple[int, int, int]
 _KNOWN: OrderedDict[_Asked, _Known] = OrderedDict()
+_LISTING = threading.Lock()
 
 
 def _looked_at(asked: _Asked) -> _Known:

@@ -178,8 +178,8 @@ def _walk(folder: Path, ignored: list[Skipped]) -> Iterator[tuple[Path, str]]:
     def complain(error: OSError) -> None:
         ignored.append(Skipped(path=printable_path(str(error.filename)), reason=f"unreadable folder: {error.strerror}"))
 
-    above = {str(folder): _identity(folder)}
-    """Of every folder still to be walked: what identifies it and the folders on the way to it."""
+    above = {str(folder): _identities(folder)}
+    """Of every folder still to be walked: it and all that it lies in, by links and by itself."""
     for where, folders, files in os.walk(folder, onerror=complain, followlinks=True):
         here, way = Path(where), above.pop(where)
         inside = "" if here == folder else here.relative_to(folder).as_posix() + "/"
@@ -190,8 +190,9 @@ def _walk(folder: Path, ignored: list[Skipped]) -> Iterator[tuple[Path, str]]:
         wanted = sorted(name for name in folders if not name.startswith(".") and not name.endswith(BANK_FOLDER))
         folders.clear()
         for name in wanted:
-            found = _identity(here / name)
-            if found and found <= way:
+            linked = (here / name).is_symlink()
+            found = _identities(here / name) if linked else _identity(here / name)
+            if linked and _identity(here / name) & way:
                 reason = "a link to a folder that it lies in"
                 ignored.append(Skipped(path=printable_path(inside + name), reason=reason))
             else:
@@ -207,6 +208,12 @@ def _identity(folder: Path) -> frozenset[tuple[int, int]]:
     except OSError:
         return frozenset()
     return frozenset({(facts.st_dev, facts.st_ino)})
+
+
+def _identities(folder: Path) -> frozenset[tuple[int, int]]:
+    """Return the identities of a folder and of all that it really lies in."""
+    real = Path(os.path.realpath(folder))
+    return frozenset().union(*map(_identity, (real, *real.parents)))
 
 
 def _facts(path: Path, key: str) -> os.stat_result | str:

@@ -153,6 +153,19 @@ def test_folders_that_link_to_each_other_are_walked_once(tmp_path: Path) -> None
     assert {skipped.reason for skipped in listing.ignored} == {"a link to a folder that it lies in"}
 
 
+def test_links_to_what_the_source_lies_in_are_not_followed(tmp_path: Path) -> None:
+    """Neither from the source to the folder above it, nor from a linked folder to the one above that."""
+    for name in ("source/a/1.png", "beside.png", "store/in/2.png", "store/beside.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "source" / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "source" / "in").symlink_to(tmp_path / "store" / "in")
+    (tmp_path / "store" / "in" / "up").symlink_to(tmp_path / "store")
+    listing = list_folder(tmp_path / "source")
+    assert list(listing.items.all_keys()) == ["a/1.png", "in/2.png"]
+    assert [skipped.path for skipped in listing.ignored] == ["a/up", "in/up"]
+
+
 def test_folders_with_brackets_in_their_names_are_no_patterns(tmp_path: Path) -> None:
     """Only what lies below the folders that are there is matched; a pattern over folders still is one."""
     for name in ("ph [1]/a [2]/x-1.tar", "ph [1]/a [2]/x-2.tar", "ph [1]/a 2/x-3.tar"):

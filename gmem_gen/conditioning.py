@@ -2,13 +2,13 @@
 
 Everything goes through `gmem_bank.interface`, so every manipulation of a model's memory is an operation on its bank.
 
-Shapes: N rows, M training rows, B batch, D snippet dimension.
+Shapes: N rows, M training rows, B batch, D snippet dimension, R rank, E width of the model.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,9 @@ from torch import Tensor
 
 import gmem_bank
 from gmem_bank.errors import ConfigError, EncoderMismatchError, GMemError, SourceError, UnknownKeyError, first_three
-from gmem_bank.interface import INTERFACE_VERSION, Bank, ImagesFrom, SupportsConcepts, SupportsImages
+from gmem_bank.interface import INTERFACE_VERSION, Bank, ImagesFrom, SupportsConcepts, SupportsFactors, SupportsImages
+from gmem_gen.layers import ConditionProjection
+from gmem_gen.model import Generator
 
 # The rest of the generator has the type of a bank from here, and nothing else of its interface.
 __all__ = [
@@ -27,11 +29,16 @@ __all__ = [
     "Conditions",
     "ImagesFrom",
     "Join",
+    "Reader",
+    "absorb",
     "choose_conditions",
+    "class_names",
     "gather",
     "join_images",
+    "labels",
     "open_bank",
     "read_image",
+    "reader",
     "record_of",
     "regularise",
     "require_interface",
@@ -142,6 +149,119 @@ def read_image(bank: Bank, row: int, images: ImagesFrom) -> NDArray[np.uint8]:
 def gather(bank: Bank, rows: NDArray[np.int64], device: torch.device) -> Tensor:
     """Return the (B, D) float32 snippets of rows on a device."""
     return torch.from_numpy(bank.snippets(rows)).to(device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """A network, and how the conditions it takes are read from a bank."""
+
+    network: Generator
+    read: Callable[[NDArray[np.int64], torch.device], Tensor]
+    """Rows → (B, …) conditions."""
+    numbers_per_row: int
+    """How many numbers a row costs on its way to the device."""
+
+
+def reader(bank: Bank, model: Generator, classes: Sequence[str] = ()) -> Reader:
+    """Return how a model best reads a bank: by factors where the bank has them, by labels where the model has classes.
+
+    Args:
+        bank: of the snippets that the model was trained on.
+        model: in float32.
+        classes: names of a class-conditional model's classes, in the order of its labels.
+    """
+    if model.config.condition == "class":
+        return Reader(
+            network=model, read=lambda rows, device: labels(bank, rows, classes).to(device), numbers_per_row=1
+        )
+    if model.config.condition == "none":
+        return Reader(
+            network=model, read=lambda rows, device: torch.zeros(len(rows), 0, device=device), numbers_per_row=0
+        )
+    if isinstance(bank, SupportsFactors) and len(bank.basis) + 1 < bank.dim:
+        return absorb(bank, bank, model)
+    return Reader(network=model, read=lambda rows, device: gather(bank, rows, device), numbers_per_row=bank.dim)
+
+
+def absorb(bank: Bank, factors: SupportsFactors, model: Generator) -> Reader:
+    """Return a model that takes a factored bank's coefficients, with the basis multiplied into its first linear layer.
+
+    W·(Bᵀc + μ)/‖s‖ = [W·Bᵀ, W·μ]·[c, 1]/‖s‖: R + 1 numbers a row instead of D, and the same result up to rounding. The null
+    snippet, zeros, stays zeros. In raw space nothing is divided by ‖s‖.
+
+    Args:
+        bank: gives the space.
+        factors: the same bank, as one with factors.
+        model: its condition projection is replaced, everything else shared.
+    """
+    before = model.condition_projection
+    weight = before.linear.weight.detach()
+    basis, mean = (torch.from_numpy(np.array(part)).double() for part in (factors.basis, factors.mean))
+    device = weight.device
+    weight_64 = weight.cpu().double() * before.scale
+    merged = torch.cat([weight_64 @ basis.T, (weight_64 @ mean)[:, None]], dim=1)
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # the layer's own initial weights are not wanted, nor is what they would draw
+        after = ConditionProjection(merged.shape[1], merged.shape[0], 1.0)
+    with torch.no_grad():
+        after.linear.weight.copy_(merged)
+        after.linear.bias.copy_(before.linear.bias)
+    after = after.to(device, weight.dtype)
+
+    def read(rows: NDArray[np.int64], device: torch.device) -> Tensor:
+        coefficients = factors.coefficients(rows)
+        codes = np.concatenate([coefficients, np.ones((len(rows), 1), np.float32)], axis=1)
+        if bank.space == "unit":
+            codes *= factors.inv_norms(rows)[:, None]
+        return torch.from_numpy(codes).to(device)
+
+    return Reader(
+        network=model.with_condition_projection(after).requires_grad_(False), read=read, numbers_per_row=merged.shape[1]
+    )
+
+
+def class_names(bank: Bank) -> tuple[str, ...]:
+    """Return the concepts of a bank as classes, in its order; raises ConfigError where there are none."""
+    if not isinstance(bank, SupportsConcepts) or not bank.names:
+        raise ConfigError(
+            "a class-conditional model needs a bank with concepts, such as one of class folders", key="model.condition"
+        )
+    return bank.names
+
+
+def labels(bank: Bank, rows: NDArray[np.int64], classes: Sequence[str]) -> Tensor:
+    """Return the (B,) int64 labels of rows: the number of the class whose concept holds them.
+
+    Args:
+        bank: with concepts.
+        rows: (B,) active rows.
+        classes: names, in the order of the labels.
+
+    Raises:
+        ConfigError: a row in none of the classes, or in two of them.
+    """
+    present = class_names(bank)
+    label_of = np.full(len(bank), -1, np.int64)
+    for label, name in enumerate(classes):
+        members = (
+            bank.rows_of(name) if isinstance(bank, SupportsConcepts) and name in present else np.zeros(0, np.int64)
+        )
+        twice = members[label_of[members] >= 0]
+        if len(twice):
+            raise ConfigError(
+                f"row {twice[0]} belongs to classes {classes[label_of[twice[0]]]!r} and {name!r}: classes must not overlap",
+                key="model.condition",
+            )
+        label_of[members] = label
+    result = label_of[rows]
+    if (result < 0).any():
+        raise ConfigError(
+            f"{int((result < 0).sum())} rows, such as row {rows[result < 0][0]}, belong to none of the {len(classes)} classes "
+            "that this model knows; a model with a memory (model.condition='memory') can draw them",
+            key="model.condition",
+        )
+    return torch.from_numpy(result)
 
 
 def regularise(

@@ -20,30 +20,15 @@ from torch import Tensor
 import gmem_bank
 from gmem_bank.errors import ConfigError, EncoderMismatchError, GMemError, SourceError, UnknownKeyError, first_three
 from gmem_bank.interface import INTERFACE_VERSION, Bank, ImagesFrom, SupportsConcepts, SupportsFactors, SupportsImages
-from gmem_gen.layers import ConditionProjection
 from gmem_gen.model import Generator
+from gmem_gen.snippets import absorbed_projection, regularise
 
 # The rest of the generator has the type of a bank from here, and nothing else of its interface.
 __all__ = [
-    "Bank",
-    "Conditions",
-    "ImagesFrom",
-    "Join",
-    "Reader",
-    "absorb",
-    "choose_conditions",
-    "class_names",
-    "gather",
-    "join_images",
-    "labels",
-    "open_bank",
-    "read_image",
-    "reader",
-    "record_of",
-    "regularise",
-    "require_interface",
+    "Bank", "Conditions", "ImagesFrom", "Join", "Reader", "absorb", "choose_conditions", "class_names", "gather",
+    "join_images", "labels", "open_bank", "read_image", "reader", "record_of", "regularise", "require_interface",
     "require_same_memory",
-]
+]  # fmt: skip
 
 DEFAULT_SAMPLES = 16
 
@@ -175,9 +160,7 @@ def reader(bank: Bank, model: Generator, classes: Sequence[str] = ()) -> Reader:
             network=model, read=lambda rows, device: labels(bank, rows, classes).to(device), numbers_per_row=1
         )
     if model.config.condition == "none":
-        return Reader(
-            network=model, read=lambda rows, device: torch.zeros(len(rows), 0, device=device), numbers_per_row=0
-        )
+        return Reader(network=model, read=lambda rows, device: torch.zeros(len(rows), 0).to(device), numbers_per_row=0)
     if isinstance(bank, SupportsFactors) and len(bank.basis) + 1 < bank.dim:
         return absorb(bank, bank, model)
     return Reader(network=model, read=lambda rows, device: gather(bank, rows, device), numbers_per_row=bank.dim)
@@ -186,38 +169,25 @@ def reader(bank: Bank, model: Generator, classes: Sequence[str] = ()) -> Reader:
 def absorb(bank: Bank, factors: SupportsFactors, model: Generator) -> Reader:
     """Return a model that takes a factored bank's coefficients, with the basis multiplied into its first linear layer.
 
-    W·(Bᵀc + μ)/‖s‖ = [W·Bᵀ, W·μ]·[c, 1]/‖s‖: R + 1 numbers a row instead of D, and the same result up to rounding. The null
-    snippet, zeros, stays zeros. In raw space nothing is divided by ‖s‖.
+    A row costs R + 1 numbers instead of D, and the result is the same up to rounding: [c, 1]/‖s‖ takes the place of the
+    snippet s = c·B + μ. The null snippet, zeros, stays zeros. In raw space nothing is divided by ‖s‖.
 
     Args:
         bank: gives the space.
         factors: the same bank, as one with factors.
         model: its condition projection is replaced, everything else shared.
     """
-    before = model.condition_projection
-    weight = before.linear.weight.detach()
-    basis, mean = (torch.from_numpy(np.array(part)).double() for part in (factors.basis, factors.mean))
-    device = weight.device
-    weight_64 = weight.cpu().double() * before.scale
-    merged = torch.cat([weight_64 @ basis.T, (weight_64 @ mean)[:, None]], dim=1)
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # the layer's own initial weights are not wanted, nor is what they would draw
-        after = ConditionProjection(merged.shape[1], merged.shape[0], 1.0)
-    with torch.no_grad():
-        after.linear.weight.copy_(merged)
-        after.linear.bias.copy_(before.linear.bias)
-    after = after.to(device, weight.dtype)
+    basis, mean = (torch.from_numpy(np.array(part)) for part in (factors.basis, factors.mean))
+    projection = absorbed_projection(model.condition_projection, basis, mean)
 
     def read(rows: NDArray[np.int64], device: torch.device) -> Tensor:
-        coefficients = factors.coefficients(rows)
-        codes = np.concatenate([coefficients, np.ones((len(rows), 1), np.float32)], axis=1)
+        codes = np.concatenate([factors.coefficients(rows), np.ones((len(rows), 1), np.float32)], axis=1)
         if bank.space == "unit":
             codes *= factors.inv_norms(rows)[:, None]
         return torch.from_numpy(codes).to(device)
 
     return Reader(
-        network=model.with_condition_projection(after).requires_grad_(False), read=read, numbers_per_row=merged.shape[1]
+        network=model.with_condition_projection(projection), read=read, numbers_per_row=projection.linear.in_features
     )
 
 
@@ -242,54 +212,24 @@ def labels(bank: Bank, rows: NDArray[np.int64], classes: Sequence[str]) -> Tenso
         ConfigError: a row in none of the classes, or in two of them.
     """
     present = class_names(bank)
+    assert isinstance(bank, SupportsConcepts)
     label_of = np.full(len(bank), -1, np.int64)
     for label, name in enumerate(classes):
-        members = (
-            bank.rows_of(name) if isinstance(bank, SupportsConcepts) and name in present else np.zeros(0, np.int64)
-        )
+        members = bank.rows_of(name) if name in present else np.zeros(0, np.int64)
         twice = members[label_of[members] >= 0]
         if len(twice):
-            raise ConfigError(
-                f"row {twice[0]} belongs to classes {classes[label_of[twice[0]]]!r} and {name!r}: classes must not overlap",
-                key="model.condition",
-            )
+            other = classes[label_of[twice[0]]]
+            raise ConfigError(f"row {twice[0]} belongs to classes {other!r} and {name!r}: they must not overlap",
+                              key="model.condition")  # fmt: skip
         label_of[members] = label
     result = label_of[rows]
     if (result < 0).any():
         raise ConfigError(
-            f"{int((result < 0).sum())} rows, such as row {rows[result < 0][0]}, belong to none of the {len(classes)} classes "
-            "that this model knows; a model with a memory (model.condition='memory') can draw them",
+            f"{int((result < 0).sum())} rows, such as row {rows[result < 0][0]}, are of none of this model's {len(classes)} "
+            "classes; a model with a memory (model.condition='memory') could draw them",
             key="model.condition",
         )
     return torch.from_numpy(result)
-
-
-def regularise(
-    snippets: Tensor, *, null_probability: float, dropout: float, noise: float, generator: torch.Generator
-) -> Tensor:
-    """Return snippets as training sees them.
-
-    First each sample is replaced by the null snippet (zeros) with `null_probability`, so that guidance has a null that
-    the model knows; the others get Gaussian noise and then elementwise dropout with rescale (the random masking of arXiv
-    2412.08781).
-
-    Args:
-        snippets: (B, D).
-        null_probability: 0 to 1.
-        dropout: share of elements set to zero; the rest is divided by 1 − dropout.
-        noise: standard deviation relative to each snippet's root mean square.
-        generator: CPU generator; every number drawn comes from it.
-    """
-    count = len(snippets)
-    known = torch.rand(count, 1, generator=generator) >= null_probability
-    result = snippets
-    if noise:
-        draws = torch.randn(snippets.shape, generator=generator).to(snippets.device)
-        result = result + noise * snippets.square().mean(1, keepdim=True).sqrt() * draws
-    if dropout:
-        kept = (torch.rand(snippets.shape, generator=generator) >= dropout).to(snippets.device)
-        result = result * kept / (1 - dropout)
-    return result * known.to(snippets.device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,7 +84,7 @@ def test_labels_are_the_concepts_that_hold_the_rows(photos: Path) -> None:
     labels = conditioning.labels(bank, bank.rows(), classes)
     for label, name in enumerate(classes):
         np.testing.assert_array_equal(np.flatnonzero(labels.numpy() == label), bank.rows_of(name))
-    with pytest.raises(ConfigError, match="none of the 1 classes"):
+    with pytest.raises(ConfigError, match="none of this model's 1 classes"):
         conditioning.labels(bank, bank.rows(), classes[:1])
     with pytest.raises(ConfigError, match="must not overlap"):
         conditioning.labels(bank, bank.rows(), (classes[0], classes[0]))

@@ -127,8 +127,10 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = make_norm(width // num_heads, rms=rms) if qk_norm else nn.Identity()
-        self.k_norm = make_norm(width // num_heads, rms=rms) if qk_norm else nn.Identity()
+        # here, unlike in a block, LayerNorm has weights and PyTorch's own epsilon: published weights have it so
+        qk = RMSNorm if rms else nn.LayerNorm
+        self.q_norm = qk(width // num_heads) if qk_norm else nn.Identity()
+        self.k_norm = qk(width // num_heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rope: RotaryEmbedding | None) -> Tensor:

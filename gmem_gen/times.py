@@ -31,18 +31,18 @@ def training_interval(path: str, prediction: str) -> tuple[float, float]:
     return usable_interval(path, prediction, VP_TRAIN_EPSILON if path == "vp" else EPSILON)
 
 
-def sde_interval(path: str, prediction: str, config: SampleConfig) -> tuple[float, float]:
+def sde_interval(path: str, prediction: str, config: SampleConfig, epsilon: float = EPSILON) -> tuple[float, float]:
     """Return where the SDE's steps begin and end; a last step, where there is one, goes on from there to 1.
 
     The diffusion "SBDM" is infinite at t = 0 on the linear and GVP paths, so it begins at ε. Without a last step Heun's method
     needs the score at the end, which is infinite at 1, and stops at 1 − ε; Euler–Maruyama never looks there.
     """
-    start, end = usable_interval(path, prediction)
+    start, end = usable_interval(path, prediction, epsilon)
     if config.diffusion == "SBDM" and path != "vp":
-        start = EPSILON
+        start = epsilon
     if config.last_step != "none":
         return start, 1 - config.last_step_size
-    return start, min(end, 1 - EPSILON) if config.method == "sde-heun" else end
+    return start, min(end, 1 - epsilon) if config.method == "sde-heun" else end
 
 
 def draw_times(config: FlowConfig, count: int, generator: torch.Generator) -> Tensor:

@@ -45,8 +45,9 @@ METHODS = (*TABLEAUX, "dopri5")
 
 
 def solve_ode(
-    field: Field, x_0: Tensor, times: Tensor, method: str, *, rtol: float = 1e-3, atol: float = 1e-6
-) -> Solution:
+    field: Field, x_0: Tensor, times: Tensor, method: str, *, rtol: float = 1e-3, atol: float = 1e-6,
+    overshoot: bool = True,
+) -> Solution:  # fmt: skip
     """Integrate dx/dt = field(x, t).
 
     Args:
@@ -56,13 +57,14 @@ def solve_ode(
         method: one of METHODS.
         rtol: relative tolerance of "dopri5".
         atol: absolute tolerance of "dopri5".
+        overshoot: let "dopri5" step past the last time and interpolate back, which evaluates the field there.
 
     Raises:
         ConfigError: unknown method.
         MissingDependencyError: "dopri5" without torchdiffeq.
     """
     if method == "dopri5":
-        return _dopri5(field, x_0, times, rtol, atol)
+        return _dopri5(field, x_0, times, rtol, atol, overshoot)
     if method not in TABLEAUX:
         raise ConfigError(
             f"unknown ODE method {method!r} (there are: {', '.join(METHODS)}).{suggest(method, METHODS)}",
@@ -91,7 +93,7 @@ def _combine(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
     return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
 
 
-def _dopri5(field: Field, x_0: Tensor, times: Tensor, rtol: float, atol: float) -> Solution:
+def _dopri5(field: Field, x_0: Tensor, times: Tensor, rtol: float, atol: float, overshoot: bool) -> Solution:
     """Dormand–Prince 5(4) by torchdiffeq; the tolerance is for the root mean square over the whole batch."""
     try:
         from torchdiffeq import odeint
@@ -108,5 +110,6 @@ def _dopri5(field: Field, x_0: Tensor, times: Tensor, rtol: float, atol: float) 
 
     ends = times[[0, -1]].to(x_0.device)
     # tolerances of one element each are float64 tensors, so that the error is compared in float64, as the published code does
-    x_1: Tensor = odeint(slope, x_0, ends, rtol=[rtol], atol=[atol], method="dopri5")[-1]
+    options = {} if overshoot else {"step_t": ends[1:]}
+    x_1: Tensor = odeint(slope, x_0, ends, rtol=[rtol], atol=[atol], method="dopri5", options=options)[-1]
     return Solution(x_1=x_1, nfe=nfe)

@@ -145,7 +145,9 @@ def solve(field: Field, flow: FlowConfig, config: SampleConfig, noise: Callable[
     start, end = times.usable_interval(path, prediction)
     grid = times.time_grid(config.num_steps, config.timestep_shift, start, end)
     velocity = predictions.velocity_field(field, prediction, path)
-    return ode.solve_ode(velocity, noise(), grid, config.method, rtol=config.rtol, atol=config.atol)
+    return ode.solve_ode(
+        velocity, noise(), grid, config.method, rtol=config.rtol, atol=config.atol, overshoot=config.overshoot
+    )
 
 
 def _draw(

@@ -259,6 +259,9 @@ class SampleConfig:
     """Of dopri5: relative tolerance."""
     atol: float = 1e-6
     """Of dopri5: absolute tolerance."""
+    overshoot: bool = True
+    """Of dopri5: step past t = 1 and interpolate back, as published; the network is then asked at times that it never
+    learned. False: end on t = 1."""
     seed: int = 0
     """Of the first sample; sample i is decided by (seed, i)."""
     batch_size: int = 64

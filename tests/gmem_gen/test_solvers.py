@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gmem_bank.errors import ConfigError, MissingDependencyError
-from gmem_gen import ode, predictions, sde, times
+from gmem_gen import ode, paths, predictions, sde, times
 from gmem_gen.config import FlowConfig, SampleConfig
 from gmem_gen.sampling import solve
 from tests.gmem_gen.golden import FOLDERS, gaussian, runs
@@ -139,6 +139,21 @@ def test_dopri5_keeps_its_tolerance(path: str) -> None:
     assert errors[0] < 0.1
     assert errors[1] < 1e-5
     assert costs[1] > costs[0]
+
+
+@pytest.mark.parametrize("path", ["linear", "gvp", "vp"])
+def test_dopri5_can_end_on_its_last_time(path: str) -> None:
+    """Without overshoot the field is never asked past the end; the error stays in the order of the tolerance."""
+    grid = times.time_grid(1, 1.0, *times.usable_interval(path, "velocity")).double()
+    at = paths.coefficients(path, grid[[0, 1]], X_0)
+    deviation = (at.alpha**2 * S**2 + at.sigma**2).sqrt().flatten()
+    exact = at.alpha[1] * MU + deviation[1] / deviation[0] * (X_0 - at.alpha[0] * MU)
+    for overshoot in (True, False):
+        field, seen = counted(gaussian(path, "velocity", MU, S))
+        end = ode.solve_ode(field, X_0, grid, "dopri5", overshoot=overshoot).x_1
+        latest = max(time for time, _ in seen)
+        assert latest > 1 if overshoot else latest == pytest.approx(float(grid[-1]))
+        assert float((end - exact).abs().max()) < (0.1 if overshoot else 0.02)
 
 
 def test_dopri5_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gmem_bank.errors import CheckpointError, ConfigError, GMemError
+from gmem_bank.errors import CheckpointError, GMemError
 from gmem_gen import checkpoint as checkpoints
 from gmem_gen import conditioning, losses, optim, paths, times
 from gmem_gen.conditioning import Bank
@@ -48,19 +48,13 @@ class Trainer:
         tokens: places among the training images → (B, T, P) patch tokens of the encoder, for a model with a projection head.
 
     Raises:
-        ConfigError: a projection head without tokens, or classes that the bank does not have.
+        ConfigError: rows that belong to none of the classes, or to two.
     """
 
     def __init__(
         self, bank: Bank, config: Config, cache: PixelCache, join: conditioning.Join, device: torch.device,
         *, tokens: Callable[[NDArray[np.int64]], Tensor] | None = None,
     ) -> None:  # fmt: skip
-        if config.model.projection_dim and tokens is None:
-            raise ConfigError(
-                "a projection head (model.projection_dim) learns from the encoder's patch tokens, and this training is given "
-                "none: set model.projection_dim=0",
-                key="model.projection_dim",
-            )
         self.tokens = tokens
         self.classes = conditioning.class_names(bank) if config.model.condition == "class" else ()
         self.labels = conditioning.labels(bank, join.rows, self.classes) if self.classes else None

@@ -171,6 +171,12 @@ def resolve(
     if prediction == "auto":
         fits = 2 * patch**2 * config.data.channels <= config.model.width
         prediction = stored.flow.prediction if stored else ("velocity" if fits else "data")
+    if config.model.projection_dim:
+        raise ConfigError(
+            "a projection head (model.projection_dim) learns from the encoder's patch tokens, and this training has no source of "
+            "them: set model.projection_dim=0",
+            key="model.projection_dim",
+        )
     classes = config.model.num_classes
     if config.model.condition == "class":
         present = len(conditioning.class_names(bank))

@@ -83,3 +83,15 @@ def test_the_published_setting_computes_the_null_half_only_where_it_is_used() ->
     )
     assert solution.nfe == 99
     assert field.num_points == 3 * (99 + 12)
+
+
+def test_a_plain_evaluation_as_published_draws_the_same_images() -> None:
+    """The benchmark's peer, which computes every half and the score apart, on a small network."""
+    import argparse
+
+    from tools.bench_sample import measure
+
+    options = argparse.Namespace(preset="nano", patch=2, size=8, channels=3, steps=50, images=2, pairs=1, device="cpu")
+    result = measure(options)
+    assert (result["evaluations_per_image_plain"], result["evaluations_per_image_ours"]) == (396, 111)
+    assert result["largest_difference"] < 1e-4 < result["largest_value"]

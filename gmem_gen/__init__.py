@@ -28,7 +28,11 @@ if TYPE_CHECKING:
     from gmem_gen.model import Generator as Generator
     from gmem_gen.model import LatentShape as LatentShape
     from gmem_gen.presets import MODEL_PRESETS as MODEL_PRESETS
+    from gmem_gen.presets import class_conditional as class_conditional
+    from gmem_gen.presets import lightningdit as lightningdit
     from gmem_gen.presets import preset as preset
+    from gmem_gen.presets import sit as sit
+    from gmem_gen.presets import unconditional as unconditional
     from gmem_gen.sampling import Samples as Samples
     from gmem_gen.sampling import sample as sample
     from gmem_gen.trainer import TrainReport as TrainReport
@@ -49,7 +53,7 @@ _DOOR = {
     ),
     "images": ("make_grid",),
     "model": ("Generator", "LatentShape"),
-    "presets": ("MODEL_PRESETS", "preset"),
+    "presets": ("MODEL_PRESETS", "class_conditional", "lightningdit", "preset", "sit", "unconditional"),
     "sampling": ("Samples", "sample"),
     "trainer": ("TrainReport", "train"),
 }

@@ -5,6 +5,7 @@ x points, t times, c conditions, ∅ the null condition; B batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -26,27 +27,25 @@ class Guided:
         network: evaluated once a call, on as many points as are needed.
         conditions: (B, …).
         null: (B, …) null conditions.
-        scale: 1 is no guidance at any time; 0 is the null condition inside the interval.
+        scale: 1 is the conditional prediction inside the interval, 0 that of the null condition.
         start: first t of the interval.
-        end: last t of the interval.
+        end: last t of the interval; 1 is no end, also for a solver that steps past 1.
     """
 
     def __init__(
         self, network: Network, conditions: Tensor, null: Tensor, scale: float, start: float = 0.0, end: float = 1.0
     ) -> None:
         self.network, self.conditions, self.null = network, conditions, null
-        self.scale, self.start, self.end = scale, start, end
+        self.scale, self.start, self.end = scale, start, math.inf if end >= 1 else end
         self.num_points = 0
         """Points the network has been evaluated at, a guided one counted twice."""
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Return (B, …) for points (B, …) and times (B,), which are best on the CPU: they decide what is computed."""
-        if self.scale == 1.0:
-            return self._evaluate(x, t, self.conditions)
         # compared in the precision of t, so that a time that was rounded to it still equals the interval's end
         start, end = (torch.tensor(value, dtype=t.dtype, device=t.device) for value in (self.start, self.end))
         needs_conditional = (t < start) | ((t <= end) & (self.scale != 0.0))
-        needs_null = t >= start
+        needs_null = (t > end) | ((t >= start) & (self.scale != 1.0))
         if bool(needs_conditional.all()) and not bool(needs_null.any()):
             return self._evaluate(x, t, self.conditions)
         if bool(needs_null.all()) and not bool(needs_conditional.any()):

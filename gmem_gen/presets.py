@@ -29,13 +29,23 @@ def mini() -> ModelConfig:
 
 
 def lightningdit(size: str, patch_size: int = 0) -> ModelConfig:
-    """Return LightningDiT (arXiv 2501.01423): RMSNorm, SwiGLU, rotary positions; patch 0 is chosen by the image."""
+    """Return LightningDiT (arXiv 2501.01423): RMSNorm, SwiGLU, rotary positions.
+
+    Args:
+        size: one of SIZES: S, B, L, XL.
+        patch_size: side of a patch; 0: chosen by the image.
+
+    Raises:
+        ConfigError: unknown size.
+    """
+    if size not in SIZES:
+        raise ConfigError(f"unknown size {size!r} (there are: {', '.join(SIZES)}).{suggest(size, SIZES)}", key=size)
     width, depth, num_heads = SIZES[size]
     return ModelConfig(width=width, depth=depth, num_heads=num_heads, patch_size=patch_size)
 
 
 def sit(size: str, patch_size: int = 0) -> ModelConfig:
-    """Return SiT (arXiv 2401.08740): LayerNorm, GELU, no rotary positions; patch 0 is chosen by the image."""
+    """Return SiT (arXiv 2401.08740): LayerNorm, GELU, no rotary positions; arguments as `lightningdit`."""
     return dataclasses.replace(lightningdit(size, patch_size), use_rmsnorm=False, use_swiglu=False, use_rope=False)
 
 

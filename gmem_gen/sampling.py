@@ -172,7 +172,8 @@ def _draw(
             noise = Noise(shape, config.seed, range(start, start + len(batch)), device)
             conditions = reader.read(batch, device)
             null = checkpoint.model.null_conditions(conditions)
-            field = Guided(network, conditions, null, config.guidance, config.guidance_start, config.guidance_end)
+            interval = (config.guidance_start, config.guidance_end) if config.guidance != 1.0 else (0.0, 1.0)
+            field = Guided(network, conditions, null, config.guidance, *interval)
             solution = solve(field, checkpoint.config.flow, config, noise.draw)
             images.append(tokenizer.decode(solution.x_1))
             nfe, evaluations = max(nfe, solution.nfe), evaluations + field.num_points

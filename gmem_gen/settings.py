@@ -240,11 +240,11 @@ class SampleConfig:
     """Steps, the last step of the SDE counted; dopri5 finds its own. The published "50 steps" of an ODE, which counts
     points of time, is 49 here; that of the SDE, 49 and a last one, is 50."""
     guidance: float = 1.0
-    """null + guidance·(conditional − null); 1: none."""
+    """null + guidance·(conditional − null); 1: none, whatever the interval."""
     guidance_start: float = 0.0
     """Guidance from this t on; before it the conditional velocity. Published: 0.89."""
     guidance_end: float = 1.0
-    """Guidance up to this t; after it the null velocity, as published."""
+    """Guidance up to this t; after it the null velocity, as published. 1: no end."""
     timestep_shift: float = 1.0
     """1: equal steps; below 1: shorter steps near the noise (the published 0.3). ODE only."""
     diffusion: Literal["constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing"] = "linear"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import gmem_gen
 from gmem_bank.errors import ConfigError
 from gmem_gen.config import Config, ModelConfig, SampleConfig, TrainConfig, apply_settings, load_config
 from gmem_gen.presets import MODEL_PRESETS, preset
@@ -97,6 +98,8 @@ def test_bad_files_and_presets_are_clear() -> None:
         preset("nanoo")
     with pytest.raises(ConfigError, match="'SiT-B/2'"):
         preset("SiT-B/3")
+    with pytest.raises(ConfigError, match="there are: S, B, L, XL"):
+        gmem_gen.sit("M", 2)
     with pytest.raises(ConfigError, match="there are: class, none"):
         preset("B:clas")
 

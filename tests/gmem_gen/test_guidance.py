@@ -35,14 +35,15 @@ def test_inside_it_is_the_formula(scale: float) -> None:
 
 
 def test_outside_and_at_the_edges_of_the_scale_only_one_half_is_computed() -> None:
-    """Before: conditional; after: null; scale 1: conditional always; scale 0: null inside the interval."""
+    """Before: conditional; after: null; scale 1: conditional inside the interval; scale 0: null there."""
     t = torch.full((3,), 0.5)
     conditional, null = network(X, t, SNIPPETS), network(X, t, NULL)
     for options, expected in (
         ((3.0, 0.5, 0.6, 1.0), conditional),
         ((3.0, 0.5, 0.0, 0.4), null),
         ((1.0, 0.5, 0.0, 1.0), conditional),
-        ((1.0, 0.5, 0.0, 0.4), conditional),
+        ((1.0, 0.5, 0.0, 0.4), null),
+        ((1.0, 0.5, 0.6, 0.7), conditional),
         ((0.0, 0.5, 0.0, 1.0), null),
         ((0.0, 0.5, 0.6, 1.0), conditional),
     ):
@@ -59,7 +60,13 @@ def test_the_ends_belong_to_the_interval(edge: float) -> None:
     assert at(3.0, edge, edge, edge)[1] == 6
 
 
-@pytest.mark.parametrize("scale", [0.0, 3.0])
+def test_an_end_of_1_is_no_end() -> None:
+    """A solver that steps past 1 is still guided there."""
+    assert at(3.0, 1.3, 0.5, 1.0)[1] == 6
+    assert at(3.0, 1.3, 0.5, 0.99)[1] == 3
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
 def test_each_sample_is_judged_by_its_own_time(scale: float) -> None:
     """A batch of times before, in and after the interval equals its samples one by one, at the same cost."""
     moments = [0.1, 0.5, 0.9]
@@ -67,7 +74,7 @@ def test_each_sample_is_judged_by_its_own_time(scale: float) -> None:
     alone = [Guided(network, SNIPPETS[[i]], NULL[[i]], scale, 0.3, 0.7) for i in range(3)]
     single = torch.cat([field(X[[i]], torch.tensor([moments[i]])) for i, field in enumerate(alone)])
     torch.testing.assert_close(together, single)
-    assert points == sum(field.num_points for field in alone) == (4 if scale else 3)
+    assert points == sum(field.num_points for field in alone) == (4 if scale == 3 else 3)
 
 
 def test_the_published_setting_computes_the_null_half_only_where_it_is_used() -> None:

@@ -56,6 +56,8 @@ def test_nfe_counts_what_the_method_asks_for(trained: str) -> None:
     assert draw(trained, method="sde-euler").nfe == 4
     guided = draw(trained, method="euler", guidance=2.0, guidance_start=0.5, guidance_end=0.6)
     assert (guided.nfe, guided.record["evaluations_per_image"]) == (4, 5)  # t = 0, 1/4, 1/2, 3/4
+    unguided = draw(trained, guidance=1.0, guidance_start=0.5, guidance_end=0.6)
+    np.testing.assert_array_equal(unguided.images, draw(trained).images)
 
 
 def test_every_method_and_setting_draws(trained: str) -> None:

@@ -84,9 +84,16 @@ def squared_errors(
                 key="flow.weighting",
             )
         velocity = to_velocity(output, x_t, t, prediction, path)
-        return (velocity - target_velocity(x_0, x_1, t, path)).square().flatten(1).mean(1)
+        return (velocity - _target(x_0, x_1, x_t, t, path, prediction)).square().flatten(1).mean(1)
     error = output - x_0 if prediction == "noise" else at.sigma * output + x_0
     return (weight * error.square()).flatten(1).mean(1)
+
+
+def _target(x_0: Tensor, x_1: Tensor, x_t: Tensor, t: Tensor, path: str, prediction: str) -> Tensor:
+    """Return the velocity to learn; for predicted data the one that the true data gives, bounded near t = 1 as theirs is."""
+    if prediction == "data":
+        return to_velocity(x_1, x_t, t, prediction, path)
+    return target_velocity(x_0, x_1, t, path)
 
 
 def cosine_errors(velocity: Tensor, target: Tensor) -> Tensor:
@@ -140,7 +147,7 @@ def flow_losses(
     cosine = projection = None
     if config.cosine_weight:
         velocity = to_velocity(_at_least_float32(output), x_t, t, prediction, path)
-        cosine = cosine_errors(velocity, target_velocity(x_0, x_1, t, path)).mean()
+        cosine = cosine_errors(velocity, _target(x_0, x_1, x_t, t, path, prediction)).mean()
         total = total + config.cosine_weight * cosine
     if projected is not None and tokens is not None:
         projection = projection_loss(projected, tokens)

@@ -176,6 +176,18 @@ def test_the_velocity_weighting_is_the_loss_of_the_velocity(path: str, predictio
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("prediction", predictions.PREDICTIONS)
+@pytest.mark.parametrize("path", paths.PATHS)
+def test_the_truth_has_no_loss_at_any_time(path: str, prediction: str) -> None:
+    """Near t = 1 too, where the velocity of predicted data is bounded."""
+    t = torch.tensor([0.01, 0.5, 0.96, 0.998]).double()
+    x_t, at = paths.interpolant(X_0, X_1, t, path), paths.coefficients(path, t, X_0)
+    velocity = paths.target_velocity(X_0, X_1, t, path)
+    truth = {"velocity": velocity, "noise": X_0, "score": -X_0 / at.sigma, "data": X_1}[prediction]
+    config = FlowConfig(path=path, prediction=prediction, cosine_weight=float(prediction in ("velocity", "data")))
+    assert float(losses.flow_losses(truth, X_0, X_1, x_t, t, config).total) == pytest.approx(0, abs=1e-12)
+
+
 @pytest.mark.parametrize("prediction", ["velocity", "noise", "score", "data"])
 def test_the_losses_gradient_equals_a_finite_difference(prediction: str) -> None:
     """Of the total with cosine and projection, in a random direction, in float64."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gmem_gen.config import DataConfig as DataConfig
     from gmem_gen.config import FlowConfig as FlowConfig
     from gmem_gen.config import ModelConfig as ModelConfig
+    from gmem_gen.config import SampleConfig as SampleConfig
     from gmem_gen.config import TrainConfig as TrainConfig
     from gmem_gen.config import apply_settings as apply_settings
     from gmem_gen.config import load_config as load_config
@@ -27,8 +28,11 @@ if TYPE_CHECKING:
     from gmem_gen.model import Generator as Generator
     from gmem_gen.model import LatentShape as LatentShape
     from gmem_gen.presets import MODEL_PRESETS as MODEL_PRESETS
+    from gmem_gen.presets import class_conditional as class_conditional
+    from gmem_gen.presets import lightningdit as lightningdit
     from gmem_gen.presets import preset as preset
-    from gmem_gen.sampling import SampleConfig as SampleConfig
+    from gmem_gen.presets import sit as sit
+    from gmem_gen.presets import unconditional as unconditional
     from gmem_gen.sampling import Samples as Samples
     from gmem_gen.sampling import sample as sample
     from gmem_gen.trainer import TrainReport as TrainReport
@@ -42,14 +46,15 @@ _DOOR = {
         "DataConfig",
         "FlowConfig",
         "ModelConfig",
+        "SampleConfig",
         "TrainConfig",
         "apply_settings",
         "load_config",
     ),
     "images": ("make_grid",),
     "model": ("Generator", "LatentShape"),
-    "presets": ("MODEL_PRESETS", "preset"),
-    "sampling": ("SampleConfig", "Samples", "sample"),
+    "presets": ("MODEL_PRESETS", "class_conditional", "lightningdit", "preset", "sit", "unconditional"),
+    "sampling": ("Samples", "sample"),
     "trainer": ("TrainReport", "train"),
 }
 """Module → the public names that live there."""

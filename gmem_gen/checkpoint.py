@@ -181,6 +181,8 @@ class LoadedCheckpoint:
     run: Path
     tokenizer: str
     """Name of what turns its latents into pixels."""
+    classes: tuple[str, ...] = ()
+    """Of a class-conditional model: the concepts that its labels stand for."""
 
 
 def make_model(config: Config, latent: LatentShape, snippet_dim: int) -> Generator:
@@ -235,4 +237,5 @@ def load_checkpoint(path: str | os.PathLike[str], *, weights: str = "ema", devic
         step=int(state["step"]),
         run=run,
         tokenizer=str(state["tokenizer"]),
+        classes=tuple(state.get("classes", ())),
     )

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any
 
 import click
 
 import gmem_bank
+from gmem_gen.cli_sample import sample
+from gmem_gen.cli_shared import (
+    bank_option,
+    config_option,
+    json_option,
+    preset_option,
+    print_json,
+    quiet_option,
+    set_option,
+)
 
 
 @click.group(cls=gmem_bank.CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -23,10 +32,6 @@ def main(traceback: bool) -> None:
     """  # noqa: D301 - click knows a block of lines by its backspace
 
 
-def _print(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
 def _resolved(preset: str, config_file: str | None, settings: tuple[str, ...]) -> Any:
     import gmem_gen
 
@@ -36,40 +41,17 @@ def _resolved(preset: str, config_file: str | None, settings: tuple[str, ...]) -
     return gmem_gen.apply_settings(config, settings)
 
 
-def _read_keys(path: str) -> list[str]:
-    try:
-        with click.open_file(path, encoding="utf-8") as lines:
-            keys = [line.rstrip("\n") for line in lines if line.strip()]
-    except UnicodeDecodeError as error:
-        raise click.UsageError(f"--keys-from {path}: not a text of keys, one a line ({error.reason})") from error
-    if not keys:
-        raise click.UsageError(f"--keys-from {path}: there is no key in it")
-    return keys
-
-
-_bank = click.option(
-    "--bank", "-b", default="bank.safetensors", show_default=True, metavar="BANK", help="The bank file."
-)
-_preset = click.option("--preset", "-p", default="nano", show_default=True, help="Model size, see 'gmem-gen models'.")
-_config = click.option("--config", "config_file", default=None, metavar="TOML", help="Settings over the preset's.")
-_set = click.option(
-    "--set", "settings", multiple=True, metavar="SECTION.FIELD=VALUE", help="A setting; may be repeated."
-)
-_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-_quiet = click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
-
-
 @main.command()
-@_bank
+@bank_option
 @click.option(
     "--images",
     multiple=True,
     metavar="FOLDER",
     help="Folder with the images, where the bank's own record is out of date; may be repeated.",
 )
-@_preset
-@_config
-@_set
+@preset_option
+@config_option
+@set_option
 @click.option("--out", "-o", default=None, metavar="RUN", help="The run's folder; default: runs/<bank stem>.")
 @click.option("--seed", type=click.IntRange(min=0), default=None, help="Short for --set train.seed=N.")
 @click.option("--device", default=None, help="Short for --set train.device=NAME: auto, cpu, cuda, …")
@@ -78,8 +60,8 @@ _quiet = click.option("-q", "--quiet", is_flag=True, help="No progress on stderr
     "--accept-bank-change", is_flag=True, help="Go on although the bank was edited since the training stopped."
 )
 @click.option("--dry-run", is_flag=True, help="Check bank, images and settings, print the settings, train nothing.")
-@_json
-@_quiet
+@json_option
+@quiet_option
 def train(
     bank: str, images: tuple[str, ...], preset: str, config_file: str | None, settings: tuple[str, ...], out: str | None,
     seed: int | None, device: str | None, allow_missing: bool, accept_bank_change: bool, dry_run: bool, as_json: bool,
@@ -111,7 +93,7 @@ def train(
             read_progress=reading, progress=bar,
         )  # fmt: skip
     if as_json:
-        _print(report.to_json())
+        print_json(report.to_json())
     else:
         click.echo(_ended(report))
     if report.stopped == "signal":
@@ -130,161 +112,51 @@ def _ended(report: Any) -> str:
     return f"{done}{loss}, {report.seconds:.0f} s of training: {remarks[report.stopped]}"
 
 
-@main.command()
-@_bank
-@click.option(
-    "--checkpoint",
-    "-c",
-    default=None,
-    metavar="RUN",
-    help="A run or one of its checkpoints; default: runs/<bank stem>.",
-)
-@click.option("--concept", default=None, help="Sample this concept's rows.")
-@click.option("--key", "keys", multiple=True, help="Sample this row; may be repeated.")
-@click.option(
-    "--keys-from",
-    default=None,
-    metavar="FILE",
-    help="Sample the rows whose keys stand in FILE, one a line; - is stdin.",
-)
-@click.option(
-    "--num",
-    "-n",
-    type=click.IntRange(min=1, max=1_000_000),
-    default=None,
-    help="Samples; default: 16 (fewer where the concept has fewer rows), or one for each key.",
-)
-@click.option(
-    "--per-snippet",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Samples of each row, one after the other.",
-)
-@click.option("--solver", default="heun", show_default=True, help="euler or heun.")
-@click.option(
-    "--steps", "num_steps", type=int, default=25, show_default=True, help="Solver steps; heun evaluates twice a step."
-)
-@click.option(
-    "--timestep-shift", type=float, default=1.0, show_default=True, help="Below 1: shorter steps near the noise."
-)
-@click.option(
-    "--guidance", type=float, default=1.0, show_default=True, help="Guidance away from the null snippet; 1: none."
-)
-@click.option(
-    "--guidance-start", type=float, default=0.0, show_default=True, help="Guidance from this time on (0 noise, 1 data)."
-)
-@click.option("--guidance-end", type=float, default=1.0, show_default=True, help="Guidance up to this time.")
-@click.option(
-    "--weights", type=click.Choice(["ema", "model"]), default="ema", show_default=True, help="Averaged or last weights."
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Sample i depends on it and i, not on the batch.",
-)
-@click.option("--batch-size", type=int, default=64, show_default=True, help="Samples computed together.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, …")
-@click.option(
-    "--output",
-    "-o",
-    default=None,
-    metavar="PNG",
-    help="The grid; default: RUN/samples/<what>.png. A JSON goes beside it.",
-)
-@click.option("--columns", type=click.IntRange(min=1), default=None, help="Images in a row of the grid.")
-@click.option("--save-images", default=None, metavar="FOLDER", help="Write every sample as a PNG of its own, too.")
-@_json
-@_quiet
-def sample(
-    bank: str, checkpoint: str | None, concept: str | None, keys: tuple[str, ...], keys_from: str | None, num: int | None,
-    per_snippet: int, weights: str, device: str, output: str | None, columns: int | None, save_images: str | None,
-    as_json: bool, quiet: bool, **drawing: Any,
-) -> None:  # fmt: skip
-    """Draw samples for rows of a bank: a concept's, given keys', or (with neither) random ones.
-
-    The bank may have been edited since the training: inserted concepts need none.
-    """
-    from pathlib import Path
-
-    import gmem_gen
-    from gmem_gen.conditioning import open_bank
-    from gmem_gen.images import require_own, write_samples
-    from gmem_gen.run import default_run
-    from gmem_gen.runtime import pick_device
-
-    config = gmem_gen.SampleConfig(**drawing)  # solver, steps, shift, guidance, seed, batch size
-    opened = open_bank(bank)
-    if keys_from is not None:
-        keys = (*keys, *_read_keys(keys_from))
-    grid = None if output is None else Path(output)
-    if grid is not None:
-        require_own(grid)  # before minutes go into sampling
-    conditions = gmem_gen.choose_conditions(
-        opened, concept=concept, keys=keys, num=num, per_snippet=per_snippet, seed=config.seed
-    )
-    loaded = gmem_gen.load_checkpoint(checkpoint or default_run(bank), weights=weights, device=str(pick_device(device)))
-    started = time.perf_counter()
-    with gmem_bank.ProgressBar("sample", "image", quiet=quiet) as progress:
-        samples = gmem_gen.sample(opened, loaded, conditions, config, progress=progress)
-    record = {
-        **samples.record,
-        "weights": weights,
-        "bank_path": bank,
-        "seconds": round(time.perf_counter() - started, 2),
-    }
-    grid = grid or loaded.run / "samples" / f"{conditions.label[:100]}.png"
-    folder = None if save_images is None else Path(save_images)
-    write_samples(samples.images, record, grid, columns=columns, folder=folder)
-    if as_json:
-        _print({"grid": str(grid), "images": save_images, **record})
-        return
-    click.echo(
-        f"{grid}: {len(samples.images)} samples of {conditions.label!r}, NFE {samples.nfe}, {record['seconds']} s"
-    )
+main.add_command(sample)
 
 
 @main.command()
-@click.option("--image-size", type=click.IntRange(min=1), default=64, show_default=True, help="Side in pixels.")
+@click.option("--image-size", type=click.IntRange(min=1), default=64, show_default=True, help="Side of what is drawn.")
+@click.option("--channels", type=click.IntRange(min=1), default=3, show_default=True, help="Channels of what is drawn.")
 @click.option("--dim", type=click.IntRange(min=1), default=768, show_default=True, help="Dimension of a snippet.")
-@_json
-def models(image_size: int, dim: int, as_json: bool) -> None:
-    """List the model sizes with their parameters at an image size."""
-    import torch
+@click.option(
+    "--condition",
+    type=click.Choice(["memory", "class", "none"]),
+    default="memory",
+    show_default=True,
+    help="A bank's snippets; a label of 1000 classes (preset NAME:class); nothing (NAME:none).",
+)
+@json_option
+def models(image_size: int, channels: int, dim: int, condition: str, as_json: bool) -> None:
+    """List the presets with their parameters and the operations of one evaluation for one image.
 
-    import gmem_gen
-    from gmem_gen.model import num_parameters
+    A latent of a tokenizer is an image too: 'gmem-gen models --image-size 16 --channels 32' is that of a 256-pixel image.
+    """
+    from gmem_gen.sizes import describe
 
-    rows: list[dict[str, Any]] = []
-    for name in gmem_gen.MODEL_PRESETS:
-        config = gmem_gen.preset(name).model
-        with torch.device("meta"):
-            model = gmem_gen.Generator(config, gmem_gen.LatentShape(channels=3, size=image_size), dim)
-        rows.append({
-            "name": name, "width": config.width, "depth": config.depth, "heads": config.num_heads,
-            "patch": model.patch_size, "tokens": model.grid**2, "parameters": num_parameters(model),
-        })  # fmt: skip
+    rows, left_out = describe(image_size, channels, dim, condition)
     if as_json:
-        _print(rows)
+        print_json(rows)
         return
     for row in rows:
         click.echo(
-            f"{row['name']:<5} width {row['width']:>4}  depth {row['depth']:>2}  heads {row['heads']:>2}  "
-            f"patch {row['patch']}  tokens {row['tokens']:>4}  {row['parameters'] / 1e6:7.2f} M parameters"
+            f"{row['name']:<19} width {row['width']:>4}  depth {row['depth']:>2}  heads {row['heads']:>2}  "
+            f"patch {row['patch']}  tokens {row['tokens']:>5}  {row['parameters'] / 1e6:7.2f} M parameters  "
+            f"{row['flops'] / 1e9:9.2f} GFLOPs"
         )
+    if left_out:
+        click.echo(f"left out, since the patch does not divide {image_size}: {', '.join(left_out)}", err=True)
 
 
 @main.command()
-@_preset
-@_config
-@_set
-@_json
+@preset_option
+@config_option
+@set_option
+@json_option
 def config(preset: str, config_file: str | None, settings: tuple[str, ...], as_json: bool) -> None:
     """Print every setting with its value, as TOML that --config reads."""
     resolved = _resolved(preset, config_file, settings)
     if as_json:
-        _print(resolved.to_json())
+        print_json(resolved.to_json())
     else:
         click.echo(resolved.to_toml(), nl=False)

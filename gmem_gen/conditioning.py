@@ -2,13 +2,13 @@
 
 Everything goes through `gmem_bank.interface`, so every manipulation of a model's memory is an operation on its bank.
 
-Shapes: N rows, M training rows, B batch, D snippet dimension.
+Shapes: N rows, M training rows, B batch, D snippet dimension, R rank, E width of the model.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,24 +19,16 @@ from torch import Tensor
 
 import gmem_bank
 from gmem_bank.errors import ConfigError, EncoderMismatchError, GMemError, SourceError, UnknownKeyError, first_three
-from gmem_bank.interface import INTERFACE_VERSION, Bank, ImagesFrom, SupportsConcepts, SupportsImages
+from gmem_bank.interface import INTERFACE_VERSION, Bank, ImagesFrom, SupportsConcepts, SupportsFactors, SupportsImages
+from gmem_gen.model import Generator
+from gmem_gen.snippets import absorbed_projection, regularise
 
 # The rest of the generator has the type of a bank from here, and nothing else of its interface.
 __all__ = [
-    "Bank",
-    "Conditions",
-    "ImagesFrom",
-    "Join",
-    "choose_conditions",
-    "gather",
-    "join_images",
-    "open_bank",
-    "read_image",
-    "record_of",
-    "regularise",
-    "require_interface",
+    "Bank", "Conditions", "ImagesFrom", "Join", "Reader", "absorb", "choose_conditions", "class_names", "gather",
+    "join_images", "labels", "open_bank", "read_image", "reader", "record_of", "regularise", "require_interface",
     "require_same_memory",
-]
+]  # fmt: skip
 
 DEFAULT_SAMPLES = 16
 
@@ -144,32 +136,100 @@ def gather(bank: Bank, rows: NDArray[np.int64], device: torch.device) -> Tensor:
     return torch.from_numpy(bank.snippets(rows)).to(device)
 
 
-def regularise(
-    snippets: Tensor, *, null_probability: float, dropout: float, noise: float, generator: torch.Generator
-) -> Tensor:
-    """Return snippets as training sees them.
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """A network, and how the conditions it takes are read from a bank."""
 
-    First each sample is replaced by the null snippet (zeros) with `null_probability`, so that guidance has a null that
-    the model knows; the others get Gaussian noise and then elementwise dropout with rescale (the random masking of arXiv
-    2412.08781).
+    network: Generator
+    read: Callable[[NDArray[np.int64], torch.device], Tensor]
+    """Rows → (B, …) conditions."""
+    numbers_per_row: int
+    """How many numbers a row costs on its way to the device."""
+
+
+def reader(bank: Bank, model: Generator, classes: Sequence[str] = ()) -> Reader:
+    """Return how a model best reads a bank: by factors where the bank has them, by labels where the model has classes.
 
     Args:
-        snippets: (B, D).
-        null_probability: 0 to 1.
-        dropout: share of elements set to zero; the rest is divided by 1 − dropout.
-        noise: standard deviation relative to each snippet's root mean square.
-        generator: CPU generator; every number drawn comes from it.
+        bank: of the snippets that the model was trained on.
+        model: in float32.
+        classes: names of a class-conditional model's classes, in the order of its labels.
     """
-    count = len(snippets)
-    known = torch.rand(count, 1, generator=generator) >= null_probability
-    result = snippets
-    if noise:
-        draws = torch.randn(snippets.shape, generator=generator).to(snippets.device)
-        result = result + noise * snippets.square().mean(1, keepdim=True).sqrt() * draws
-    if dropout:
-        kept = (torch.rand(snippets.shape, generator=generator) >= dropout).to(snippets.device)
-        result = result * kept / (1 - dropout)
-    return result * known.to(snippets.device)
+    if model.config.condition == "class":
+        return Reader(
+            network=model, read=lambda rows, device: labels(bank, rows, classes).to(device), numbers_per_row=1
+        )
+    if model.config.condition == "none":
+        return Reader(network=model, read=lambda rows, device: torch.zeros(len(rows), 0).to(device), numbers_per_row=0)
+    if isinstance(bank, SupportsFactors) and len(bank.basis) + 1 < bank.dim:
+        return absorb(bank, bank, model)
+    return Reader(network=model, read=lambda rows, device: gather(bank, rows, device), numbers_per_row=bank.dim)
+
+
+def absorb(bank: Bank, factors: SupportsFactors, model: Generator) -> Reader:
+    """Return a model that takes a factored bank's coefficients, with the basis multiplied into its first linear layer.
+
+    A row costs R + 1 numbers instead of D, and the result is the same up to rounding: [c, 1]/‖s‖ takes the place of the
+    snippet s = c·B + μ. The null snippet, zeros, stays zeros. In raw space nothing is divided by ‖s‖.
+
+    Args:
+        bank: gives the space.
+        factors: the same bank, as one with factors.
+        model: its condition projection is replaced, everything else shared.
+    """
+    basis, mean = (torch.from_numpy(np.array(part)) for part in (factors.basis, factors.mean))
+    projection = absorbed_projection(model.condition_projection, basis, mean)
+
+    def read(rows: NDArray[np.int64], device: torch.device) -> Tensor:
+        codes = np.concatenate([factors.coefficients(rows), np.ones((len(rows), 1), np.float32)], axis=1)
+        if bank.space == "unit":
+            codes *= factors.inv_norms(rows)[:, None]
+        return torch.from_numpy(codes).to(device)
+
+    return Reader(
+        network=model.with_condition_projection(projection), read=read, numbers_per_row=projection.linear.in_features
+    )
+
+
+def class_names(bank: Bank) -> tuple[str, ...]:
+    """Return the concepts of a bank as classes, in its order; raises ConfigError where there are none."""
+    if not isinstance(bank, SupportsConcepts) or not bank.names:
+        raise ConfigError(
+            "a class-conditional model needs a bank with concepts, such as one of class folders", key="model.condition"
+        )
+    return bank.names
+
+
+def labels(bank: Bank, rows: NDArray[np.int64], classes: Sequence[str]) -> Tensor:
+    """Return the (B,) int64 labels of rows: the number of the class whose concept holds them.
+
+    Args:
+        bank: with concepts.
+        rows: (B,) active rows.
+        classes: names, in the order of the labels.
+
+    Raises:
+        ConfigError: a row in none of the classes, or in two of them.
+    """
+    present = class_names(bank)
+    assert isinstance(bank, SupportsConcepts)
+    label_of = np.full(len(bank), -1, np.int64)
+    for label, name in enumerate(classes):
+        members = bank.rows_of(name) if name in present else np.zeros(0, np.int64)
+        twice = members[label_of[members] >= 0]
+        if len(twice):
+            other = classes[label_of[twice[0]]]
+            raise ConfigError(f"row {twice[0]} belongs to classes {other!r} and {name!r}: they must not overlap",
+                              key="model.condition")  # fmt: skip
+        label_of[members] = label
+    result = label_of[rows]
+    if (result < 0).any():
+        raise ConfigError(
+            f"{int((result < 0).sum())} rows, such as row {rows[result < 0][0]}, are of none of this model's {len(classes)} "
+            "classes; a model with a memory (model.condition='memory') could draw them",
+            key="model.condition",
+        )
+    return torch.from_numpy(result)
 
 
 @dataclass(frozen=True, kw_only=True)

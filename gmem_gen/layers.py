@@ -13,6 +13,7 @@ from torch.nn import functional
 
 TIME_FREQUENCIES = 128
 NORM_EPSILON = 1e-6
+PROJECTION_WIDTH = 2048
 
 
 class RMSNorm(nn.Module):
@@ -126,8 +127,10 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = make_norm(width // num_heads, rms=rms) if qk_norm else nn.Identity()
-        self.k_norm = make_norm(width // num_heads, rms=rms) if qk_norm else nn.Identity()
+        # here, unlike in a block, LayerNorm has weights and PyTorch's own epsilon: published weights have it so
+        qk = RMSNorm if rms else nn.LayerNorm
+        self.q_norm = qk(width // num_heads) if qk_norm else nn.Identity()
+        self.k_norm = qk(width // num_heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rope: RotaryEmbedding | None) -> Tensor:
@@ -175,3 +178,38 @@ def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
     """Return x·(1 + scale) + shift, with (B, E) shift and scale for (B, T, E) x."""
     scaled = x * (1 + scale[:, None])
     return scaled if shift is None else scaled + shift[:, None]
+
+
+class ConditionProjection(nn.Module):
+    """Linear map from a snippet to the width; its dropout belongs to the trainer, which draws it reproducibly."""
+
+    def __init__(self, snippet_dim: int, width: int, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.linear = nn.Linear(snippet_dim, width)
+
+    def forward(self, snippets: Tensor) -> Tensor:
+        """Return (B, E) for (B, D) snippets; the null snippet is zeros."""
+        projected: Tensor = self.linear(self.scale * snippets)
+        return projected
+
+
+class LabelEmbedding(nn.Module):
+    """A vector for each class, and one more for the null class, whose label is the number of classes."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """Return (B, E) for (B,) int64 labels."""
+        embedded: Tensor = self.embedding_table(labels)
+        return embedded
+
+
+def projection_head(width: int, outputs: int) -> nn.Sequential:
+    """Return the three-layer head of REPA (arXiv 2410.06940), from tokens (B, T, E) to an encoder's (B, T, P)."""
+    return nn.Sequential(
+        nn.Linear(width, PROJECTION_WIDTH), nn.SiLU(), nn.Linear(PROJECTION_WIDTH, PROJECTION_WIDTH), nn.SiLU(),
+        nn.Linear(PROJECTION_WIDTH, outputs),
+    )  # fmt: skip

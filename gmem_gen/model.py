@@ -1,12 +1,14 @@
-"""The generator: a transformer from (x_t, t, snippet) to a velocity. It knows tensors, no bank.
+"""The generator: a transformer from (x_t, t, condition) to a prediction. It knows tensors, no bank.
 
 Shapes: B batch, C·H·W latent, T tokens, E width, D snippet dimension, P patch side.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,8 @@ from gmem_bank.errors import ConfigError
 from gmem_gen.config import ModelConfig
 from gmem_gen.layers import (
     Attention,
+    ConditionProjection,
+    LabelEmbedding,
     Mlp,
     PatchEmbed,
     RotaryEmbedding,
@@ -23,6 +27,7 @@ from gmem_gen.layers import (
     make_norm,
     modulate,
     position_table,
+    projection_head,
 )
 
 
@@ -85,30 +90,25 @@ class FinalLayer(nn.Module):
         return output
 
 
-class ConditionProjection(nn.Module):
-    """Linear map from a snippet to the width; its dropout belongs to the trainer, which draws it reproducibly."""
+class Projected(NamedTuple):
+    """What a model gives in training with a projection head."""
 
-    def __init__(self, snippet_dim: int, width: int, scale: float) -> None:
-        super().__init__()
-        self.scale = scale
-        self.linear = nn.Linear(snippet_dim, width)
-
-    def forward(self, snippets: Tensor) -> Tensor:
-        """Return (B, E) for (B, D) snippets; the null snippet is zeros."""
-        projected: Tensor = self.linear(self.scale * snippets)
-        return projected
+    output: Tensor
+    """(B, C, H, W)."""
+    tokens: Tensor
+    """(B, T, P) what the head makes of the tokens after block `encoder_depth`."""
 
 
 class Generator(nn.Module):
-    """A LightningDiT-style flow-matching transformer, conditioned on one snippet an image.
+    """A flow-matching transformer: LightningDiT, SiT or between, conditioned on one snippet an image, a class, or nothing.
 
     Args:
         config: the architecture; patch_size 0 and snippet_scale 0 (here √D) are resolved.
         latent: what is drawn.
-        snippet_dim: D.
+        snippet_dim: D; of no meaning without memory.
 
     Raises:
-        ConfigError: the patch does not divide the latent.
+        ConfigError: the patch does not divide the latent, or classes without a number.
     """
 
     def __init__(self, config: ModelConfig, latent: LatentShape, snippet_dim: int) -> None:
@@ -120,18 +120,26 @@ class Generator(nn.Module):
                 f"model.patch_size {self.patch_size} does not divide the image size {latent.size}",
                 key="model.patch_size",
             )
+        if config.condition == "class" and not config.num_classes:
+            raise ConfigError(
+                "model.condition 'class' needs model.num_classes, the number of classes", key="model.num_classes"
+            )
         if config.width % 4:
             raise ConfigError(f"model.width {config.width} must be a multiple of 4", key="model.width")
         self.grid = latent.size // self.patch_size
         self.x_embedder = PatchEmbed(latent.channels, self.patch_size, config.width)
         self.t_embedder = TimestepEmbedder(config.width)
-        self.condition_projection = ConditionProjection(
-            snippet_dim, config.width, config.snippet_scale or math.sqrt(snippet_dim)
-        )
+        if config.condition == "memory":
+            scale = config.snippet_scale or math.sqrt(snippet_dim)
+            self.condition_projection = ConditionProjection(snippet_dim, config.width, scale)
+        elif config.condition == "class":
+            self.y_embedder = LabelEmbedding(config.num_classes, config.width)
         self.register_buffer("pos_embed", position_table(self.grid, config.width))
         self.pos_embed: Tensor
         self.feat_rope = RotaryEmbedding(self.grid, config.width // config.num_heads) if config.use_rope else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        if config.projection_dim:
+            self.projector = nn.ModuleList([projection_head(config.width, config.projection_dim)])
         self.final_layer = FinalLayer(config, self.patch_size**2 * latent.channels)
         self._initialise()
 
@@ -140,8 +148,11 @@ class Generator(nn.Module):
 
         The map of the snippet keeps PyTorch's own initialisation (uniform within 1/√D), which its scale is meant for.
         """
+        snippet_map = self.condition_projection.linear if self.config.condition == "memory" else None
         for module in self.modules():
-            if isinstance(module, nn.Linear) and module is not self.condition_projection.linear:
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, nn.Linear) and module is not snippet_map:
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         for name, parameter in self.named_parameters():
@@ -152,22 +163,66 @@ class Generator(nn.Module):
             elif name.startswith("t_embedder") and name.endswith("weight"):
                 nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, x_t: Tensor, t: Tensor, snippets: Tensor) -> Tensor:
-        """Return the velocity.
+    @overload
+    def forward(
+        self, x_t: Tensor, t: Tensor, conditions: Tensor | None, *, project: Literal[False] = ...
+    ) -> Tensor: ...
+    @overload
+    def forward(self, x_t: Tensor, t: Tensor, conditions: Tensor | None, *, project: Literal[True]) -> Projected: ...
+    def forward(
+        self, x_t: Tensor, t: Tensor, conditions: Tensor | None, *, project: bool = False
+    ) -> Tensor | Projected:
+        """Return the prediction.
 
         Args:
             x_t: (B, C, H, W) noisy latents.
             t: (B,) times, 0 noise, 1 data.
-            snippets: (B, D); zeros for the null snippet.
+            conditions: (B, D) snippets, zeros for the null snippet; (B,) int64 labels, `num_classes` for the null class;
+                not looked at by an unconditional model.
+            project: return a `Projected`, for the projection loss of training.
 
         Returns:
             (B, C, H, W).
+
+        Raises:
+            ConfigError: `project` of a model without projection head.
         """
-        tokens = self.x_embedder(x_t) + self.pos_embed
-        condition = self.t_embedder(t) + self.condition_projection(snippets)
-        for block in self.blocks:
+        if project and not self.config.projection_dim:
+            raise ConfigError(
+                "this model has no projection head: set model.projection_dim to the dimension of the encoder's patch tokens",
+                key="model.projection_dim",
+            )
+        condition = self._condition(t, conditions)
+        tokens, projected = self.x_embedder(x_t) + self.pos_embed, None
+        for number, block in enumerate(self.blocks, start=1):
             tokens = block(tokens, condition, self.feat_rope)
-        return self._unpatchify(self.final_layer(tokens, condition))
+            if project and number == self.config.encoder_depth:
+                projected = self.projector[0](tokens)
+        output = self._unpatchify(self.final_layer(tokens, condition))
+        if projected is None:
+            return output
+        return Projected(output, projected)
+
+    def null_conditions(self, conditions: Tensor) -> Tensor:
+        """Return the null conditions for a batch of conditions, of the same shape."""
+        if self.config.condition == "class":
+            return torch.full_like(conditions, self.config.num_classes)
+        return torch.zeros_like(conditions)
+
+    def with_condition_projection(self, projection: ConditionProjection) -> Generator:
+        """Return this model with another first map of the condition; everything else is shared, not copied."""
+        other = copy.copy(self)
+        other._modules = {**self._modules, "condition_projection": projection}
+        return other
+
+    def _condition(self, t: Tensor, conditions: Tensor | None) -> Tensor:
+        embedded: Tensor = self.t_embedder(t)
+        if self.config.condition == "none":
+            return embedded
+        assert conditions is not None
+        mapping = self.condition_projection if self.config.condition == "memory" else self.y_embedder
+        conditioned: Tensor = embedded + mapping(conditions)
+        return conditioned
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         """Return (B, C, H, W) for (B, T, P·P·C), whose order is (row, column, p, q, channel)."""
@@ -176,8 +231,3 @@ class Generator(nn.Module):
         return torch.einsum("nhwpqc->nchpwq", blocks).reshape(
             len(tokens), self.latent.channels, grid * patch, grid * patch
         )
-
-
-def num_parameters(model: nn.Module) -> int:
-    """Return the number of trained parameters."""
-    return sum(parameter.numel() for parameter in model.parameters())

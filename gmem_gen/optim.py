@@ -32,17 +32,22 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_average(model: nn.Module, decay: float) -> AveragedModel:
+def make_average(model: nn.Module, decay: float, *, warmup: bool = True) -> AveragedModel:
     """Return the exponential moving average of a model's weights.
 
     Args:
         model: followed.
-        decay: approached from below as (1 + n) / (10 + n) after n updates, so that short trainings average what they can.
+        decay: of the average.
+        warmup: approach the decay from below as (1 + n) / (10 + n) after n updates, so that short trainings average what
+            they can; False: start at the model's weights as they are now and decay at once, as published.
     """
 
     def update(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
         n = int(count)
-        weight = 1.0 - min(decay, (1 + n) / (10 + n))
+        weight = 1.0 - (min(decay, (1 + n) / (10 + n)) if warmup else decay)
         torch._foreach_lerp_(list(averaged), list(current), weight)
 
-    return AveragedModel(model, multi_avg_fn=update)
+    average = AveragedModel(model, multi_avg_fn=update)
+    if not warmup:
+        average.update_parameters(model)  # the first update copies
+    return average

@@ -6,6 +6,7 @@ RUN/.gmem-run  config.toml  log.jsonl  checkpoints/  cache/  samples/
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -19,7 +20,7 @@ from gmem_bank.errors import CheckpointError, ConfigError, GMemError, LockedErro
 from gmem_gen import checkpoint as checkpoints
 from gmem_gen import conditioning
 from gmem_gen.conditioning import Bank
-from gmem_gen.config import Config
+from gmem_gen.config import Config, SampleConfig
 
 # What may differ between the parts of one training: where it stops, where it runs, how often it reports.
 FREE_SETTINGS = frozenset(
@@ -34,7 +35,7 @@ FREE_SETTINGS = frozenset(
         "device",
         "num_threads",
     )
-) | {"data.allow_missing"}
+) | {"data.allow_missing", *(f"sample.{field.name}" for field in dataclasses.fields(SampleConfig))}
 BUDGET_SETTINGS = frozenset({"train.epochs", "train.max_steps"})
 
 

@@ -10,14 +10,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from gmem_bank.errors import CheckpointError, GMemError
 from gmem_gen import checkpoint as checkpoints
-from gmem_gen import conditioning, flow, optim
+from gmem_gen import conditioning, losses, optim, paths, times
 from gmem_gen.conditioning import Bank
 from gmem_gen.config import Config
 from gmem_gen.data import Order, PixelCache
@@ -42,18 +45,26 @@ class Trainer:
         cache: the training images.
         join: the rows they belong to.
         device: where the model lives.
+        tokens: places among the training images → (B, T, P) patch tokens of the encoder, for a model with a projection head.
+
+    Raises:
+        ConfigError: rows that belong to none of the classes, or to two.
     """
 
     def __init__(
-        self, bank: Bank, config: Config, cache: PixelCache, join: conditioning.Join, device: torch.device
-    ) -> None:
+        self, bank: Bank, config: Config, cache: PixelCache, join: conditioning.Join, device: torch.device,
+        *, tokens: Callable[[NDArray[np.int64]], Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        self.tokens = tokens
+        self.classes = conditioning.class_names(bank) if config.model.condition == "class" else ()
+        self.labels = conditioning.labels(bank, join.rows, self.classes) if self.classes else None
         self.bank, self.config, self.cache, self.join, self.device = bank, config, cache, join, device
         self.tokenizer = make_tokenizer("pixels", config.data.image_size, config.data.channels)
         dim = int(conditioning.record_of(bank)["dim"])
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not ours to change
             torch.manual_seed(config.train.seed)
             self.model: Generator = checkpoints.make_model(config, self.tokenizer.latent, dim).to(device)
-        self.average = optim.make_average(self.model, config.train.ema_decay)
+        self.average = optim.make_average(self.model, config.train.ema_decay, warmup=config.train.ema_warmup)
         self.optimizer = optim.make_optimizer(self.model, config.train)
         self.order = Order(len(join.rows), config.train.batch_size, config.train.seed)
         self.total_steps = config.train.max_steps or config.train.epochs * self.order.steps_per_epoch
@@ -66,6 +77,12 @@ class Trainer:
         if resumption.checkpoint is None:
             return
         where = resumption.checkpoint
+        if checkpoints.read_state(where).get("classes", []) != list(self.classes):
+            raise CheckpointError(
+                f"the bank has other concepts than the classes that {where} was trained on: a class-conditional model cannot go "
+                "on with them; choose another --out",
+                path=where,
+            )
         names = [name for name, _ in self.model.named_parameters()]
         try:
             self.model.load_state_dict(checkpoints.read_tensors(where, checkpoints.MODEL))
@@ -82,16 +99,12 @@ class Trainer:
         places = self.order.batch(self.step)
         x_1 = self.tokenizer.encode(self.cache.read(places)).to(self.device)
         x_0 = torch.randn(x_1.shape, generator=generator).to(self.device)
-        t = flow.draw_times(self.config.flow, len(places), generator).to(self.device)
-        snippets = conditioning.regularise(
-            conditioning.gather(self.bank, self.join.rows[places], self.device), null_probability=config.null_probability,
-            dropout=config.snippet_dropout, noise=config.snippet_noise, generator=generator,
-        )  # fmt: skip
-        x_t = flow.interpolant(x_0, x_1, t)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            output = self.model(x_t, t, snippets)
-        velocity = flow.to_velocity(output.float(), x_t, t, self.config.flow.prediction)
-        loss = flow.velocity_loss(velocity, x_0, x_1)
+        t = times.draw_times(self.config.flow, len(places), generator).to(self.device)
+        conditions = self._conditions(places, generator)
+        x_t = paths.interpolant(x_0, x_1, t, self.config.flow.path)
+        output, projected = self._predict(x_t, t, conditions)
+        tokens = None if self.tokens is None or projected is None else self.tokens(places).to(self.device)
+        loss = losses.flow_losses(output, x_0, x_1, x_t, t, self.config.flow, projected=projected, tokens=tokens).total
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm or math.inf)
@@ -109,6 +122,28 @@ class Trainer:
         self.losses.append(value)
         return norm_value
 
+    def _conditions(self, places: NDArray[np.int64], generator: torch.Generator) -> Tensor:
+        """Return what the model sees of the conditions of a batch: regularised snippets, labels, or nothing."""
+        config, rows = self.config.train, self.join.rows[places]
+        if self.config.model.condition == "none":
+            return torch.zeros(len(places), 0, device=self.device)
+        if self.labels is not None:
+            labels = self.labels[torch.from_numpy(places)]
+            known = torch.rand(len(labels), generator=generator) >= config.null_probability
+            return torch.where(known, labels, self.config.model.num_classes).to(self.device)
+        return conditioning.regularise(
+            conditioning.gather(self.bank, rows, self.device), null_probability=config.null_probability,
+            dropout=config.snippet_dropout, noise=config.snippet_noise, generator=generator,
+        )  # fmt: skip
+
+    def _predict(self, x_t: Tensor, t: Tensor, conditions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the model's output and, with a projection head, its projection."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
+            if self.config.model.projection_dim:
+                projected = self.model(x_t, t, conditions, project=True)
+                return projected.output, projected.tokens
+            return self.model(x_t, t, conditions), None
+
     def save(self, run: Path, keys_digest: str) -> Path:
         """Write a checkpoint and remove superseded ones."""
         state = {
@@ -119,6 +154,7 @@ class Trainer:
             "tokenizer": self.tokenizer.name,
             "bank": conditioning.record_of(self.bank),
             "keys_digest": keys_digest,
+            "classes": list(self.classes),
             "versions": versions(),
         }
         path = checkpoints.save(run, self.step, state, self.model, self.average, self.optimizer)

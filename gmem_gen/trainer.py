@@ -29,9 +29,10 @@ from gmem_gen import conditioning, optim
 from gmem_gen.conditioning import Bank, ImagesFrom
 from gmem_gen.config import Config
 from gmem_gen.data import PixelCache, resolve_image_size
-from gmem_gen.model import auto_patch_size, num_parameters
+from gmem_gen.model import auto_patch_size
 from gmem_gen.run import Log, default_run, find_resumption, occupied, stored_config, writing
 from gmem_gen.runtime import StopRequest, cpu_threads, pick_device
+from gmem_gen.sizes import num_parameters
 from gmem_gen.stepping import Trainer
 from gmem_gen.tokenizers import make_tokenizer
 
@@ -170,10 +171,24 @@ def resolve(
     if prediction == "auto":
         fits = 2 * patch**2 * config.data.channels <= config.model.width
         prediction = stored.flow.prediction if stored else ("velocity" if fits else "data")
+    if config.model.projection_dim:
+        raise ConfigError(
+            "a projection head (model.projection_dim) learns from the encoder's patch tokens, and this training has no source of "
+            "them: set model.projection_dim=0",
+            key="model.projection_dim",
+        )
+    classes = config.model.num_classes
+    if config.model.condition == "class":
+        present = len(conditioning.class_names(bank))
+        if classes not in (0, present):
+            raise ConfigError(
+                f"model.num_classes is {classes}, the bank has {present} concepts", key="model.num_classes"
+            )
+        classes = present
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, image_size=size),
-        model=dataclasses.replace(config.model, patch_size=patch, snippet_scale=scale),
+        model=dataclasses.replace(config.model, patch_size=patch, snippet_scale=scale, num_classes=classes),
         flow=dataclasses.replace(config.flow, prediction=prediction),
     )
 

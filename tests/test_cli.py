@@ -162,6 +162,31 @@ def test_numbers_out_of_range_are_answered_in_one_line(photos: Path) -> None:
     assert "is a folder" in bank("build", str(photos), "-e", "hog", "-o", "folder.safetensors", code=1).stderr
 
 
+def test_sampling_takes_the_runs_settings_and_the_command_lines_over_them(photos: Path) -> None:
+    """Method, steps, diffusion, last step, shift, interval; what makes no sense is refused in one line."""
+    bank("build", str(photos), "-e", "hog")
+    gen("train", *TINY, "--set", "sample.method=sde-heun", "--set", "sample.num_steps=4")
+    record = as_json(gen("sample", "--num", "2", "--json"))
+    assert (record["method"], record["nfe"], record["last_step"]) == ("sde-heun", 7, "mean")
+    record = as_json(gen(
+        "sample", "--num", "2", "--json", "--method", "sde-euler", "--steps", "5", "--diffusion", "sigma", "--last-step",
+        "tweedie", "--guidance", "3", "--guidance-interval", "0.5", "0.9", "--set", "sample.last_step_size=0.1",
+    ))  # fmt: skip
+    assert (record["diffusion"], record["last_step"], record["last_step_size"]) == ("sigma", "tweedie", 0.1)
+    assert (record["guidance_start"], record["guidance_end"], record["nfe"]) == (0.5, 0.9, 5)
+    assert record["evaluations_per_image"] == 7  # t = 0, 0.225, 0.45, 0.675 and 0.9, of which the last two are guided
+    assert as_json(gen("sample", "--num", "1", "--json", "--method", "euler", "--shift", "0.3"))["nfe"] == 4
+    for arguments, answer in (
+        (("--shift", "0.3"), "only the ODE's methods shift"),
+        (("--method", "huen"), "'heun'"),
+        (("--guidance-interval", "0.9", "0.1"), "in order"),
+        (("--set", "sample.diffusio=sigma"), "'sample.diffusion'"),
+    ):
+        assert answer in gen("sample", *arguments, code=1).stderr, arguments
+    gen("sample", "--set", "train.seed=3", code=2)
+    assert "'sde-heun'" in gen("train", *TINY, "--set", "sample.method=sde_heun", code=1).stderr
+
+
 def test_help_lists_its_commands_line_by_line() -> None:
     """Click's own mark for a block of lines is not printed."""
     for run in (bank, gen):
@@ -174,7 +199,13 @@ def test_help_lists_its_commands_line_by_line() -> None:
 def test_models_and_config_and_encoders_list_what_there_is() -> None:
     """Sizes, settings, encoders."""
     rows = as_json(gen("models", "--json"))
-    assert [row["name"] for row in rows] == ["nano", "mini", "S", "B", "L", "XL"]
+    names = [row["name"] for row in rows]
+    assert names[:6] == ["nano", "mini", "S", "B", "L", "XL"]
+    assert {"LightningDiT-XL/1", "SiT-B/2", "SiT-S/4"} < set(names)
+    assert all(row["flops"] > row["parameters"] for row in rows)
+    odd = gen("models", "--image-size", "15", "--condition", "class")
+    assert "SiT-B/2" in odd.stderr
+    assert "SiT-B/2" not in odd.stdout
     assert as_json(gen("config", "--preset", "S", "--json"))["model"]["width"] == 384
     Path("c.toml").write_text(gen("config", "--set", "train.seed=5").stdout)
     assert as_json(gen("config", "--config", "c.toml", "--json"))["train"]["seed"] == 5

@@ -112,12 +112,16 @@ GEN_DOOR = [
     "__version__",
     "apply_settings",
     "choose_conditions",
+    "class_conditional",
+    "lightningdit",
     "load_checkpoint",
     "load_config",
     "make_grid",
     "preset",
     "sample",
+    "sit",
     "train",
+    "unconditional",
 ]
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import gmem_gen
 from gmem_bank.errors import ConfigError
-from gmem_gen.config import Config, ModelConfig, TrainConfig, apply_settings, load_config
+from gmem_gen.config import Config, ModelConfig, SampleConfig, TrainConfig, apply_settings, load_config
 from gmem_gen.presets import MODEL_PRESETS, preset
 
 
@@ -55,13 +56,35 @@ def test_settings_override_in_order_and_convert_types() -> None:
         ("model.num_heads=3", "multiple of 4"),
         ("max_steps=3", "SECTION.FIELD=VALUE"),
         ("train.max_steps", "SECTION.FIELD=VALUE"),
-        ("flow.prediction=nosie", "'velocity'"),
+        ("flow.prediction=nosie", "'noise'"),
+        ("flow.path=linaer", "'linear'"),
+        ("flow.weighting=velcity", "'velocity'"),
+        ("flow.weighting=likelihood", "'noise' or 'score'"),
+        ("flow.cosine_weight=-1.0", "0 or more"),
+        ("sample.method=huen", "'heun'"),
+        ("sample.diffusion=increasing", "'increasing-decreasing'"),
+        ("sample.last_step=twedie", "'tweedie'"),
+        ("model.condition=clas", "'class'"),
+        ("model.projection_dim=-1", "0 to 65536"),
     ],
 )
 def test_wrong_settings_say_what_would_be_right(setting: str, answer: str) -> None:
     """A typo is never silently accepted."""
     with pytest.raises(ConfigError, match=answer):
         apply_settings(Config(), [setting])
+
+
+def test_published_names_are_understood() -> None:
+    """Another case, and the names of the published code; what is stored is ours."""
+    config = apply_settings(
+        Config(),
+        ["flow.path=GVP", "flow.time_sampling=lognorm", "sample.method=heun2", "sample.diffusion=inccreasing-decreasing",
+         "sample.last_step=Mean", "flow.prediction=score", "flow.weighting=likelihood"],
+    )  # fmt: skip
+    assert (config.flow.path, config.flow.time_sampling, config.flow.weighting) == ("gvp", "logit-normal", "likelihood")
+    sample = config.sample
+    assert (sample.method, sample.diffusion, sample.last_step) == ("heun", "increasing-decreasing", "mean")
+    assert SampleConfig(diffusion="sbdm").diffusion == "SBDM"
 
 
 def test_bad_files_and_presets_are_clear() -> None:
@@ -73,13 +96,19 @@ def test_bad_files_and_presets_are_clear() -> None:
         load_config("bad.toml")
     with pytest.raises(ConfigError, match="there are: nano"):
         preset("nanoo")
+    with pytest.raises(ConfigError, match="'SiT-B/2'"):
+        preset("SiT-B/3")
+    with pytest.raises(ConfigError, match="there are: S, B, L, XL"):
+        gmem_gen.sit("M", 2)
+    with pytest.raises(ConfigError, match="there are: class, none"):
+        preset("B:clas")
 
 
 def test_every_field_has_a_docstring_and_does_something() -> None:
     """Each setting is explained where it stands, and read somewhere outside config.py."""
     package = Path(__file__).parents[2] / "gmem_gen"
-    source = (package / "config.py").read_text()
-    elsewhere = "".join(path.read_text() for path in package.glob("*.py") if path.name != "config.py")
+    source = (package / "settings.py").read_text()
+    elsewhere = "".join(path.read_text() for path in package.glob("*.py") if path.name != "settings.py")
     for cls in Config.__dataclass_fields__.values():
         for field in dataclasses.fields(cls.default_factory):
             place = source.index(f"    {field.name}: ")

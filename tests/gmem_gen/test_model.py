@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,34 +10,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import gmem_gen
 from gmem_bank.errors import ConfigError
 from gmem_gen.config import ModelConfig
-from gmem_gen.flow import guided
+from gmem_gen.guidance import guided
 from gmem_gen.layers import RMSNorm, position_table, rope_tables, rotate
-from gmem_gen.model import Generator, LatentShape, auto_patch_size, num_parameters
-from gmem_gen.presets import MODEL_PRESETS
-from tests.conftest import DATA, SHARED
+from gmem_gen.model import Generator, LatentShape, auto_patch_size
+from gmem_gen.sizes import flops_per_image
+from tests.conftest import DATA
+from tests.gmem_gen.golden import WHOLE, model_of
 
 
 def published(folder, case: str) -> tuple[Generator, dict, dict]:
     """A generator with the published weights, the vectors, and their description."""
     vectors = load_file(folder / f"lightningdit_{case}.safetensors")
     facts = json.loads((folder / f"lightningdit_{case}.json").read_text())
-    kwargs = facts["class_kwargs"]
-    config = ModelConfig(
-        width=kwargs["hidden_size"],
-        depth=kwargs["depth"],
-        num_heads=kwargs["num_heads"],
-        patch_size=kwargs["patch_size"],
-        mlp_ratio=kwargs["mlp_ratio"],
-        use_rope=kwargs["use_rope"],
-        use_swiglu=kwargs["use_swiglu"],
-        use_rmsnorm=kwargs["use_rmsnorm"],
-        use_qk_norm=kwargs["use_qknorm"],
-        use_shift=not kwargs["wo_shift"],
-        snippet_scale=1.0,
-    )
-    model = Generator(config, LatentShape(channels=kwargs["in_channels"], size=kwargs["input_size"]), 768)
+    model = model_of(facts["class_kwargs"])
     state = {name.removeprefix("state."): value for name, value in vectors.items() if name.startswith("state.")}
     for name in ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"):
         torch.testing.assert_close(model.state_dict()[name], state[name], atol=1e-6, rtol=0)
@@ -44,7 +33,7 @@ def published(folder, case: str) -> tuple[Generator, dict, dict]:
     return model.eval(), vectors, facts
 
 
-CASES = [(DATA, "patch2")] + ([(SHARED / "golden", "xlflags")] if (SHARED / "golden").exists() else [])
+CASES = [(DATA, "patch2")] + ([(WHOLE, "xlflags")] if WHOLE else [])
 
 
 @pytest.mark.parametrize(("folder", "case"), CASES)
@@ -64,7 +53,8 @@ def test_guidance_equals_the_published_one(folder, case: str) -> None:
     for one in facts["cfg"]:
         interval = one.get("cfg_interval", False)
         start = one["cfg_interval_start"] if interval else 0.0
-        field = guided(model, vectors["in.c"], one["cfg_scale"], start, one.get("cfg_interval_end") or 1.0)
+        null = model.null_conditions(vectors["in.c"])
+        field = guided(model, vectors["in.c"], null, one["cfg_scale"], start, one.get("cfg_interval_end") or 1.0)
         with torch.no_grad():
             got = field(vectors["in.x"], torch.full((3,), one["t"]))
         torch.testing.assert_close(got, vectors[f"cfg.{one['name']}.out"][:3], atol=5e-5, rtol=1e-4)
@@ -146,16 +136,76 @@ def test_rms_norm_equals_its_formula() -> None:
     np.testing.assert_allclose(norm(x).detach().numpy(), expected, rtol=1e-5)
 
 
-def test_presets_have_the_published_sizes() -> None:
-    """Parameters of S/1, B/1 and XL/1 on 16×16×32 latents, the projection head of training left out."""
-    summary = json.loads((DATA / "published_sizes.json").read_text())
-    for name, count in summary.items():
-        config = MODEL_PRESETS[name]()
-        with torch.device("meta"):
-            model = Generator(
-                config.__class__(**{**config.__dict__, "patch_size": 1}), LatentShape(channels=32, size=16), 768
-            )
-        assert num_parameters(model) == count, name
+@pytest.mark.parametrize("condition", ["memory", "class", "none"])
+@pytest.mark.parametrize("preset", ["LightningDiT-S/2", "SiT-S/4"])
+def test_presets_are_the_models_they_name(preset: str, condition: str) -> None:
+    """LightningDiT and SiT by their parts; each with memory, classes or nothing."""
+    name = preset if condition == "memory" else f"{preset}:{condition}"
+    config = dataclasses.replace(gmem_gen.preset(name).model, depth=1, num_classes=10 if condition == "class" else 0)
+    model = Generator(config, LatentShape(channels=3, size=8), 12)
+    names = {name.split(".")[0] for name, _ in model.named_parameters()}
+    assert names & {"condition_projection", "y_embedder"} == {
+        "memory": {"condition_projection"}, "class": {"y_embedder"}, "none": set()
+    }[condition]  # fmt: skip
+    sit = preset.startswith("SiT")
+    assert isinstance(model.blocks[0].norm1, torch.nn.LayerNorm) == sit
+    assert hasattr(model.blocks[0].mlp, "fc1") == sit
+    assert (model.feat_rope is None) == sit
+    conditions = torch.tensor([3, 10]) if condition == "class" else torch.randn(2, 12)
+    assert model(torch.randn(2, 3, 8, 8), torch.rand(2), conditions).shape == (2, 3, 8, 8)
+    null = model.null_conditions(conditions)
+    assert null.tolist() == [10, 10] if condition == "class" else not null.any()
+
+
+def test_a_sit_block_is_its_formula() -> None:
+    """x + g·Attention(LN(x)(1 + s) + h), then the same with GELU(tanh) between two linear maps, written out."""
+    torch.manual_seed(0)
+    config = ModelConfig(width=8, depth=1, num_heads=2, use_rmsnorm=False, use_swiglu=False, use_rope=False)
+    block = Generator(config, LatentShape(channels=1, size=4), 3).blocks[0].double()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x, condition = torch.randn(2, 5, 8).double(), torch.randn(2, 8).double()
+
+    def norm(value: torch.Tensor) -> torch.Tensor:
+        return (value - value.mean(-1, keepdim=True)) / (value.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+
+    modulation = block.adaLN_modulation[1](condition * torch.sigmoid(condition))[:, None].chunk(6, dim=-1)
+    shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation
+    q, k, v = block.attn.qkv(norm(x) * (1 + scale_1) + shift_1).view(2, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
+    mixed = torch.softmax(q @ k.transpose(-1, -2) / 2, dim=-1) @ v
+    y = x + gate_1 * block.attn.proj(mixed.transpose(1, 2).reshape(2, 5, 8))
+    hidden = block.mlp.fc1(norm(y) * (1 + scale_2) + shift_2)
+    gelu = 0.5 * hidden * (1 + torch.tanh((2 / np.pi) ** 0.5 * (hidden + 0.044715 * hidden**3)))
+    torch.testing.assert_close(block(x, condition, None), y + gate_2 * block.mlp.fc2(gelu))
+
+
+@pytest.mark.parametrize("condition", ["memory", "class"])
+@pytest.mark.parametrize("swiglu", [True, False])
+@pytest.mark.parametrize("shift", [True, False])
+def test_the_operations_are_those_that_pytorch_counts(condition: str, swiglu: bool, shift: bool) -> None:
+    """By torch's own counter, with and without the projection head."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = ModelConfig(width=32, depth=3, num_heads=4, patch_size=2, condition=condition, num_classes=5, use_swiglu=swiglu,
+                         use_shift=shift, projection_dim=12, encoder_depth=2)  # fmt: skip
+    model = Generator(config, LatentShape(channels=3, size=8), 20)
+    conditions = torch.tensor([1]) if condition == "class" else torch.randn(1, 20)
+    for project in (False, True):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(torch.randn(1, 3, 8, 8), torch.rand(1), conditions, project=project)
+        assert flops_per_image(model, training=project) == counter.get_total_flops()
+
+
+def test_a_projection_of_a_model_without_a_head_is_refused() -> None:
+    """And so are heads deeper than the model, and classes without a number."""
+    model = Generator(ModelConfig(width=16, depth=1, num_heads=2), LatentShape(channels=1, size=8), 5)
+    with pytest.raises(ConfigError, match="projection_dim"):
+        model(torch.randn(1, 1, 8, 8), torch.rand(1), torch.randn(1, 5), project=True)
+    with pytest.raises(ConfigError, match=r"at most model\.depth"):
+        ModelConfig(depth=3, projection_dim=8)
+    with pytest.raises(ConfigError, match="num_classes"):
+        Generator(ModelConfig(width=16, num_heads=2, condition="class"), LatentShape(channels=1, size=8), 5)
 
 
 def test_patch_sizes_divide() -> None:

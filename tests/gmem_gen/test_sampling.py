@@ -37,19 +37,112 @@ def draw(bank: str, num: int = 6, **options: object) -> gmem_gen.Samples:
     return gmem_gen.sample(opened, gmem_gen.load_checkpoint("runs/bank"), conditions, config)
 
 
-def test_an_image_does_not_depend_on_its_batch(trained: str) -> None:
+@pytest.mark.parametrize("method", ["heun", "dopri5", "sde-euler", "sde-heun"])
+def test_an_image_does_not_depend_on_its_batch(trained: str, method: str) -> None:
     """Batches of 1, 4 and 6 give the same pixels up to rounding of one level; the seed decides them."""
-    whole = draw(trained, batch_size=6).images.astype(int)
+    whole = draw(trained, batch_size=6, method=method).images.astype(int)
     for batch_size in (1, 4):
-        assert np.abs(draw(trained, batch_size=batch_size).images.astype(int) - whole).max() <= 1
-    assert np.abs(draw(trained, num=3, batch_size=6).images.astype(int) - whole[:3]).max() <= 1
-    assert np.abs(draw(trained, seed=1).images.astype(int) - whole).max() > 10
+        assert np.abs(draw(trained, batch_size=batch_size, method=method).images.astype(int) - whole).max() <= 1
+    assert np.abs(draw(trained, num=3, batch_size=6, method=method).images.astype(int) - whole[:3]).max() <= 1
+    assert np.abs(draw(trained, seed=1, method=method).images.astype(int) - whole).max() > 10
 
 
-def test_nfe_counts_what_the_solver_asks_for(trained: str) -> None:
-    """Euler asks once a step, Heun twice."""
-    assert draw(trained, solver="euler").nfe == 4
-    assert draw(trained, solver="heun").nfe == 8
+def test_nfe_counts_what_the_method_asks_for(trained: str) -> None:
+    """Euler asks once a step, Heun twice, a last step once; guidance evaluates twice inside its interval only."""
+    assert draw(trained, method="euler").nfe == 4
+    assert draw(trained, method="heun").nfe == 8
+    assert draw(trained, method="sde-heun").nfe == 7
+    assert draw(trained, method="sde-heun", last_step="none").nfe == 8
+    assert draw(trained, method="sde-euler").nfe == 4
+    guided = draw(trained, method="euler", guidance=2.0, guidance_start=0.5, guidance_end=0.6)
+    assert (guided.nfe, guided.record["evaluations_per_image"]) == (4, 5)  # t = 0, 1/4, 1/2, 3/4
+    unguided = draw(trained, guidance=1.0, guidance_start=0.5, guidance_end=0.6)
+    np.testing.assert_array_equal(unguided.images, draw(trained).images)
+
+
+def test_every_method_and_setting_draws(trained: str) -> None:
+    """All of them give pictures; with noise in the steps others than without, and another diffusion others again."""
+    methods = ("euler", "heun", "midpoint", "heun3", "rk4", "dopri5", "sde-euler", "sde-heun")
+    drawn = {method: draw(trained, num=2, method=method).images for method in methods}
+    assert all(images.std() > 0 for images in drawn.values())
+    forms = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
+    pictures = {
+        draw(trained, num=2, method="sde-euler", diffusion=form, num_steps=9).images.tobytes() for form in forms
+    }
+    assert len(pictures) == len(forms) - 1  # "sigma" and "linear" are the same on the linear path
+    for last in ("mean", "tweedie", "euler", "none"):
+        images = draw(trained, num=2, method="sde-heun", last_step=last, last_step_size=0.2).images
+        assert not np.array_equal(images, drawn["heun"])
+
+
+@pytest.mark.parametrize(
+    ("path", "prediction"),
+    [("gvp", "velocity"), ("vp", "noise"), ("linear", "score"), ("gvp", "data"), ("vp", "velocity")],
+)
+def test_every_path_and_prediction_trains_and_draws(trained: str, path: str, prediction: str) -> None:
+    """The loss is finite, and so are ODE and SDE samples."""
+    config = gmem_gen.apply_settings(
+        Config(data=DataConfig(image_size=8), model=ModelConfig(width=16, depth=1, num_heads=2)),
+        ["train.max_steps=4", "train.batch_size=8", "train.num_threads=1", f"flow.path={path}",
+         f"flow.prediction={prediction}"],
+    )  # fmt: skip
+    report = gmem_gen.train(trained, config, out="other")
+    assert report.loss is not None
+    opened, loaded = gmem_bank.open(trained), gmem_gen.load_checkpoint("other")
+    conditions = gmem_gen.choose_conditions(opened, concept="hat", keys=(), num=2, per_snippet=1, seed=0)
+    for method in ("heun", "sde-heun"):
+        samples = gmem_gen.sample(opened, loaded, conditions, gmem_gen.SampleConfig(method=method, num_steps=5))
+        assert (samples.record["path"], samples.record["prediction"]) == (path, prediction)
+        assert samples.images.std() > 0
+
+
+def test_a_factored_bank_draws_what_its_snippets_draw(trained: str, make_bank) -> None:
+    """Through the absorbed basis and through whole snippets: the same pixels up to rounding of one level."""
+    from gmem_gen import conditioning
+
+    opened, loaded = gmem_bank.open(trained), gmem_gen.load_checkpoint("runs/bank", weights="model")
+    spec = opened.encoder
+    factored = make_bank(
+        "f.safetensors", kind="factored", rank=8, dim=opened.dim, snippets=opened.snippets(opened.rows())
+    )
+
+    class Same:
+        """The factored bank under the encoder that the model was trained with."""
+
+        encoder = spec
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(factored, name)
+
+        def __len__(self) -> int:
+            return len(factored)
+
+    class Dense(Same):
+        basis = np.zeros((opened.dim, opened.dim), np.float32)  # as many numbers as a snippet: nothing to gain
+
+    conditions = conditioning.Conditions(rows=np.arange(4), keys=list("abcd"), label="rows")
+    drawn = []
+    for bank in (Same(), Dense()):
+        bank.names = ()
+        drawn.append(gmem_gen.sample(bank, loaded, conditions, gmem_gen.SampleConfig(num_steps=4)).images.astype(int))
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1
+
+
+def test_a_checkpoint_of_an_older_version_still_draws(trained: str) -> None:
+    """Settings that it does not know have their defaults, and the pixels are the same."""
+    expected = draw(trained).images
+    state = next(Path("runs/bank/checkpoints").iterdir()) / "state.json"
+    record = json.loads(state.read_text())
+    del record["config"]["sample"], record["classes"]
+    for section, names in {
+        "flow": ("path", "weighting", "cosine_weight", "projection_weight"),
+        "model": ("condition", "num_classes", "projection_dim", "encoder_depth"),
+        "train": ("ema_warmup",),
+    }.items():
+        for name in names:
+            del record["config"][section][name]
+    state.write_text(json.dumps(record))
+    np.testing.assert_array_equal(draw(trained).images, expected)
 
 
 def test_guidance_changes_samples_and_needs_a_null_that_was_trained(trained: str) -> None:
@@ -100,7 +193,7 @@ def test_the_written_record_names_all_that_decides_a_sample(trained: str) -> Non
     write_samples(samples.images, samples.record, Path("out/grid.png"), columns=3, folder=Path("out/single"))
     record = json.loads(Path("out/grid.json").read_text())
     for name in (
-        "solver",
+        "method",
         "num_steps",
         "nfe",
         "guidance",
@@ -168,7 +261,16 @@ def test_bad_requests_are_clear() -> None:
     with pytest.raises(ConfigError, match="'ema' or 'model'"):
         gmem_gen.load_checkpoint("runs/none", weights="emma")
     with pytest.raises(ConfigError, match="'heun'"):
-        gmem_gen.SampleConfig(solver="heunn")
+        gmem_gen.SampleConfig(method="heunn")
+    for options, answer in (
+        ({"method": "sde-heun", "timestep_shift": 0.3}, "only the ODE's methods shift"),
+        ({"diffusion": "lienar"}, "'linear'"),
+        ({"last_step": "men"}, "'mean'"),
+        ({"method": "sde-euler", "num_steps": 1}, "at least 2"),
+        ({"last_step_size": 0.0}, "between 0 and 1"),
+    ):
+        with pytest.raises(ConfigError, match=answer):
+            gmem_gen.SampleConfig(**options)
     for options in (
         {"guidance": -1.0},
         {"guidance": float("nan")},

@@ -345,9 +345,10 @@ def test_two_trainings_in_one_folder_exclude_one_another(bank: str) -> None:
 
 def test_a_loss_that_is_not_finite_stops_with_advice(bank: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN is never trained on, and never saved."""
-    from gmem_gen import flow
+    from gmem_gen import losses
 
-    monkeypatch.setattr(flow, "velocity_loss", lambda predicted, x_0, x_1: predicted.sum() * float("nan"))
+    real = losses.squared_errors
+    monkeypatch.setattr(losses, "squared_errors", lambda *args, **kwargs: real(*args, **kwargs) * float("nan"))
     with pytest.raises(GMemError, match=r"nan.*learning_rate"):
         gmem_gen.train(bank, config(), out="run")
     assert checkpoints.list_checkpoints(Path("run")) == []
@@ -416,3 +417,60 @@ def test_a_signal_saves_and_the_same_command_goes_on(bank: str) -> None:
     assert report.stopped == "signal"
     assert report.step in (3, 4)
     assert gmem_gen.train(bank, config(), out="run").step == 6
+
+
+def test_a_projection_head_learns_from_patch_tokens(bank: str) -> None:
+    """A step with tokens moves the head; the command, which has none, refuses."""
+    from gmem_gen import conditioning, stepping
+    from gmem_gen.data import PixelCache
+
+    opened = gmem_bank.open(bank)
+    whole = gmem_gen.apply_settings(
+        config(), ["model.projection_dim=6", "model.encoder_depth=1", "model.patch_size=2", "flow.prediction=velocity"]
+    )
+    join = conditioning.join_images(opened, None, allow_missing=False)
+    cache = PixelCache(Path("cache"), opened, join, None, size=8, channels=3, progress=lambda done, total: None)
+    seen = []
+
+    def tokens(places: np.ndarray) -> torch.Tensor:
+        seen.append(places)
+        return torch.ones(len(places), 16, 6)
+
+    trainer = stepping.Trainer(opened, whole, cache, join, torch.device("cpu"), tokens=tokens)
+    before = trainer.model.projector[0][4].weight.detach().clone()
+    assert trainer.make_step() > 0
+    assert trainer.losses[-1] < np.inf
+    assert len(seen[0]) == 8
+    assert not torch.equal(trainer.model.projector[0][4].weight, before)
+    with pytest.raises(ConfigError, match="patch tokens"):
+        gmem_gen.train(bank, whole, out="run")
+
+
+def test_classes_of_a_class_conditional_training_stay(bank: str) -> None:
+    """Another number of classes than concepts is refused, and so is going on with other concepts."""
+    whole = gmem_gen.apply_settings(config(), ["model.condition=class"])
+    with pytest.raises(ConfigError, match="the bank has 3 concepts"):
+        gmem_gen.train(bank, gmem_gen.apply_settings(whole, ["model.num_classes=2"]), out="run")
+    gmem_gen.train(bank, whole, out="run")
+    gmem_bank.rename(bank, "hat", "cap")
+    longer = gmem_gen.apply_settings(whole, ["train.max_steps=8"])
+    with pytest.raises(CheckpointError, match="other concepts"):
+        gmem_gen.train(bank, longer, out="run", accept_bank_change=True)
+
+
+def test_sample_settings_may_change_between_the_parts_of_a_training(bank: str) -> None:
+    """They have no part in it; the newest stand in the newest checkpoint."""
+    gmem_gen.train(bank, config(), out="run")
+    longer = gmem_gen.apply_settings(config(max_steps=8), ["sample.method=sde-heun"])
+    assert gmem_gen.train(bank, longer, out="run").step == 8
+    assert gmem_gen.load_checkpoint("run").config.sample.method == "sde-heun"
+
+
+def test_the_published_average_starts_at_the_first_weights(bank: str) -> None:
+    """Without warm-up: ema = decay·ema + (1 − decay)·weights from the initial weights on."""
+    gmem_gen.train(bank, config(max_steps=1, ema_warmup=False, ema_decay=0.75), out="one")
+    gmem_gen.train(bank, config(max_steps=2, ema_warmup=False, ema_decay=0.75), out="two")
+    one, two = tensors("one"), tensors("two")
+    for name in [name for name in one if name.startswith("ema.safetensors:module.") and "weight" in name]:
+        weights = two[name.replace("ema.safetensors:module.", "model.safetensors:")]
+        torch.testing.assert_close(two[name], 0.75 * one[name] + 0.25 * weights)

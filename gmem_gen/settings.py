@@ -1,0 +1,293 @@
+"""What can be set: one frozen dataclass a section. Every field says what it means, and refuses what makes no sense."""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gmem_bank.errors import ConfigError, suggest
+
+
+def _require(condition: bool, section: str, name: str, value: object, what: str) -> None:
+    if not condition:
+        raise ConfigError(f"{section}.{name} must be {what}, got {value!r}", key=f"{section}.{name}")
+
+
+PUBLISHED_NAMES = {"inccreasing-decreasing": "increasing-decreasing", "heun2": "heun", "lognorm": "logit-normal"}
+"""Names of the published code, where ours are others."""
+
+
+def choose(name: str, value: Any, choices: Sequence[str]) -> str:
+    """Return the choice that a value means: as it stands, in another case, or by its published name.
+
+    Raises:
+        ConfigError: none of them; a near one is suggested.
+    """
+    if value in choices:
+        return str(value)
+    word = str(value).casefold()
+    word = PUBLISHED_NAMES.get(word, word)
+    for choice in choices:
+        if choice.casefold() == word:
+            return choice
+    raise ConfigError(
+        f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.{suggest(word, choices)}", key=name
+    )
+
+
+def _choose_all(config: Any, section: str) -> None:
+    """Check the fields that are one of several words, and put the word itself where a published name was given."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        if typing.get_origin(hint) is Literal:
+            chosen = choose(f"{section}.{name}", getattr(config, name), typing.get_args(hint))
+            object.__setattr__(config, name, chosen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which pixels are learned."""
+
+    image_size: int = 0
+    """Side in pixels; 0: 64, or the short side of the smallest image where that is smaller."""
+    channels: int = 3
+    """3: RGB; 1: grey."""
+    allow_missing: bool = False
+    """Train without the rows whose image is gone, instead of stopping."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.image_size <= 4096, "data", "image_size", self.image_size, "0 or a number of pixels up to 4096"
+        )
+        _require(self.channels in (1, 3), "data", "channels", self.channels, "1 or 3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A transformer: LightningDiT (RMSNorm, SwiGLU, rotary positions, adaLN) or, by its switches, SiT and what lies between."""
+
+    width: int = 128
+    """Width of a token."""
+    depth: int = 4
+    """Blocks."""
+    num_heads: int = 4
+    """Attention heads; width / num_heads must be a multiple of 4."""
+    patch_size: int = 0
+    """Side of a patch in pixels; 0: an eighth of the image (64 tokens), at least 1."""
+    snippet_scale: float = 0.0
+    """Factor on a snippet before its linear map; 0: √D in unit space, so that its elements have a mean square of 1, and 1
+    in raw space. 1 is the published value; the condition is then learned much later (docs/EXPERIMENTS.md)."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over the width (times 2/3 with SwiGLU)."""
+    use_rope: bool = True
+    """Rotary position embedding in attention (Su et al. 2021)."""
+    use_swiglu: bool = True
+    """SwiGLU MLP (Shazeer 2020); False: GELU."""
+    use_rmsnorm: bool = True
+    """RMSNorm; False: LayerNorm without parameters."""
+    use_qk_norm: bool = False
+    """Normalise queries and keys."""
+    use_shift: bool = True
+    """adaLN with shift; False: scale and gate only."""
+    condition: Literal["memory", "class", "none"] = "memory"
+    """memory: a snippet of the bank; class: a label embedding with a null class, the baseline without memory; none:
+    unconditional."""
+    num_classes: int = 0
+    """Classes of a class-conditional model, the null class not counted; 0: the concepts of the bank."""
+    projection_dim: int = 0
+    """Dimension of the encoder's patch tokens, which a projection head learns to predict (REPA, arXiv 2410.06940); 0: no
+    head. Training only."""
+    encoder_depth: int = 4
+    """The projection head reads the tokens after this many blocks."""
+
+    def __post_init__(self) -> None:
+        _choose_all(self, "model")
+        for name in ("width", "depth", "num_heads"):
+            value = getattr(self, name)
+            _require(1 <= value <= 65_536, "model", name, value, "1 to 65536")
+        head = self.width / self.num_heads
+        _require(head == int(head) and int(head) % 4 == 0, "model", "num_heads", self.num_heads,
+                 f"such that width {self.width} / num_heads is a multiple of 4")  # fmt: skip
+        _require(self.patch_size >= 0, "model", "patch_size", self.patch_size, "0 or a number of pixels")
+        _require(self.snippet_scale >= 0, "model", "snippet_scale", self.snippet_scale, "0 or positive")
+        _require(self.mlp_ratio > 0, "model", "mlp_ratio", self.mlp_ratio, "positive")
+        _require(0 <= self.num_classes <= 10**7, "model", "num_classes", self.num_classes, "0 to 10000000")
+        _require(0 <= self.projection_dim <= 65_536, "model", "projection_dim", self.projection_dim, "0 to 65536")
+        _require(self.encoder_depth >= 1, "model", "encoder_depth", self.encoder_depth, "at least 1")
+        _require(not self.projection_dim or self.encoder_depth <= self.depth, "model", "encoder_depth",
+                 self.encoder_depth, f"at most model.depth, which is {self.depth}")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """The path from noise to data, what the network predicts on it, and the loss (arXiv 2303.08797, 2401.08740)."""
+
+    path: Literal["linear", "gvp", "vp"] = "linear"
+    """x_t = α x_1 + σ x_0. linear: α = t, σ = 1 − t; gvp: α = sin(πt/2), σ = cos(πt/2); vp: variance preserving, as in
+    score-based models."""
+    prediction: Literal["auto", "velocity", "noise", "score", "data"] = "auto"
+    """What the network gives. auto: data where a patch has more values than half the model's width, since the noise of such
+    a patch does not fit through the model (arXiv 2511.13720); else velocity."""
+    weighting: Literal["none", "velocity", "likelihood"] = "none"
+    """Weight of the loss over t, for predictions of noise or score: none, as if the velocity were learned, or maximum
+    likelihood (arXiv 2101.09258)."""
+    cosine_weight: float = 0.0
+    """Weight of 1 − cosine over the channels of the velocity, added to its squared error; published: 1."""
+    projection_weight: float = 0.5
+    """Weight of the projection head's loss, where model.projection_dim is set."""
+    time_sampling: Literal["uniform", "logit-normal"] = "logit-normal"
+    """How t is drawn in training."""
+    time_mean: float = 0.0
+    """Mean of logit(t), for logit-normal."""
+    time_std: float = 1.0
+    """Standard deviation of logit(t), for logit-normal."""
+
+    def __post_init__(self) -> None:
+        _choose_all(self, "flow")
+        _require(self.time_std > 0, "flow", "time_std", self.time_std, "positive")
+        for name in ("cosine_weight", "projection_weight"):
+            value = getattr(self, name)
+            _require(value >= 0, "flow", name, value, "0 or more")
+        _require(self.weighting == "none" or self.prediction in ("noise", "score"), "flow", "weighting", self.weighting,
+                 "'none' unless flow.prediction is 'noise' or 'score'")  # fmt: skip
+        _require(not self.cosine_weight or self.prediction in ("auto", "velocity", "data"), "flow", "cosine_weight",
+                 self.cosine_weight, "0 for flow.prediction 'noise' and 'score', which have no velocity loss")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The optimisation."""
+
+    epochs: int = 400
+    """Passes over the images; the budget unless max_steps is given."""
+    max_steps: int = 0
+    """Optimizer steps; 0: as many as `epochs` takes."""
+    max_minutes: float = -1.0
+    """Stop after this much training time, earlier runs of the same training included; 0: no limit; -1: 10 on a CPU, none
+    on a GPU."""
+    batch_size: int = 64
+    """Images a step."""
+    learning_rate: float = 2e-3
+    """Peak learning rate of AdamW."""
+    beta1: float = 0.9
+    """AdamW."""
+    beta2: float = 0.95
+    """AdamW."""
+    weight_decay: float = 0.0
+    """AdamW."""
+    warmup_steps: int = 50
+    """Steps over which the learning rate rises from 0."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After warm-up: constant, or cosine to 0 at the last step of the budget."""
+    clip_norm: float = 1.0
+    """Largest gradient norm; 0: no clipping."""
+    ema_decay: float = 0.9999
+    """Decay of the averaged weights that sampling uses."""
+    ema_warmup: bool = True
+    """Approach ema_decay as (1 + step) / (10 + step); False: from the first step, from the initial weights, as published."""
+    null_probability: float = 0.1
+    """Share of samples trained with the null snippet (zeros), which guidance needs."""
+    snippet_dropout: float = 0.4
+    """Share of a snippet's elements set to zero in training, the rest rescaled (the paper's random masking)."""
+    snippet_noise: float = 0.0
+    """Standard deviation of Gaussian noise added to a snippet in training, relative to its root mean square."""
+    seed: int = 0
+    """Decides initial weights, order, noise, times, dropout."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept; 0: all."""
+    log_every: int = 20
+    """Steps between lines of log.jsonl."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast; pays from a width of about 384 on a CPU with AMX, and on a GPU."""
+    device: str = "auto"
+    """auto, cpu, cuda, …; auto takes a GPU where there is one."""
+    num_threads: int = 0
+    """CPU threads; 0: as many as PyTorch takes, which is one a core. 1 is safer beside other busy programs."""
+
+    def __post_init__(self) -> None:
+        _choose_all(self, "train")
+        for name, least in (("batch_size", 1), ("checkpoint_every", 1), ("log_every", 1), ("epochs", 1), ("max_steps", 0),
+                            ("warmup_steps", 0), ("keep_checkpoints", 0), ("num_threads", 0)):  # fmt: skip
+            value = getattr(self, name)
+            _require(value >= least, "train", name, value, f"at least {least}")
+        for name in ("ema_decay", "null_probability", "snippet_dropout", "beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, "train", name, value, "in [0, 1)")
+        for name in ("weight_decay", "clip_norm", "snippet_noise"):
+            value = getattr(self, name)
+            _require(value >= 0, "train", name, value, "0 or more")
+        _require(0 <= self.seed < 2**32, "train", "seed", self.seed, "0 to 4294967295")
+        _require(self.num_threads <= 1024, "train", "num_threads", self.num_threads, "at most 1024")
+        _require(self.learning_rate > 0, "train", "learning_rate", self.learning_rate, "positive")
+
+
+ODE_METHODS = ("euler", "heun", "midpoint", "heun3", "rk4", "dopri5")
+SDE_METHODS = ("sde-euler", "sde-heun")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """How samples are drawn."""
+
+    method: Literal["euler", "heun", "midpoint", "heun3", "rk4", "dopri5", "sde-euler", "sde-heun"] = "heun"
+    """Of the ODE: Euler, Heun, midpoint, third-order Heun, fourth-order Runge–Kutta (3/8 rule), or adaptive Dormand–Prince
+    (needs torchdiffeq; each image is solved alone, so that it does not depend on its batch). Of the SDE: Euler–Maruyama, Heun."""
+    num_steps: int = 25
+    """Steps, the last step of the SDE counted; dopri5 finds its own. The published "50 steps" of an ODE, which counts
+    points of time, is 49 here; that of the SDE, 49 and a last one, is 50."""
+    guidance: float = 1.0
+    """null + guidance·(conditional − null); 1: none, whatever the interval."""
+    guidance_start: float = 0.0
+    """Guidance from this t on; before it the conditional velocity. Published: 0.89."""
+    guidance_end: float = 1.0
+    """Guidance up to this t; after it the null velocity, as published. 1: no end."""
+    timestep_shift: float = 1.0
+    """1: equal steps; below 1: shorter steps near the noise (the published 0.3). ODE only."""
+    diffusion: Literal["constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing"] = "linear"
+    """Of the SDE: how strong its noise is over t."""
+    diffusion_norm: float = 1.0
+    """Of the SDE: factor on the diffusion."""
+    last_step: Literal["mean", "tweedie", "euler", "none"] = "mean"
+    """Of the SDE: its last step, without noise: mean (the drift), tweedie (the expected image), euler (the ODE's), none."""
+    last_step_size: float = 0.004
+    """Of the SDE: length of the last step."""
+    rtol: float = 1e-3
+    """Of dopri5: relative tolerance."""
+    atol: float = 1e-6
+    """Of dopri5: absolute tolerance."""
+    overshoot: bool = True
+    """Of dopri5: step past t = 1 and interpolate back, as published; the network is then asked at times that it never
+    learned. False: end on t = 1."""
+    seed: int = 0
+    """Of the first sample; sample i is decided by (seed, i)."""
+    batch_size: int = 64
+    """Samples computed together."""
+
+    def __post_init__(self) -> None:
+        _choose_all(self, "sample")
+        _require(1 <= self.num_steps <= 100_000, "sample", "num_steps", self.num_steps, "1 to 100000")
+        _require(self.batch_size >= 1, "sample", "batch_size", self.batch_size, "at least 1")
+        _require(0 <= self.seed < 2**32, "sample", "seed", self.seed, "0 to 4294967295")
+        for name in ("guidance", "diffusion_norm"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value >= 0, "sample", name, value, "0 or more")
+        for name in ("timestep_shift", "rtol", "atol"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, "sample", name, value, "positive")
+        _require(0 < self.last_step_size < 1, "sample", "last_step_size", self.last_step_size, "between 0 and 1")
+        _require(0 <= self.guidance_start <= self.guidance_end <= 1, "sample", "guidance interval",
+                 (self.guidance_start, self.guidance_end), "a start and an end in 0 to 1, in order")  # fmt: skip
+        if self.is_sde:
+            _require(self.timestep_shift == 1.0, "sample", "timestep_shift", self.timestep_shift,
+                     f"1 for {self.method!r}: the SDE has equal steps, only the ODE's methods shift them")  # fmt: skip
+            _require(self.num_steps >= 2 or self.last_step == "none", "sample", "num_steps", self.num_steps,
+                     "at least 2 with a last step, which is one of them")  # fmt: skip
+
+    @property
+    def is_sde(self) -> bool:
+        """Whether the method is one of the SDE's."""
+        return self.method in SDE_METHODS

@@ -1,0 +1,65 @@
+"""Snippets as tensors: what training does to them, and how the factors of many go into one linear layer.
+
+B batch, D snippet dimension, R rank, E width of the model; B basis, μ mean, c coefficients, s snippet, W weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gmem_gen.layers import ConditionProjection
+
+
+def regularise(
+    snippets: Tensor, *, null_probability: float, dropout: float, noise: float, generator: torch.Generator
+) -> Tensor:
+    """Return snippets as training sees them.
+
+    First each sample is replaced by the null snippet (zeros) with `null_probability`, so that guidance has a null that
+    the model knows; the others get Gaussian noise and then elementwise dropout with rescale (the random masking of arXiv
+    2412.08781).
+
+    Args:
+        snippets: (B, D).
+        null_probability: 0 to 1.
+        dropout: share of elements set to zero; the rest is divided by 1 − dropout.
+        noise: standard deviation relative to each snippet's root mean square.
+        generator: CPU generator; every number drawn comes from it.
+    """
+    count = len(snippets)
+    known = torch.rand(count, 1, generator=generator) >= null_probability
+    result = snippets
+    if noise:
+        draws = torch.randn(snippets.shape, generator=generator).to(snippets.device)
+        result = result + noise * snippets.square().mean(1, keepdim=True).sqrt() * draws
+    if dropout:
+        kept = (torch.rand(snippets.shape, generator=generator) >= dropout).to(snippets.device)
+        result = result * kept / (1 - dropout)
+    return result * known.to(snippets.device)
+
+
+def absorbed_projection(projection: ConditionProjection, basis: Tensor, mean: Tensor) -> ConditionProjection:
+    """Return the projection that takes [c, 1]/‖s‖ and gives what `projection` gives for s/‖s‖ with s = c·B + μ.
+
+    W·(Bᵀc + μ)/‖s‖ = [W·Bᵀ, W·μ]·[c, 1]/‖s‖, multiplied out in float64.
+
+    Args:
+        projection: from snippets (D,) to the width (E,); not changed.
+        basis: (R, D).
+        mean: (D,).
+
+    Returns:
+        A projection from (B, R + 1) to (B, E), with gradients off, on the device and in the dtype of the given one.
+    """
+    weight = projection.linear.weight.detach()
+    wide = weight.cpu().double() * projection.scale
+    merged = torch.cat([wide @ basis.double().T, (wide @ mean.double())[:, None]], dim=1)
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # a layer's own initial weights are drawn, and the caller's numbers are not ours
+        absorbed = ConditionProjection(merged.shape[1], merged.shape[0], 1.0)
+    with torch.no_grad():
+        absorbed.linear.weight.copy_(merged)
+        absorbed.linear.bias.copy_(projection.linear.bias)
+    return absorbed.to(weight.device, weight.dtype).requires_grad_(False)

@@ -155,7 +155,7 @@ def rows_of(draft: Draft, banks: Sequence[MemoryBank], origins: Sequence[int]) -
         found.append(
             SegmentRows(
                 number=number, first=first, num_rows=segment.num_rows, dim=bank.dim, space=bank.space,
-                entries=entries, place=_plain_place(bank, entries), path=str(bank.path),
+                entries=entries, place=_plain_place(bank, entries) if len(banks) == 1 else None, path=str(bank.path),
                 basis=None if factored is None else factored.basis, mean=None if factored is None else factored.mean,
             )
         )  # fmt: skip
@@ -164,7 +164,10 @@ def rows_of(draft: Draft, banks: Sequence[MemoryBank], origins: Sequence[int]) -
 
 
 def _plain_place(bank: MemoryBank, entries: Mapping[str, Payload]) -> Place | None:
-    """Return where the snippets of a segment lie in their bank's file, where they are float32 and whole."""
+    """Return where the snippets of a segment lie in the only bank's file, where they are float32 and whole.
+
+    Of several banks an entry's name says nothing: each has a segment "0".
+    """
     snippets = entries.get("snippets")
     if snippets is None or snippets.dtype != "F32" or snippets.name not in bank.stored or sys.byteorder != "little":
         return None

@@ -626,3 +626,22 @@ def test_the_command_compresses_sweeps_and_draws(make_bank: BankMaker) -> None:
     assert "exactly one" in run("compress", "-q", code=1)
     assert "factored" in run("info", "out.safetensors")
     assert "rank 4" in run("compress", "--rank", "4", "-q")
+
+
+@pytest.mark.parametrize("sizes", [(200, 200), (300, 50), (50, 300), (40, 60, 80)])
+@pytest.mark.parametrize("suffix", ["safetensors", "h5", "gmem"])
+def test_dense_banks_together_keep_each_row_under_its_key(sizes: tuple[int, ...], suffix: str) -> None:
+    """Each of several f32 banks is read from its own file: at full rank every key has its own vector."""
+    values = {}
+    for number, size in enumerate(sizes):
+        rng = np.random.default_rng(number)
+        own = rng.standard_normal((size, 32)).astype(np.float32) * (number + 1)
+        np.savez(f"v{number}.npz", snippets=own, keys=np.array([f"{number}/{row}" for row in range(size)]))
+        gmem_bank.build_precomputed(gmem_bank.read_array(Path(f"v{number}.npz")), f"{number}.{suffix}", space="raw")
+        values |= {f"{number}/{row}": vector for row, vector in enumerate(own)}
+    names = [f"{number}.{suffix}" for number in range(len(sizes))]
+    gmem_bank.compress(names, rank=32, output=f"all.{suffix}")
+    bank = gmem_bank.open(f"all.{suffix}")
+    keys = bank.keys(bank.rows())
+    assert len(keys) == sum(sizes)
+    np.testing.assert_allclose(bank.snippets(bank.rows()), np.stack([values[key] for key in keys]), atol=1e-4)

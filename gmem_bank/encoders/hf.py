@@ -139,7 +139,10 @@ class TransformersEncoder:
             yield
 
     def _input(self, images: NDArray[np.uint8]) -> torch.Tensor:
-        return preprocess.to_input(torch.from_numpy(images).to(self._device), self._spec.preprocessing)
+        pixels = torch.from_numpy(images)
+        if self._device.type == "cuda":  # from pinned memory the copy does not hold up this thread
+            pixels = pixels.pin_memory()
+        return preprocess.to_input(pixels.to(self._device, non_blocking=True), self._spec.preprocessing)
 
     def _output(self, pixels: torch.Tensor, layer: int) -> Any:
         tower = getattr(self._model, "vision_model", self._model)

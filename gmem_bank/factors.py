@@ -5,6 +5,7 @@ Shapes: N rows, B rows asked for, D dimensions, R rank, m kept coefficients, g g
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,10 +57,16 @@ def inverse_norms(
     return np.asarray(np.divide(1.0, shortest, out=np.zeros_like(norms), where=norms > 0), np.float32)
 
 
+def scale_of(largest: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the (R,) i8 scales for the (R,) largest absolute coefficients; 1 where theirs would be 0, as of 1e-44."""
+    scale = np.asarray(largest / I8_LIMIT, np.float32)
+    return np.where(scale > 0, scale, np.float32(1))
+
+
 def quantise(coefficients: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Return (n, R) int8 and the (R,) float32 scales of the columns: value ≈ int8 · scale, off by at most half a scale."""
     largest = np.abs(coefficients).max(axis=0, initial=0.0)
-    scale = np.where(largest > 0, largest / I8_LIMIT, 1.0).astype(np.float32)
+    scale = scale_of(largest)
     return quantise_by(coefficients, scale), scale
 
 
@@ -162,6 +169,14 @@ def grow(
     grown = np.asarray(np.vstack([basis, signed(grown[len(basis) :])]), np.float32)
     after = cosines(snippets, centred @ grown.astype(np.float64).T @ grown + centre)
     return Grown(basis=grown, coefficients=project(snippets, grown, mean), cosines_before=before, cosines_after=after)
+
+
+def whole(value: object) -> int | None:
+    """Return a whole number of any integer type as an int; None: it is none, as True is none."""
+    try:
+        return None if isinstance(value, bool | np.bool_) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def cosines(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""Compress banks: factorise dense ones, truncate factored ones, several into one; streamed, and resumed after a kill.
+"""Compress banks: factorise dense ones, truncate factored ones, several into one; streamed.
 
 Shapes: N rows, D dimensions, R rank.
 """

@@ -159,7 +159,7 @@ class Fitted:
     column_energy: NDArray[np.float64]
     """(R,) Σ c² over all rows."""
     energy: float = 0.0
-    """Σ ‖s - mean‖² over all rows, each norm taken as it is: what shares of energy and relative errors are of."""
+    """Σ ‖s - mean‖² over all rows: what shares of energy and relative errors are of."""
     sample: NDArray[np.float32]
     """(m, D): the snippets that were asked for."""
     file: Path

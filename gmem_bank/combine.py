@@ -64,6 +64,8 @@ def merge(
     }
     with editing(bank_path, "merge", arguments, output=output, dry_run=dry_run, undo=undo) as edit:
         if edit.made is not None:
+            if not dry_run:
+                refitting.clear(edit.target)  # of this very command, killed after its last write
             return edit.unchanged()
         for other in banks:
             _require_alike(edit.bank, other)

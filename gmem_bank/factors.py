@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gmem_bank.errors import CorruptError, GMemError
+from gmem_bank.errors import CorruptError
 from gmem_bank.space import TINY_NORM
 
 I8_LIMIT = 127
@@ -191,77 +191,3 @@ def signed(directions: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return directions with the sign convention: the entry of largest size of each row is positive."""
     largest = np.take_along_axis(directions, np.abs(directions).argmax(axis=1)[:, None], axis=1)
     return np.where(largest < 0, -directions, directions)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Joined:
-    """One basis for two factored banks, ordered by energy."""
-
-    basis: NDArray[np.float32]
-    """(R, D)."""
-    mean: NDArray[np.float32]
-    """(D,): the mean over all rows of both."""
-    singular_values: NDArray[np.float32]
-    """(R,): of the centred reconstructions of both banks together."""
-    maps: tuple[NDArray[np.float64], ...]
-    """One (R_i, R) matrix a bank: its old coefficients · map + shift = its new ones."""
-    shifts: tuple[NDArray[np.float64], ...]
-    """One (R,) row a bank."""
-
-
-def join(
-    bases: list[NDArray[np.float32]],
-    means: list[NDArray[np.float32]],
-    counts: list[int],
-    sums: list[NDArray[np.float64]],
-    grams: list[NDArray[np.float64]],
-) -> Joined:
-    """Return one basis that spans several, by a QR of all of them and the differences of their means, then eigenvectors.
-
-    Args:
-        bases: per bank (R_i, D).
-        means: per bank (D,).
-        counts: per bank its rows.
-        sums: per bank the (R_i,) sum of its coefficients.
-        grams: per bank the (R_i, R_i) sum of cᵀc over its coefficients.
-
-    Raises:
-        GMemError: nothing is left to span (all rows are the same).
-    """
-    wide, centres = [basis.astype(np.float64) for basis in bases], [mean.astype(np.float64) for mean in means]
-    total = sum(counts)
-    row_means = [s @ b / n + mu for s, b, n, mu in zip(sums, wide, counts, centres, strict=True)]
-    mean = np.sum([n * m for n, m in zip(counts, row_means, strict=True)], axis=0) / total
-    mean = mean.astype(np.float32).astype(np.float64)  # as it will be stored: coefficients are relative to that
-    spanning = np.vstack([*wide, *(mu - mean for mu in centres)])
-    frame = _orthonormal_rows(spanning)
-    if not len(frame):
-        raise GMemError("the banks hold one and the same snippet: there is nothing to factorise")
-    into = [basis @ frame.T for basis in wide]
-    offsets = [(mu - mean) @ frame.T for mu in centres]
-    scatter_matrix = np.zeros((len(frame), len(frame)))
-    for m, o, n, s, g in zip(into, offsets, counts, sums, grams, strict=True):
-        cross = np.outer(s @ m, o)
-        scatter_matrix += m.T @ g @ m + cross + cross.T + n * np.outer(o, o)
-    energies, vectors = np.linalg.eigh(scatter_matrix)
-    order = np.argsort(-energies, kind="stable")
-    kept = order[energies[order] > max(energies.max(), 0.0) * 1e-13]
-    kept = kept if len(kept) else order[:1]  # all rows are the same: one direction, of no energy
-    basis = signed(vectors[:, kept].T @ frame)
-    turn = frame @ basis.T
-    return Joined(
-        basis=basis.astype(np.float32),
-        mean=mean.astype(np.float32),
-        singular_values=np.sqrt(np.maximum(energies[kept], 0.0)).astype(np.float32),
-        maps=tuple(m @ turn for m in into),
-        shifts=tuple(o @ turn for o in offsets),
-    )
-
-
-def _orthonormal_rows(spanning: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return orthonormal rows with the same span, by a pivoted QR; rows that add nothing are left out."""
-    from scipy.linalg import qr
-
-    q, r, _ = qr(spanning.T, mode="economic", pivoting=True)
-    sizes = np.abs(np.diag(r))
-    return np.asarray(q.T[sizes > max(sizes.max(initial=0.0), 1e-300) * 1e-9])

@@ -63,11 +63,9 @@ class _OtherBytesError(Exception):
 
 def _sum_dense(rows: Sequence[SegmentRows], plan: Plan, store: SumStore | None, progress: Progress) -> Moments:
     kept = store.load(rows[0].dim) if store is not None else None
-    if kept is not None:
-        try:
+    with contextlib.suppress(_OtherBytesError):
+        if kept is not None:
             return _sum_on(rows, plan, store, progress, kept)
-        except _OtherBytesError:
-            pass
     return _sum_on(rows, plan, store, progress, (RunningSums(rows[0].dim), 0, ""))
 
 
@@ -108,8 +106,7 @@ def _require_finite(rows: Sequence[SegmentRows], chunk: Chunk) -> None:
 def _chunks_from(rows: Sequence[SegmentRows], plan: Plan, finished: int, read: str) -> Iterator[Chunk]:
     """Yield the chunks after the first `finished` ones, every entry checked against its hash before its last chunk.
 
-    Of a segment that is taken up in its middle the first rows are read again, for its hash; they must have the digest `read`, or
-    the sums are of other bytes, which `_OtherBytesError` says.
+    Of a segment taken up in its middle the first rows are read again; another digest than `read` raises `_OtherBytesError`.
     """
     for segment in rows:
         count = -(-segment.num_rows // plan.chunk_rows)

@@ -363,7 +363,7 @@ def test_moments_of_parts_add_up(counts: list[int], dim: int, seed: int, mean: f
         for part in order:
             found = found.merged(part)
         assert found.count == len(rows)
-        np.testing.assert_allclose(found.mean, wide.mean(axis=0), rtol=1e-12)
+        np.testing.assert_allclose(found.mean, wide.mean(axis=0), rtol=1e-12, atol=1e-15)
         np.testing.assert_allclose(found.scatter, centred.T @ centred, atol=1e-9 * len(rows) * (1 + mean * 1e-3))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gmem_bank import factors, kinds, segments, streams
+from gmem_bank import kinds, refitting, streams
 from gmem_bank.bank import MemoryBank
 from gmem_bank.draft import Draft, NewRows
 from gmem_bank.editing import Edit, EditReport, editing
@@ -22,9 +22,6 @@ from gmem_bank.kinds import FactoredBank
 from gmem_bank.ops import PathLike
 from gmem_bank.parts import check_parts
 from gmem_bank.rewrite import join_if_many
-from gmem_bank.storage import Payload
-from gmem_bank.storage.rules import COEFFICIENT_DTYPES
-from gmem_bank.storage.schema import Segment
 from gmem_bank.vectors import stored_dtype
 
 ON_DUPLICATE = ("error", "first")
@@ -41,8 +38,8 @@ def merge(
 ) -> EditReport:
     """Add the rows of other banks to a bank; concepts of one name become one, masks and histories are kept.
 
-    Factored banks are brought to one basis, by a QR of all their bases and a new diagonalisation: exact to float32 rounding
-    for f32 coefficients; i8 ones are quantised anew, and the report says what that cost.
+    Factored banks are brought to one basis, by the eigenvectors of the scatter matrix of all their reconstructions: exact to
+    float32 rounding for f32 coefficients; i8 ones are quantised anew, and the report says what that cost. Coefficient masks end.
 
     Args:
         bank_path: the first bank.
@@ -67,6 +64,8 @@ def merge(
     }
     with editing(bank_path, "merge", arguments, output=output, dry_run=dry_run, undo=undo) as edit:
         if edit.made is not None:
+            if not dry_run:
+                refitting.clear(edit.target)  # of this very command, killed after its last write
             return edit.unchanged()
         for other in banks:
             _require_alike(edit.bank, other)
@@ -84,10 +83,15 @@ def _merged(edit: Edit, banks: Sequence[MemoryBank], on_duplicate: str) -> EditR
     if draft.num_rows == len(edit.bank) and not taken.num_joined and edit.in_place:
         return edit.unchanged(details=details)
     if isinstance(edit.bank, FactoredBank):
-        details |= _rebase(draft, [edit.bank, *banks], taken.origins)
+        every: list[MemoryBank] = [edit.bank, *banks]
+        dtype = "f32" if all(stored_dtype(bank) == "f32" for bank in every) else stored_dtype(edit.bank)
+        details |= refitting.rebase(draft, every, taken.origins, dtype, write=not edit.dry_run)
     join_if_many(draft)
     added = draft.num_rows - len(edit.bank)
-    return edit.finish(draft, num_rows=added, num_added=added, details=details)
+    report = edit.finish(draft, num_rows=added, num_added=added, details=details)
+    if not edit.dry_run:
+        refitting.clear(edit.target)
+    return report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,83 +218,3 @@ def _absorb(draft: Draft, theirs: Draft) -> None:
             )
         )
     draft.extend_concepts({name: members + first_row for name, members in theirs.concepts().items()})
-
-
-# -- factored banks
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Moments:
-    """What of a bank's coefficients decides the common basis."""
-
-    count: int
-    total: NDArray[np.float64]
-    """(R_i,)."""
-    gram: NDArray[np.float64]
-    """(R_i, R_i)."""
-
-
-def _rebase(draft: Draft, banks: Sequence[MemoryBank], origins: Sequence[int]) -> dict[str, Any]:
-    """Bring every segment to one basis for all banks; return what the report says of it."""
-    factored = [bank for bank in banks if isinstance(bank, FactoredBank)]
-    wide = [
-        segments.coefficients_as_f32(draft.segment_entries(segment), factored[origin].rank)
-        for segment, origin in zip(draft.segments, origins, strict=True)
-    ]
-    used = sorted(set(origins))
-    moments = [_moments([p for p, o in zip(wide, origins, strict=True) if o == number]) for number in used]
-    joined = factors.join(
-        [factored[number].basis for number in used], [factored[number].mean for number in used],
-        [m.count for m in moments], [m.total for m in moments], [m.gram for m in moments],
-    )  # fmt: skip
-    dtype = "f32" if all(stored_dtype(bank) == "f32" for bank in factored) else stored_dtype(factored[0])
-    parts, errors = [], []
-    for segment, origin, payload in zip(draft.segments, origins, wide, strict=True):
-        place = used.index(origin)
-        entries = {w: p for w, p in draft.segment_entries(segment).items() if w.startswith("keys.") or w == "source"}
-        vectors, error = _turned(payload, joined.maps[place], joined.shifts[place], dtype)
-        errors.append(error)
-        parts.append((Segment(name=segment.name, num_rows=segment.num_rows), entries | vectors))
-    draft.replace_segments(parts)
-    draft.set_factors(grown=False, basis=joined.basis, mean=joined.mean, singular_values=joined.singular_values)
-    return {"rank": len(joined.basis), "coefficient_dtype": dtype, "relative_error": max(errors)}
-
-
-def _moments(payloads: Sequence[Payload]) -> _Moments:
-    columns = payloads[0].shape[1]
-    count, total, gram = 0, np.zeros(columns), np.zeros((columns, columns))
-    for payload in payloads:
-        for block in streams.row_blocks(payload):
-            values = block.astype(np.float64)
-            count, total, gram = count + len(values), total + values.sum(axis=0), gram + values.T @ values
-    return _Moments(count=count, total=total, gram=gram)
-
-
-def _turned(
-    payload: Payload, turn: NDArray[np.float64], shift: NDArray[np.float64], dtype: str
-) -> tuple[dict[str, Payload], float]:
-    """Return a segment's coefficients on the new basis as they are stored, and the relative error of storing them so."""
-
-    def turned(block: NDArray[Any]) -> NDArray[np.float32]:
-        return np.asarray(block.astype(np.float64) @ turn + shift, np.float32)
-
-    stored, shape = COEFFICIENT_DTYPES[dtype], (payload.shape[0], turn.shape[1])
-    if dtype == "f32":
-        return {"coefficients": streams.mapped(payload, turned, stored, shape)}, 0.0
-    largest = np.zeros(shape[1], np.float32)
-    for block in streams.row_blocks(payload):
-        largest = np.maximum(largest, np.abs(turned(block)).max(axis=0))
-    scale = np.where(largest > 0, largest / factors.I8_LIMIT, 1.0).astype(np.float32)
-
-    def store(values: NDArray[np.float32]) -> NDArray[Any]:
-        return segments.narrow(values, stored) if dtype == "f16" else factors.quantise_by(values, scale)
-
-    lost = norm = 0.0
-    for block in streams.row_blocks(payload):
-        exact = turned(block)
-        lost += float(
-            np.square(segments.scaled(store(exact), scale if dtype == "i8" else None) - exact, dtype=np.float64).sum()
-        )
-        norm += float(np.square(exact, dtype=np.float64).sum())
-    own = {"coefficients": streams.mapped(payload, lambda b: store(turned(b)), stored, shape)}
-    return own | ({"scale": Payload.of(scale)} if dtype == "i8" else {}), float(np.sqrt(lost / norm)) if norm else 0.0

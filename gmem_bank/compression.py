@@ -1,4 +1,4 @@
-"""Compress banks: factorise dense ones, truncate factored ones, several into one; streamed, and resumed after a kill.
+"""Compress banks: factorise dense ones, truncate factored ones, several into one; streamed.
 
 Shapes: N rows, D dimensions, R rank.
 """
@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,17 +24,25 @@ from gmem_bank.editing import Edit, EditReport, editing
 from gmem_bank.encoders import require_same_encoder
 from gmem_bank.errors import ConfigError, GMemError, WriteError
 from gmem_bank.fitting import gather_moments, project_rows
-from gmem_bank.moments import Moments, SumStore, principal, spectrum_of
+from gmem_bank.kinds import FactoredBank
+from gmem_bank.moments import NOTHING, Directions, Moments, SumStore, principal, spectrum_of
 from gmem_bank.ops import PathLike
 from gmem_bank.plotting import draw_spectrum, require_drawable
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import Json
 from gmem_bank.quality import sample_rows
 from gmem_bank.rewrite import join_if_many
-from gmem_bank.segment_rows import Plan, SegmentRows, one_thread_a_product, plan_for, rows_of
+from gmem_bank.segment_rows import Plan, SegmentRows, plan_for, rows_of
 from gmem_bank.storage import num_bytes
 from gmem_bank.storage.rules import MAX_RANK
 from gmem_bank.stored_fit import measure, put_into, put_shapes
+from gmem_bank.threads import one_thread_a_product
+
+FIELDS = (
+    "rank", "rank_asked", "dtype", "energy", "cosine", "neighbour_overlap_at_10", "neighbours_among", "relative_error",
+    "optimal_relative_error", "optimum_known_to", "bytes_before", "bytes_after", "grow_below", "warnings",
+)  # fmt: skip
+"""What a report has in its details."""
 
 
 def compress(
@@ -54,10 +63,11 @@ def compress(
 ) -> EditReport:
     """Store snippets as coefficients on their principal directions, as far as exactly one of four goals asks.
 
-    One pass adds up the mean and the (D, D) scatter matrix of all rows (float32 products of chunks shifted by the first
-    chunk's mean, float64 sums), whose eigenvectors are the basis; a second pass writes coefficients. Masked rows count like
-    others. Memory does not grow with N but for some 50 bytes a row. The same call again continues after a kill, to the same
-    bytes. A factored bank is diagonalised anew and truncated.
+    One pass adds up the mean and the (D, D) scatter matrix of all rows (float32 products of chunks, each shifted by its own
+    mean, merged in float64: Chan, Golub and LeVeque 1979), whose eigenvectors are the basis; a second pass writes coefficients.
+    Masked rows count like others. Memory does not grow with N but for some 50 bytes a row. The same call again ends in the same
+    bytes after a kill: of dense rows the first pass is taken up where it was, all else begins anew. A factored bank is
+    diagonalised anew and truncated.
 
     Args:
         bank_path: the bank; or several of one encoder, whose rows become one bank.
@@ -75,9 +85,11 @@ def compress(
         progress: told rows done and rows in all, both passes together.
 
     Returns:
-        A report with "rank", "rank_asked", "dtype", "energy", "cosine" (mean, p1, p5, median, min), "neighbour_overlap_at_10",
-        "relative_error" (‖s - ŝ‖ over ‖s - mean‖, all rows together), "optimal_relative_error" (Eckart and Young 1936,
-        exact coefficients), "bytes_before", "bytes_after" and "grow_below" in its details.
+        A report with FIELDS in its details. "energy" is what the second pass found kept, "cosine" has mean, p1, p5, median, min,
+        "relative_error" is ‖s - ŝ‖ over ‖s - mean‖ of all rows together, "optimal_relative_error" that of the best basis with
+        exact coefficients (Eckart and Young 1936), rounding where it is below "optimum_known_to"; "warnings" has sentences, one
+        where the former passes the latter by more than a thousandth. With `dry_run` energy is that of the first pass, and what
+        only the second one knows is left out. Where the bank was made before, what would have to be measured again is None.
 
     Raises:
         ConfigError: not one goal, one out of range, or one that cannot be reached (the message says what can).
@@ -95,7 +107,7 @@ def compress(
         if edit.made is not None:
             if not dry_run:
                 shutil.rmtree(folder, ignore_errors=True)  # of this very command, killed after its last write
-            return edit.unchanged(details={"rank": getattr(edit.made, "rank", None)})
+            return _unchanged(edit, goal, plot)
         goal.check(edit.bank.dim)
         if plot is not None:
             require_drawable(Path(plot))
@@ -149,7 +161,7 @@ def job_of(edit: Edit, others: Sequence[MemoryBank], memory_limit: int | None, p
 def moments_of(job: Job, folder: Path | None = None) -> Moments:
     """Return the moments of a job's rows; its sums survive a kill in a folder."""
     plan: dict[str, object] = {
-        "banks": [bank.fingerprint for bank in job.banks], "chunk_rows": job.plan.chunk_rows, "version": 1,
+        "banks": [bank.fingerprint for bank in job.banks], "chunk_rows": job.plan.chunk_rows, "version": 2,
     }  # fmt: skip
     store = SumStore(folder, plan) if folder is not None else None
     # the second pass has as many rows
@@ -171,15 +183,14 @@ def _compressed(edit: Edit, job: Job, goal: Goal, folder: Path, seed: int) -> tu
     directions = principal(found, most if chosen is None else min(chosen, most))
     if goal.target_cosine is not None:
         chosen = rank_for_cosine(job.rows, directions, found.mean, job.plan, goal)
-    basis, kept = directions.basis[:chosen], float(directions.energies[:chosen].sum())
-    share = min(kept / found.energy, 1.0) if found.energy > 0 else 1.0
-    facts: dict[str, Json] = {
-        "rank": len(basis), "rank_asked": chosen, "dtype": goal.dtype, "energy": share,
-        "optimal_relative_error": float(np.sqrt(1 - share)), "bytes_before": job.bytes_before,
+    basis = directions.basis[:chosen]
+    facts = _first_facts(found, directions, len(basis)) | {
+        "rank_asked": chosen, "dtype": goal.dtype, "bytes_before": job.bytes_before,
     }  # fmt: skip
+    notes = [] if goal.energy is None else _beyond_rounding(found, len(basis), goal.energy)
     noted: dict[str, Json] = {"rank": len(basis)}
     if edit.dry_run:
-        facts["bytes_after"] = size(len(basis))
+        facts |= {"bytes_after": size(len(basis)), "warnings": notes}
         return edit.finish(job.draft, num_rows=job.draft.num_rows, noted=noted, details=facts), found
     sample = sample_rows(np.arange(job.draft.num_rows), job.plan.sample_rows, seed)
     fitted = project_rows(
@@ -187,11 +198,52 @@ def _compressed(edit: Edit, job: Job, goal: Goal, folder: Path, seed: int) -> tu
         progress=lambda done, total: job.progress(total + done, 2 * total),
     )  # fmt: skip
     quality = measure(fitted, goal.dtype, sample, plan=job.plan)
-    facts |= quality.report(found.energy, 1 - share, fitted.sample)
+    optimum, known_to = float(facts["optimal_relative_error"]), float(facts["optimum_known_to"])
+    notes += quality.warnings(fitted, goal.dtype, optimum, known_to)
+    facts |= quality.report(fitted) | {"warnings": notes}
     put_into(job.draft, fitted, goal.dtype, quality.grow_below())
     report = edit.finish(job.draft, num_rows=job.draft.num_rows, noted=noted, details=facts)
     facts |= {"grow_below": quality.grow_below(), "bytes_after": kinds.open(edit.target).stored.num_bytes}
     return report, found
+
+
+def _first_facts(found: Moments, directions: Directions, rank: int) -> dict[str, Any]:
+    """Return what the first pass says of a rank: its energy there, and the error of the best basis."""
+    if found.energy <= 0:
+        return {"rank": rank, "energy": 1.0, "optimal_relative_error": 0.0, "optimum_known_to": 0.0}
+    beyond = found.energy - float(directions.energies[:rank].sum())
+    unsure = max(found.rounding, NOTHING * found.energy)
+    return {
+        "rank": rank, "energy": 1 - beyond / found.energy,
+        "optimal_relative_error": float(np.sqrt(max(beyond, 0.0) / found.energy)),
+        "optimum_known_to": float(np.sqrt(unsure / found.energy)),
+    }  # fmt: skip
+
+
+def _beyond_rounding(found: Moments, rank: int, energy: float) -> list[str]:
+    """Return what is to be said where a share of energy takes every direction that float32 sums tell from rounding."""
+    if not found.rounding or rank < int(np.count_nonzero(spectrum_of(found))) or rank == len(found.mean):
+        return []
+    return [
+        f"an energy of {energy} lies beyond what float32 sums tell: rank {rank} has every direction above their rounding"
+    ]
+
+
+def _unchanged(edit: Edit, goal: Goal, plot: PathLike | None) -> EditReport:
+    """Report on a bank that is there already, and draw the spectrum that a kill has left undrawn."""
+    made = edit.made
+    assert isinstance(made, FactoredBank)
+    if plot is not None and not Path(plot).exists() and made.singular_values is not None:
+        require_drawable(Path(plot))
+        draw_spectrum(made, made.singular_values.astype(np.float64), plot)
+    return edit.unchanged(
+        details=dict.fromkeys(FIELDS)
+        | {
+            "rank": made.rank, "rank_asked": goal.rank if goal.rank is not None else made.rank, "dtype": goal.dtype,
+            "bytes_before": None if edit.in_place else edit.bank.stored.num_bytes, "bytes_after": made.stored.num_bytes,
+            "grow_below": made.header.extras.get("grow_below"), "warnings": [],
+        }
+    )  # fmt: skip
 
 
 def size_of(job: Job, edit: Edit, rank: int, dtype: str, keep: int | None = None) -> int:

@@ -5,19 +5,23 @@ Shapes: N rows, b rows of a chunk, D dimensions, R rank.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gmem_bank import factors
 from gmem_bank.errors import ConfigError
+from gmem_bank.factors import whole
 from gmem_bank.fitting import project_block
 from gmem_bank.moments import Directions
 from gmem_bank.provenance import Json
-from gmem_bank.segment_rows import Chunk, Plan, SegmentRows, in_order
+from gmem_bank.segment_rows import Chunk, Plan, SegmentRows
 from gmem_bank.storage.rules import COEFFICIENT_DTYPES
-from gmem_bank.stored_fit import decode, encode, scale_of
+from gmem_bank.stored_fit import decode, encode
+from gmem_bank.threads import in_order
 
 FEW_ROWS = 256
 """Held at a time in float64, for all ranks."""
@@ -48,18 +52,22 @@ class Goal:
             raise ConfigError(f"give exactly one of rank, energy, target_cosine and max_bytes; {got}", key="rank")
         if self.dtype not in COEFFICIENT_DTYPES:
             raise ConfigError(f"dtype must be {', '.join(COEFFICIENT_DTYPES)}, not {self.dtype!r}", key="dtype")
-        if self.rank is not None and not (isinstance(self.rank, int) and 1 <= self.rank <= dim):
+        if self.rank is not None and not 1 <= (whole(self.rank) or 0) <= dim:
             raise ConfigError(f"rank must be 1 to {dim}, the bank's dimension; got {self.rank}", key="rank")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise ConfigError(f"energy must be above 0 and at most 1, got {self.energy}", key="energy")
         if self.target_cosine is not None and not 0 < self.target_cosine < 1:
             raise ConfigError(f"target_cosine must be between 0 and 1, got {self.target_cosine}", key="target_cosine")
-        if self.max_bytes is not None and self.max_bytes < 1:
-            raise ConfigError(f"max_bytes must be at least 1, got {self.max_bytes}", key="max_bytes")
+        if self.max_bytes is not None and (whole(self.max_bytes) or 0) < 1:
+            raise ConfigError(f"max_bytes must be a whole number, at least 1, got {self.max_bytes}", key="max_bytes")
 
     def to_json(self) -> dict[str, Json]:
         """Return what was asked for, for the history."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        for name in ("rank", "max_bytes"):  # NumPy's integers are none of JSON's
+            if name in given and whole(given[name]) is not None:
+                given[name] = whole(given[name])
+        return given
 
 
 def rank_for_energy(energies: NDArray[np.float64], share: float) -> int:
@@ -132,9 +140,11 @@ def mean_cosines(
     """
     scales = np.zeros((len(rows), len(basis)), np.float32)
     if dtype == "i8":
-        for chunk, largest in in_order(plan, lambda c: _largest(rows, c, basis, mean), _all_chunks(rows, plan)):
-            np.maximum(scales[chunk.segment], largest, out=scales[chunk.segment])
-        scales = np.array([scale_of(largest) for largest in scales])
+        found_largest = in_order(plan.num_workers, lambda c: _largest(rows, c, basis, mean), _all_chunks(rows, plan))
+        with contextlib.closing(found_largest) as parts:
+            for chunk, largest in parts:
+                np.maximum(scales[chunk.segment], largest, out=scales[chunk.segment])
+        scales = np.array([factors.scale_of(largest) for largest in scales])
     turned = basis.astype(np.float64) @ mean.astype(np.float64)
     centre = float(mean.astype(np.float64) @ mean.astype(np.float64))
 
@@ -154,8 +164,9 @@ def mean_cosines(
         return total, len(exact)
 
     total, count = np.zeros(len(basis)), 0
-    for cosines, number in in_order(plan, work, _all_chunks(rows, plan)):
-        total, count = total + cosines, count + number
+    with contextlib.closing(in_order(plan.num_workers, work, _all_chunks(rows, plan))) as sums:
+        for cosines, number in sums:
+            total, count = total + cosines, count + number
     return total / count
 
 

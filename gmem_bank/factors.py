@@ -5,12 +5,13 @@ Shapes: N rows, B rows asked for, D dimensions, R rank, m kept coefficients, g g
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gmem_bank.errors import CorruptError, GMemError
+from gmem_bank.errors import CorruptError
 from gmem_bank.space import TINY_NORM
 
 I8_LIMIT = 127
@@ -56,10 +57,16 @@ def inverse_norms(
     return np.asarray(np.divide(1.0, shortest, out=np.zeros_like(norms), where=norms > 0), np.float32)
 
 
+def scale_of(largest: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the (R,) i8 scales for the (R,) largest absolute coefficients; 1 where theirs would be 0, as of 1e-44."""
+    scale = np.asarray(largest / I8_LIMIT, np.float32)
+    return np.where(scale > 0, scale, np.float32(1))
+
+
 def quantise(coefficients: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Return (n, R) int8 and the (R,) float32 scales of the columns: value ≈ int8 · scale, off by at most half a scale."""
     largest = np.abs(coefficients).max(axis=0, initial=0.0)
-    scale = np.where(largest > 0, largest / I8_LIMIT, 1.0).astype(np.float32)
+    scale = scale_of(largest)
     return quantise_by(coefficients, scale), scale
 
 
@@ -164,6 +171,14 @@ def grow(
     return Grown(basis=grown, coefficients=project(snippets, grown, mean), cosines_before=before, cosines_after=after)
 
 
+def whole(value: object) -> int | None:
+    """Return a whole number of any integer type as an int; None: it is none, as True is none."""
+    try:
+        return None if isinstance(value, bool | np.bool_) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
 def cosines(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.float64]:
     """Return the (n,) cosines between rows; 0 where one has no direction."""
     first, second = a.astype(np.float64), b.astype(np.float64)
@@ -176,77 +191,3 @@ def signed(directions: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return directions with the sign convention: the entry of largest size of each row is positive."""
     largest = np.take_along_axis(directions, np.abs(directions).argmax(axis=1)[:, None], axis=1)
     return np.where(largest < 0, -directions, directions)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Joined:
-    """One basis for two factored banks, ordered by energy."""
-
-    basis: NDArray[np.float32]
-    """(R, D)."""
-    mean: NDArray[np.float32]
-    """(D,): the mean over all rows of both."""
-    singular_values: NDArray[np.float32]
-    """(R,): of the centred reconstructions of both banks together."""
-    maps: tuple[NDArray[np.float64], ...]
-    """One (R_i, R) matrix a bank: its old coefficients · map + shift = its new ones."""
-    shifts: tuple[NDArray[np.float64], ...]
-    """One (R,) row a bank."""
-
-
-def join(
-    bases: list[NDArray[np.float32]],
-    means: list[NDArray[np.float32]],
-    counts: list[int],
-    sums: list[NDArray[np.float64]],
-    grams: list[NDArray[np.float64]],
-) -> Joined:
-    """Return one basis that spans several, by a QR of all of them and the differences of their means, then eigenvectors.
-
-    Args:
-        bases: per bank (R_i, D).
-        means: per bank (D,).
-        counts: per bank its rows.
-        sums: per bank the (R_i,) sum of its coefficients.
-        grams: per bank the (R_i, R_i) sum of cᵀc over its coefficients.
-
-    Raises:
-        GMemError: nothing is left to span (all rows are the same).
-    """
-    wide, centres = [basis.astype(np.float64) for basis in bases], [mean.astype(np.float64) for mean in means]
-    total = sum(counts)
-    row_means = [s @ b / n + mu for s, b, n, mu in zip(sums, wide, counts, centres, strict=True)]
-    mean = np.sum([n * m for n, m in zip(counts, row_means, strict=True)], axis=0) / total
-    mean = mean.astype(np.float32).astype(np.float64)  # as it will be stored: coefficients are relative to that
-    spanning = np.vstack([*wide, *(mu - mean for mu in centres)])
-    frame = _orthonormal_rows(spanning)
-    if not len(frame):
-        raise GMemError("the banks hold one and the same snippet: there is nothing to factorise")
-    into = [basis @ frame.T for basis in wide]
-    offsets = [(mu - mean) @ frame.T for mu in centres]
-    scatter_matrix = np.zeros((len(frame), len(frame)))
-    for m, o, n, s, g in zip(into, offsets, counts, sums, grams, strict=True):
-        cross = np.outer(s @ m, o)
-        scatter_matrix += m.T @ g @ m + cross + cross.T + n * np.outer(o, o)
-    energies, vectors = np.linalg.eigh(scatter_matrix)
-    order = np.argsort(-energies, kind="stable")
-    kept = order[energies[order] > max(energies.max(), 0.0) * 1e-13]
-    kept = kept if len(kept) else order[:1]  # all rows are the same: one direction, of no energy
-    basis = signed(vectors[:, kept].T @ frame)
-    turn = frame @ basis.T
-    return Joined(
-        basis=basis.astype(np.float32),
-        mean=mean.astype(np.float32),
-        singular_values=np.sqrt(np.maximum(energies[kept], 0.0)).astype(np.float32),
-        maps=tuple(m @ turn for m in into),
-        shifts=tuple(o @ turn for o in offsets),
-    )
-
-
-def _orthonormal_rows(spanning: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return orthonormal rows with the same span, by a pivoted QR; rows that add nothing are left out."""
-    from scipy.linalg import qr
-
-    q, r, _ = qr(spanning.T, mode="economic", pivoting=True)
-    sizes = np.abs(np.diag(r))
-    return np.asarray(q.T[sizes > max(sizes.max(initial=0.0), 1e-300) * 1e-9])

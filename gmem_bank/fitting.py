@@ -7,6 +7,7 @@ Shapes: N rows, n rows of a segment, b rows of a chunk, D dimensions, R rank.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,9 @@ from gmem_bank import moments
 from gmem_bank.errors import CorruptError
 from gmem_bank.moments import Moments, RunningSums, SumStore
 from gmem_bank.progress import Progress, no_progress
-from gmem_bank.segment_rows import Chunk, Plan, SegmentRows, in_order
+from gmem_bank.segment_rows import Chunk, Plan, SegmentRows
 from gmem_bank.storage import atomic
+from gmem_bank.threads import in_order
 
 PROJECT_ROWS = 1024
 """Of a chunk of the second pass at most: it goes over its rows several times, and should stay in the cache."""
@@ -55,28 +57,42 @@ def gather_moments(
     return found
 
 
+class _OtherBytesError(Exception):
+    """What is read now is not what kept sums are of."""
+
+
 def _sum_dense(rows: Sequence[SegmentRows], plan: Plan, store: SumStore | None, progress: Progress) -> Moments:
+    kept = store.load(rows[0].dim) if store is not None else None
+    with contextlib.suppress(_OtherBytesError):
+        if kept is not None:
+            return _sum_on(rows, plan, store, progress, kept)
+    return _sum_on(rows, plan, store, progress, (RunningSums(rows[0].dim), 0, ""))
+
+
+def _sum_on(
+    rows: Sequence[SegmentRows], plan: Plan, store: SumStore | None, progress: Progress, begun: tuple[RunningSums, int, str]
+) -> Moments:  # fmt: skip
     num_rows, dim = sum(segment.num_rows for segment in rows), rows[0].dim
     wide = num_rows * dim * dim <= WIDE_PRODUCTS
-    kept = store.load() if store is not None else None
-    sums, finished = kept if kept is not None else (RunningSums(_first_mean(rows, plan)), 0)
+    sums, finished, read = begun
 
-    def work(chunk: Chunk) -> moments.ChunkSums:
-        found = moments.sum_chunk(chunk.values, sums.shift, wide=wide)
+    def work(chunk: Chunk) -> tuple[moments.ChunkSums, str]:
+        found = moments.sum_chunk(chunk.values, wide=wide)
         if not np.isfinite(found.gram).all():
             _require_finite(rows, chunk)
-        return found
+        return found, chunk.digest
 
     done = finished
     progress(min(finished * plan.chunk_rows, num_rows), num_rows)
-    for found in in_order(plan, work, _chunks_from(rows, plan, finished)):
-        sums.add(found)
-        done += 1
-        if store is not None:
-            store.save(sums, done)
-        progress(min(done * plan.chunk_rows, num_rows), num_rows)
+    with contextlib.closing(in_order(plan.num_workers, work, _chunks_from(rows, plan, finished, read))) as parts:
+        for found, read in parts:
+            sums.add(found)
+            done += 1
+            if store is not None:
+                store.save(sums, done, read)
+            progress(min(done * plan.chunk_rows, num_rows), num_rows)
     if store is not None and done > finished:
-        store.save(sums, done, final=True)
+        store.save(sums, done, read, final=True)
     return sums.moments()
 
 
@@ -87,22 +103,21 @@ def _require_finite(rows: Sequence[SegmentRows], chunk: Chunk) -> None:
     raise CorruptError(f"{segment.path}: rows from {chunk.first} on have values whose squares float64 cannot hold")
 
 
-def _first_mean(rows: Sequence[SegmentRows], plan: Plan) -> NDArray[np.float32]:
-    """Return the (D,) mean of the first chunk; 0 where it is not finite."""
-    chunk = next(rows[0].chunks(plan.chunk_rows))
-    with np.errstate(over="ignore", invalid="ignore"):
-        mean = chunk.values.mean(axis=0, dtype=np.float64).astype(np.float32)
-    return np.where(np.isfinite(mean), mean, np.float32(0))
+def _chunks_from(rows: Sequence[SegmentRows], plan: Plan, finished: int, read: str) -> Iterator[Chunk]:
+    """Yield the chunks after the first `finished` ones, every entry checked against its hash before its last chunk.
 
-
-def _chunks_from(rows: Sequence[SegmentRows], plan: Plan, finished: int) -> Iterator[Chunk]:
-    """Yield the chunks after the first `finished` ones."""
+    Of a segment taken up in its middle the first rows are read again; another digest than `read` raises `_OtherBytesError`.
+    """
     for segment in rows:
         count = -(-segment.num_rows // plan.chunk_rows)
         if finished >= count:
             finished -= count
             continue
-        yield from segment.chunks(plan.chunk_rows, finished * plan.chunk_rows)
+        for number, chunk in enumerate(segment.chunks(plan.chunk_rows, check=True), 1):
+            if number > finished:
+                yield chunk
+            elif number == finished and chunk.digest != read:
+                raise _OtherBytesError
         finished = 0
 
 
@@ -111,12 +126,13 @@ def _sum_coefficients(segment: SegmentRows, plan: Plan) -> Moments:
     assert segment.basis is not None
     assert segment.mean is not None
     rank = len(segment.basis)
-    sums = RunningSums(np.zeros(rank, np.float32))
-    for chunk in segment.chunks(plan.chunk_rows):
+    count, total, gram = 0, np.zeros(rank), np.zeros((rank, rank))
+    for chunk in segment.chunks(plan.chunk_rows, check=True):
         segment.require_finite(chunk, chunk.values)
         values = chunk.values.astype(np.float64)
-        sums.add(moments.ChunkSums(count=len(values), total=values.sum(axis=0), gram=values.T @ values))
-    return moments.from_coefficients(sums.count, sums.total, sums.gram, segment.basis, segment.mean)
+        count, total = count + len(values), total + values.sum(axis=0)
+        gram += values.T @ values
+    return moments.from_coefficients(count, total, gram, segment.basis, segment.mean)
 
 
 @dataclass(kw_only=True)
@@ -139,6 +155,8 @@ class Fitted:
     """(N,) ‖s - c·B - mean‖², before the coefficients are stored in any type."""
     column_energy: NDArray[np.float64]
     """(R,) Σ c² over all rows."""
+    energy: float = 0.0
+    """Σ ‖s - mean‖² over all rows: what shares of energy and relative errors are of."""
     sample: NDArray[np.float32]
     """(m, D): the snippets that were asked for."""
     file: Path
@@ -191,19 +209,20 @@ def project_rows(
         sample=np.empty((len(wanted), rows[0].dim), np.float32),
     )  # fmt: skip
 
-    def work(chunk: Chunk) -> tuple[Chunk, NDArray[np.float32]]:
-        return chunk, _project_chunk(fitted, rows[chunk.segment], chunk, wanted)
+    def work(chunk: Chunk) -> tuple[Chunk, NDArray[np.float32], float]:
+        return chunk, *_project_chunk(fitted, rows[chunk.segment], chunk, wanted)
 
     chunks = (chunk for segment in rows for chunk in segment.chunks(min(plan.chunk_rows, PROJECT_ROWS), check=True))
     done = 0
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("wb") as stream:
-            for chunk, coefficients in in_order(plan, work, chunks):
+        with file.open("wb") as stream, contextlib.closing(in_order(plan.num_workers, work, chunks)) as parts:
+            for chunk, coefficients, energy in parts:
                 coefficients.tofile(stream)
                 largest = np.abs(coefficients).max(axis=0)
                 np.maximum(fitted.largest[chunk.segment], largest, out=fitted.largest[chunk.segment])
                 fitted.column_energy += np.square(coefficients, dtype=np.float64).sum(axis=0)
+                fitted.energy += energy
                 done += len(coefficients)
                 progress(done, num_rows)
     except OSError as error:
@@ -260,19 +279,19 @@ def project_block(
 
 def _project_chunk(
     fitted: Fitted, segment: SegmentRows, chunk: Chunk, wanted: NDArray[np.int64]
-) -> NDArray[np.float32]:
-    """Return the (b, R) coefficients of a chunk, and note what is measured of its rows: in places that no other chunk has."""
+) -> tuple[NDArray[np.float32], float]:
+    """Return the (b, R) coefficients of a chunk and its energy; note what is measured of its rows, in places of their own."""
     own = slice(chunk.first, chunk.first + len(chunk.values))
     low, high = np.searchsorted(wanted, [own.start, own.stop])
     found = project_block(segment, chunk, fitted.basis, fitted.mean, wanted[low:high] - chunk.first)
     fitted.squares[own], fitted.dots[own], fitted.sample[low:high] = found.squares, found.dots, found.sample
-    fitted.residuals[own] = _residuals(found, fitted.basis)
-    return found.coefficients
-
-
-def _residuals(found: Projected, basis: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the (b,) squared norms of what the basis leaves: by Pythagoras, but where that would be rounding."""
     norms = np.vecdot(found.centred, found.centred)
+    fitted.residuals[own] = _residuals(found, fitted.basis, norms)
+    return found.coefficients, float(norms.sum(dtype=np.float64))
+
+
+def _residuals(found: Projected, basis: NDArray[np.float32], norms: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the (b,) squared norms of what the basis leaves of (b,) norms: by Pythagoras, but where that would be rounding."""
     left = norms - np.vecdot(found.coefficients, found.coefficients)
     if (left < TELLING * norms).any():
         rest = np.subtract(found.centred, found.coefficients @ basis, out=found.centred)

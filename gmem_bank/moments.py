@@ -5,6 +5,7 @@ Shapes: n rows of a part, b rows of a chunk, D dimensions, R rank.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,12 @@ from gmem_bank.storage import atomic
 SAVE_SECONDS = 2.0
 """Between two states of a pass that a kill leaves behind."""
 NOTHING = 1e-13
-"""Energy, as a share of the largest direction's, below which a direction holds rounding only."""
+"""Energy, as a share of the largest direction's, below which a direction of float64 sums holds rounding only."""
+ROUNDING32 = float(np.finfo(np.float32).eps)
+"""Of a chunk's float32 products, as a share of their Frobenius norm: what they leave undecided of any direction, and more."""
+BLOCK_ROWS = 32
+MOST_BETWEEN = 16.0
+"""Energy between the means of a chunk's blocks, as a multiple of that within, up to which products may be float32's."""
 SQUARABLE = (1e-28, 1e28)
 """Largest mean square of a chunk's columns between which squares and their sums are float32's to hold."""
 
@@ -33,6 +39,8 @@ class Moments:
     """(D,)."""
     scatter: NDArray[np.float64]
     """(D, D): Σ (s - mean)(s - mean)ᵀ."""
+    rounding: float = 0.0
+    """Energy of a direction that may be rounding of float32 products alone; 0: they were float64. Chunks round independently."""
 
     @property
     def energy(self) -> float:
@@ -45,7 +53,10 @@ class Moments:
             return self if self.count else other
         count, apart = self.count + other.count, other.mean - self.mean
         scatter = self.scatter + other.scatter + np.outer(apart, apart) * (self.count * other.count / count)
-        return Moments(count=count, mean=self.mean + apart * (other.count / count), scatter=scatter)
+        return Moments(
+            count=count, mean=self.mean + apart * (other.count / count), scatter=scatter,
+            rounding=float(np.hypot(self.rounding, other.rounding)),
+        )  # fmt: skip
 
 
 def no_rows(dim: int) -> Moments:
@@ -74,62 +85,78 @@ def from_coefficients(
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkSums:
-    """What one chunk adds."""
+    """What one chunk adds: its moments about a point near its own mean."""
 
     count: int
-    total: NDArray[np.float64]
-    """(D,) Σ (s - shift)."""
+    near: NDArray[np.float32]
+    """(D,) the point."""
+    off: NDArray[np.float64]
+    """(D,) mean of the rows less that point."""
     gram: NDArray[np.floating]
-    """(D, D) Σ (s - shift)(s - shift)ᵀ; float32 where its products were."""
+    """(D, D) Σ (s - near)(s - near)ᵀ; float32 where its products were."""
+    rounding: float
+    """As in `Moments`."""
 
 
-def sum_chunk(rows: NDArray[np.float32], shift: NDArray[np.float32], *, wide: bool) -> ChunkSums:
-    """Return the sums of (b, D) rows, which are overwritten.
+def sum_chunk(rows: NDArray[np.float32], *, wide: bool) -> ChunkSums:
+    """Return the sums of (b, D) rows, b at least 1; the rows are overwritten.
+
+    Each chunk is shifted by its own mean: in a bank sorted by class another chunk's would leave the distance of two classes in
+    every product, and float32 would lose the small directions beside it.
 
     Args:
         rows: (b, D) float32.
-        shift: (D,) float32 near the mean: without it a large mean would drown the small directions in float32.
-        wide: take products in float64. Else in float32, unless the squares are none that it can hold.
+        wide: take products in float64. Else in float32, unless the squares are none that it can hold, or the chunk has classes
+            that are far apart.
     """
-    if not len(rows):
-        return ChunkSums(count=0, total=np.zeros(rows.shape[1]), gram=np.zeros((rows.shape[1],) * 2))
+    ones = np.ones(len(rows), np.float32)
     with np.errstate(over="ignore", invalid="ignore"):  # a row that is not finite is named by who asked
+        near = ones @ rows / np.float32(len(rows))
+        near = np.where(np.isfinite(near), near, np.float32(0))
         if not wide:
-            shifted = np.subtract(rows, shift, out=rows)
-            gram = shifted.T @ shifted
-            if SQUARABLE[0] < float(np.diagonal(gram).max()) / len(rows) < SQUARABLE[1]:
-                total = np.ones(len(rows), np.float32) @ shifted
-                return ChunkSums(count=len(rows), total=total.astype(np.float64), gram=gram)
-        exact = shifted.astype(np.float64) if not wide else rows.astype(np.float64) - shift
-        return ChunkSums(count=len(rows), total=exact.sum(axis=0), gram=exact.T @ exact)
+            shifted = np.subtract(rows, near, out=rows)
+            gram = shifted.T @ shifted if not _far_apart(shifted) else np.zeros((1, 1), np.float32)
+            most, norm = float(np.diagonal(gram).max()), float(np.linalg.norm(gram))
+            if SQUARABLE[0] < most / len(rows) < SQUARABLE[1]:
+                off = shifted.mean(axis=0, dtype=np.float64)
+                return ChunkSums(count=len(rows), near=near, off=off, gram=gram, rounding=ROUNDING32 * norm)
+        exact = shifted.astype(np.float64) if not wide else rows.astype(np.float64) - near
+        return ChunkSums(count=len(rows), near=near, off=exact.mean(axis=0), gram=exact.T @ exact, rounding=0.0)
+
+
+def _far_apart(shifted: NDArray[np.float32]) -> bool:
+    """Return whether (b, D) rows about their mean are of classes so far apart that float32 would drown what is within."""
+    blocks = shifted[: len(shifted) // BLOCK_ROWS * BLOCK_ROWS].reshape(-1, BLOCK_ROWS, shifted.shape[1])
+    means = np.ones(BLOCK_ROWS, np.float32) @ blocks / np.float32(BLOCK_ROWS)
+    between, total = BLOCK_ROWS * float(np.vdot(means, means)), float(np.vdot(shifted, shifted))
+    return between > MOST_BETWEEN * (total - between)
 
 
 class RunningSums:
-    """Sums of chunks in float64, in the order they are given.
+    """Moments of chunks in float64, merged in the order they are given.
 
     Args:
-        shift: (D,) float32, taken from every row.
+        dim: D.
     """
 
-    def __init__(self, shift: NDArray[np.float32]) -> None:
-        self.shift = shift
+    def __init__(self, dim: int) -> None:
         self.count = 0
-        self.total = np.zeros(len(shift))
-        self.gram = np.zeros((len(shift), len(shift)))
+        self.mean = np.zeros(dim)
+        self.scatter = np.zeros((dim, dim))
+        self.rounding = 0.0
 
     def add(self, chunk: ChunkSums) -> None:
-        """Add a chunk."""
-        self.count += chunk.count
-        self.total += chunk.total
-        self.gram += chunk.gram
+        """Add a chunk, as `Moments.merged` does, in place: one product of two columns a chunk."""
+        count, apart = self.count + chunk.count, chunk.near + chunk.off - self.mean
+        columns = np.stack([apart, chunk.off], axis=1)
+        self.scatter += chunk.gram
+        self.scatter += columns * [self.count * chunk.count / count, -chunk.count] @ columns.T
+        self.mean += apart * (chunk.count / count)
+        self.count, self.rounding = count, float(np.hypot(self.rounding, chunk.rounding))
 
     def moments(self) -> Moments:
         """Return the moments of all rows so far."""
-        if not self.count:
-            return no_rows(len(self.shift))
-        centre = self.total / self.count
-        scatter = self.gram - self.count * np.outer(centre, centre)
-        return Moments(count=self.count, mean=self.shift + centre, scatter=scatter)
+        return Moments(count=self.count, mean=self.mean, scatter=self.scatter, rounding=self.rounding)
 
 
 class SumStore:
@@ -145,33 +172,57 @@ class SumStore:
         self._plan = canonical_json(plan)
         self._saved = time.monotonic()
 
-    def load(self) -> tuple[RunningSums, int] | None:
-        """Return sums and the number of chunks in them, or None where there are none of this plan."""
+    def load(self, dim: int) -> tuple[RunningSums, int, str] | None:
+        """Return sums, the number of chunks in them and the digest of what was read; None: none that are whole and of this plan.
+
+        Args:
+            dim: D.
+        """
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(self.folder / "sums.safetensors", framework="numpy") as stored:
-                facts = stored.metadata()
-                if facts["plan"] != self._plan:
-                    return None
-                sums = RunningSums(stored.get_tensor("shift"))
-                sums.count, sums.total, sums.gram = (
-                    int(facts["count"]), stored.get_tensor("total"), stored.get_tensor("gram"),
-                )  # fmt: skip
-                return sums, int(facts["chunks"])
+                facts, sums = stored.metadata(), RunningSums(dim)
+                mean, scatter = stored.get_tensor("mean"), stored.get_tensor("scatter")
+            own = {name: facts[name] for name in ("plan", "count", "chunks", "read", "rounding")}
+            if own["plan"] != self._plan or facts["sha256"] != _digest(own, mean, scatter):
+                return None
+            if (mean.shape, scatter.shape) != ((dim,), (dim, dim)) or {mean.dtype, scatter.dtype} != {np.dtype("f8")}:
+                return None
+            sums.count, sums.mean, sums.scatter = int(own["count"]), mean, scatter
+            sums.rounding = float(own["rounding"])
+            return sums, int(own["chunks"]), own["read"]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
 
-    def save(self, sums: RunningSums, num_chunks: int, *, final: bool = False) -> None:
-        """Keep sums, atomically, where the last ones are SAVE_SECONDS old or these are the final ones."""
+    def save(self, sums: RunningSums, num_chunks: int, read: str, *, final: bool = False) -> None:
+        """Keep sums, atomically, where the last ones are SAVE_SECONDS old or these are the final ones.
+
+        Args:
+            sums: so far.
+            num_chunks: in them.
+            read: digest of what was read of the last chunk's segment, to its end.
+            final: keep them in any case.
+        """
         from safetensors.numpy import save
 
         if not final and time.monotonic() - self._saved < SAVE_SECONDS:
             return
-        facts = {"plan": self._plan, "count": str(sums.count), "chunks": str(num_chunks)}
-        data = save({"shift": sums.shift, "total": sums.total, "gram": sums.gram}, metadata=facts)
+        facts = {
+            "plan": self._plan, "count": str(sums.count), "chunks": str(num_chunks), "read": read,
+            "rounding": repr(sums.rounding),
+        }  # fmt: skip
+        facts["sha256"] = _digest(facts, sums.mean, sums.scatter)
+        data = save({"mean": sums.mean, "scatter": sums.scatter}, metadata=facts)
         atomic.write_bytes(self.folder / "sums.safetensors", data)
         self._saved = time.monotonic()
+
+
+def _digest(facts: dict[str, str], *arrays: NDArray[np.float64]) -> str:
+    digest = hashlib.sha256(canonical_json(facts).encode())
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data.cast("B"))
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,8 +235,13 @@ class Directions:
     """(R,) squared singular values."""
 
 
+def floor_of(moments: Moments, largest: float) -> float:
+    """Return the energy up to which a direction may hold rounding only, given that of the largest direction."""
+    return max(max(largest, 0.0) * NOTHING, moments.rounding)
+
+
 def principal(moments: Moments, most: int | None = None) -> Directions:
-    """Return the eigenvectors of the scatter matrix of largest energy, those without energy left out; at least one.
+    """Return the eigenvectors of the scatter matrix of largest energy, those within rounding left out; at least one.
 
     Args:
         moments: of all rows.
@@ -197,12 +253,13 @@ def principal(moments: Moments, most: int | None = None) -> Directions:
     first = 0 if most is None else max(dim - most, 0)
     energies, vectors = eigh(moments.scatter, subset_by_index=(first, dim - 1), driver="evr")
     energies, vectors = energies[::-1], vectors[:, ::-1]
-    kept = max(int((energies > max(energies[0], 0.0) * NOTHING).sum()), 1)
+    kept = max(int((energies > floor_of(moments, energies[0])).sum()), 1)
     return Directions(basis=factors.signed(vectors[:, :kept].T), energies=np.maximum(energies[:kept], 0.0))
 
 
 def spectrum_of(moments: Moments) -> NDArray[np.float64]:
-    """Return all (D,) eigenvalues of the scatter matrix, descending, none below zero."""
+    """Return the (D,) eigenvalues of the scatter matrix, descending; 0 where one is within rounding."""
     from scipy.linalg import eigvalsh
 
-    return np.maximum(np.asarray(eigvalsh(moments.scatter), np.float64)[::-1], 0.0)
+    energies = np.asarray(eigvalsh(moments.scatter), np.float64)[::-1]
+    return np.where(energies > floor_of(moments, energies[0]), energies, 0.0)

@@ -16,8 +16,8 @@ from gmem_bank.editing import Edit, EditReport, editing
 from gmem_bank.errors import ConceptExistsError, ConfigError, UnknownKeyError, suggest
 from gmem_bank.naming import concept_name_problem
 from gmem_bank.provenance import Json
-from gmem_bank.segment_rows import one_thread_a_product
 from gmem_bank.selection import Selection, rows_selected
+from gmem_bank.threads import one_thread_a_product
 
 PathLike = str | os.PathLike[str]
 MAX_NAME_BYTES = 255

@@ -136,12 +136,9 @@ def _active_rows(bank: MemoryBank) -> NDArray[np.int64]:
 
 def _centred_gram(bank: MemoryBank, rows: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the (D,) mean and the (D, D) Gram matrix of the centred snippets, in one pass."""
-    sums = None
+    sums = moments.RunningSums(bank.dim)
     for _, block in bank.snippet_blocks(rows):
-        if sums is None:  # the shift: without it a large mean would drown the small directions in float32
-            sums = moments.RunningSums(block.mean(axis=0, dtype=np.float64).astype(np.float32))
-        sums.add(moments.sum_chunk(block, sums.shift, wide=False))
-    assert sums is not None, "there is a row"
+        sums.add(moments.sum_chunk(block, wide=False))
     found = sums.moments()
     return found.mean, found.scatter
 

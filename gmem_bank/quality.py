@@ -18,6 +18,8 @@ SAMPLE_ROWS = 8192
 NUM_PROBES = 256
 """Of those, rows whose neighbours are compared."""
 NEIGHBOURS = 10
+TIE = 1e-6
+"""Difference of two float32 cosines that says nothing."""
 QUANTILES = {"p1": 0.01, "p5": 0.05, "median": 0.5}
 
 
@@ -47,20 +49,22 @@ def neighbours(snippets: NDArray[np.float32], probes: NDArray[np.int64], k: int)
         probes: (p,) places.
         k: at most m - 1.
     """
+    return np.argpartition(-_cosines_to(snippets, probes), k - 1, axis=1)[:, :k]
+
+
+def _cosines_to(snippets: NDArray[np.float32], probes: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return the (p, m) cosines of each probe to all rows, itself left out."""
     unit = to_space(snippets, "unit")
     cosines = unit[probes] @ unit.T
     cosines[np.arange(len(probes)), probes] = -np.inf
-    return np.argpartition(-cosines, k - 1, axis=1)[:, :k]
-
-
-def shared(first: NDArray[np.int64], second: NDArray[np.int64]) -> float:
-    """Return the mean share of (p, k) neighbours that two tables have in common."""
-    common = (first[:, :, None] == second[:, None, :]).any(axis=2)
-    return float(common.mean())
+    return np.asarray(cosines, np.float32)
 
 
 def overlap(before: NDArray[np.float32], after: NDArray[np.float32]) -> float | None:
-    """Return the share of the 10 nearest rows that are the same before and after; None for fewer than two rows.
+    """Return the share of the 10 nearest rows afterwards that are among them before as well; None for fewer than two rows.
+
+    A row counts as one of the nearest before where its cosine is that of the tenth less TIE, or higher: which of equal rows come
+    first is chance.
 
     Args:
         before: (m, D) float32.
@@ -70,7 +74,15 @@ def overlap(before: NDArray[np.float32], after: NDArray[np.float32]) -> float | 
         return None
     probes, k = probes_of(len(before)), min(NEIGHBOURS, len(before) - 1)
     with ThreadPoolExecutor(2) as pool:
-        return shared(*pool.map(lambda rows: neighbours(rows, probes, k), (before, after)))
+        first, second = pool.map(lambda rows: _cosines_to(rows, probes), (before, after))
+    return float((_share_kept(first, second, k) + _share_kept(second, first, k)) / 2)
+
+
+def _share_kept(wanted: NDArray[np.float32], got: NDArray[np.float32], k: int) -> float:
+    """Return the share of the k nearest by `got` that are among the k nearest by `wanted`, or level with the last of them."""
+    tenth = np.partition(wanted, -k, axis=1)[:, -k]
+    nearest = np.argpartition(-got, k - 1, axis=1)[:, :k]
+    return float((np.take_along_axis(wanted, nearest, axis=1) >= tenth[:, None] - TIE).mean())
 
 
 def knn_accuracy(snippets: NDArray[np.float32], labels: NDArray[np.int64]) -> float | None:

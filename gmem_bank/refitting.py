@@ -6,7 +6,10 @@ Shapes: N rows, D dimensions, R rank.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from gmem_bank.bank import MemoryBank
 from gmem_bank.draft import Draft
@@ -52,8 +55,7 @@ def refit(draft: Draft, *, write: bool) -> dict[str, Json]:
     facts |= {"coefficient_mask": "ended"} if sparse else {}
     if not write:
         return facts
-    folder = draft.target.with_name(f".{draft.target.name}.refit")
-    fitted = project_rows(rows, directions.basis, found.mean, plan, folder / "coefficients")
+    fitted = project_rows(rows, directions.basis, found.mean, plan, _folder(draft.target) / "coefficients")
     dtype = _dtype_of(draft)
     quality = measure(fitted, dtype, plan=plan)
     facts["cosine"] = {"mean": round(float(quality.cosines.mean()), 8), "min": round(float(quality.cosines.min()), 8)}
@@ -61,9 +63,50 @@ def refit(draft: Draft, *, write: bool) -> dict[str, Json]:
     return facts
 
 
+def rebase(
+    draft: Draft, banks: Sequence[MemoryBank], origins: Sequence[int], dtype: str, *, write: bool
+) -> dict[str, Json]:
+    """Bring the rows of several factored banks to one basis that spans them all; `grow_below` is the lowest of theirs.
+
+    Args:
+        draft: of the first bank, with the segments of the others appended.
+        banks: all of them.
+        origins: for each segment the bank that it came from.
+        dtype: how coefficients are stored.
+        write: False: only say what rank there would be.
+
+    Returns:
+        {"rank", "coefficient_dtype", "coefficient_mask": "ended" where there was one, and, written, "relative_error" (‖s - ŝ‖
+        over ‖s - mean‖ of all rows together), "cosine", "grow_below"}.
+
+    Raises:
+        CorruptError: an entry is damaged.
+    """
+    plan, rows = plan_for(draft.bank.dim, draft.num_rows), rows_of(draft, banks, origins)
+    found = gather_moments(rows, plan)
+    directions = principal(found)
+    facts: dict[str, Json] = {"rank": len(directions.basis), "coefficient_dtype": dtype}
+    sparse = any("values" in draft.segment_entries(segment) for segment in draft.segments)
+    facts |= {"coefficient_mask": "ended"} if sparse else {}
+    if not write:
+        return facts
+    fitted = project_rows(rows, directions.basis, found.mean, plan, _folder(draft.target) / "coefficients")
+    quality = measure(fitted, dtype, plan=plan)
+    asked = [bank.header.extras.get("grow_below") for bank in banks]
+    lowest = min([quality.grow_below(), *(float(value) for value in asked if isinstance(value, int | float))])
+    put_into(draft, fitted, dtype, lowest)
+    error = float(np.sqrt(quality.lost / fitted.energy)) if fitted.energy > 0 else 0.0
+    cosine = {"mean": round(float(quality.cosines.mean()), 8), "min": round(float(quality.cosines.min()), 8)}
+    return facts | {"relative_error": error, "cosine": cosine, "grow_below": lowest}
+
+
+def _folder(target: Path) -> Path:
+    return target.with_name(f".{target.name}.refit")
+
+
 def clear(target: Path) -> None:
     """Remove what `refit` has left beside a bank."""
-    shutil.rmtree(target.with_name(f".{target.name}.refit"), ignore_errors=True)
+    shutil.rmtree(_folder(target), ignore_errors=True)
 
 
 def _dtype_of(draft: Draft) -> str:

@@ -1,4 +1,4 @@
-"""The snippets of a draft's segments as streams of chunks, read ahead and worked on by threads, in order.
+"""The snippets of a draft's segments as streams of chunks.
 
 Of a dense bank these are its snippets in its space, of a factored one the raw reconstructions. Masked rows come too.
 
@@ -7,17 +7,12 @@ Shapes: N rows, n rows of a segment, b rows of a chunk, D dimensions, R rank.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import queue
 import sys
-import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +35,6 @@ ROW_BYTES = 60
 """Held of every row: its norms, cosine, and place in the table of keys."""
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +46,8 @@ class Chunk:
     """Row of the first one in the draft."""
     values: NDArray[np.float32]
     """(b, D), to be overwritten at will; where they are stored as coefficients, (b, R)."""
+    digest: str = ""
+    """Where entries are checked, the SHA-256 of the segment's float32 values from its first row to the chunk's last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,19 +70,17 @@ class SegmentRows:
     place: Place | None = None
     """Where float32 snippets lie as they are, to be read straight into chunks."""
 
-    def stored(self, begin: int = 0, *, check: bool) -> Iterator[NDArray[np.float32]]:
-        """Yield (b, D) snippets, or (b, R) coefficients of a factored segment, from row `begin` on.
+    def stored(self, *, check: bool) -> Iterator[NDArray[np.float32]]:
+        """Yield (b, D) snippets, or (b, R) coefficients of a factored segment.
 
         Args:
-            begin: only of dense segments.
-            check: raise CorruptError at the end where an entry does not match its hash; not possible from within.
+            check: raise CorruptError at the end where an entry does not match its hash.
         """
         entries = {what: payload if check else replace(payload, sha256=None) for what, payload in self.entries.items()}
         if self.basis is not None:
             yield from streams.row_blocks(segments.coefficients_as_f32(entries, len(self.basis)))
             return
-        wanted = streams.sliced(entries["snippets"], begin, self.num_rows)
-        yield from streams.row_blocks(segments.snippets_as_f32(wanted, self.space))
+        yield from streams.row_blocks(segments.snippets_as_f32(entries["snippets"], self.space))
 
     def snippets(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return (b, D) snippets from what `stored` gives."""
@@ -94,38 +88,37 @@ class SegmentRows:
             return values
         return factors.reconstruct(values, self.basis, self.mean)
 
-    def chunks(self, size: int, begin: int = 0, *, check: bool = False) -> Iterator[Chunk]:
+    def chunks(self, size: int, *, check: bool = False) -> Iterator[Chunk]:
         """Yield chunks of `size` rows, the last one shorter.
 
         Args:
             size: rows.
-            begin: row of the segment to begin with, a multiple of `size`.
-            check: as in `stored`.
+            check: raise CorruptError in the place of the last chunk where an entry does not match its hash.
         """
-        start = begin
-        plain = rechunked(self.stored(begin, check=check), size, self.num_rows - begin)
-        for values in plain if self.place is None else self._read(self.place, size, begin, check):
-            row = self.first + start
-            start += len(values)
-            yield Chunk(segment=self.number, first=row, values=values)
+        row, digest = self.first, hashlib.sha256()
+        read = rechunked(self.stored(check=check), size, self.num_rows) if self.place is None else self._read(size)
+        for values, last in with_last(read):  # one chunk behind, so that what is checked at the end is so before it
+            if check:
+                digest.update(values.view(np.uint8).data.cast("B"))
+            if check and last and self.place is not None and digest.hexdigest() != self.entries["snippets"].sha256:
+                for _ in streams.checked(self.entries["snippets"]):  # raises, in the words of all edits
+                    pass
+            yield Chunk(segment=self.number, first=row, values=values, digest=digest.hexdigest() if check else "")
+            row += len(values)
 
-    def _read(self, place: Place, size: int, begin: int, check: bool) -> Iterator[NDArray[np.float32]]:
+    def _read(self, size: int) -> Iterator[NDArray[np.float32]]:
         """Yield chunks as `chunks` does, one copy of the file's bytes and no more."""
-        digest, position = hashlib.sha256(), place.begin + 4 * self.dim * begin
-        for start in range(begin, self.num_rows, size):
+        assert self.place is not None
+        position = self.place.begin
+        for start in range(0, self.num_rows, size):
             values = np.empty((min(size, self.num_rows - start), self.dim), np.float32)
             view = values.view(np.uint8).data.cast("B")
             while view:
-                count = os.preadv(place.file.descriptor, [view], position)
+                count = os.preadv(self.place.file.descriptor, [view], position)
                 if not count:
                     raise CorruptError(f"{self.path} was cut short after it was opened", path=self.path)
-                if check:
-                    digest.update(view[:count])
                 view, position = view[count:], position + count
             yield values
-        if check and digest.hexdigest() != self.entries["snippets"].sha256:
-            for _ in streams.checked(self.entries["snippets"]):  # raises, in the words of all edits
-                pass
 
     def require_finite(self, chunk: Chunk, values: NDArray[np.float32]) -> None:
         """Raise CorruptError that names the first row of a chunk whose (b, …) values are not finite."""
@@ -191,6 +184,16 @@ def rechunked(blocks: Iterable[NDArray[np.float32]], size: int, num_rows: int) -
                 filled = 0
 
 
+def with_last(items: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
+    """Yield each item once the next one is there, and whether it is the last one, of which there is at least one."""
+    rest = iter(items)
+    held = next(rest)
+    for item in rest:
+        yield held, False
+        held = item
+    yield held, True
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """How much is held at a time."""
@@ -229,68 +232,3 @@ def plan_for(dim: int, num_rows: int, memory_limit: int | None = None) -> Plan:
         rows = min(rows, room)
         sample = max(2, min(sample, (memory_limit - fixed) // (10 * row_bytes)))
     return Plan(chunk_rows=1 << (rows.bit_length() - 1), num_workers=workers, sample_rows=sample)
-
-
-@contextlib.contextmanager
-def one_thread_a_product() -> Iterator[None]:
-    """Let linear algebra use one thread a call: results then do not depend on how many cores there are.
-
-    Small calls are faster so, too: threads that wait for each other on busy cores lose milliseconds a call.
-    """
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-
-    with threadpool_limits(1, user_api="blas"):
-        yield
-
-
-def read_ahead(items: Iterable[Item], most: int) -> Generator[Item]:
-    """Yield items that another thread gets, up to `most` ahead; what it raises is raised here."""
-    ready: queue.Queue[tuple[bool, Any]] = queue.Queue(most)
-    stopped = threading.Event()
-
-    def put(entry: tuple[bool, Any]) -> None:
-        while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(entry, timeout=0.1)
-                return
-
-    def run() -> None:
-        try:
-            for item in items:
-                put((True, item))
-                if stopped.is_set():
-                    return
-            put((False, None))
-        except BaseException as error:  # noqa: BLE001 - raised again where the items are asked for
-            put((False, error))
-
-    reader = threading.Thread(target=run, daemon=True)
-    reader.start()
-    try:
-        while (entry := ready.get())[0]:
-            yield entry[1]
-        if entry[1] is not None:
-            raise entry[1]
-    finally:
-        stopped.set()
-        reader.join()
-
-
-def in_order(plan: Plan, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Yield what `work` makes of each item, in order, a few at a time in threads; another one reads the items.
-
-    Each thread's products have one thread of their own, so that results do not depend on how many cores there are.
-    """
-    waiting: deque[Future[Result]] = deque()
-    ahead = contextlib.closing(read_ahead(items, 1))
-    with one_thread_a_product(), ThreadPoolExecutor(plan.num_workers) as pool, ahead as ready:
-        try:
-            for item in ready:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) > plan.num_workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()

@@ -18,24 +18,23 @@ from gmem_bank.errors import ConfigError
 from gmem_bank.fitting import Fitted
 from gmem_bank.provenance import Json
 from gmem_bank.quality import overlap, summary
-from gmem_bank.segment_rows import Plan, in_order
+from gmem_bank.segment_rows import Plan
 from gmem_bank.storage import Payload
 from gmem_bank.storage.rules import COEFFICIENT_DTYPES
 from gmem_bank.storage.schema import Segment
+from gmem_bank.threads import in_order
 
 BLOCK_ROWS = 4096
 F16_LIMIT = 65_504
 HIGHEST_GROW_BELOW = 0.9999
 """What is recorded as `grow_below` at most: float32 and i8 do not tell more apart, and a basis should not grow for that."""
+NEAR_OPTIMUM = 1e-3
+"""Part by which an error may pass the optimum before the report says so."""
+SMALLEST_ERROR = 1e-5
+"""Relative error that float32 coefficients and means leave anyway."""
 NO_ROWS = np.zeros(0, np.int64)
 VECTORS = ("snippets", "coefficients", "values", "index", "scale")
 """Entries of a segment that the new coefficients take the place of."""
-
-
-def scale_of(largest: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the (R,) i8 scales for the (R,) largest absolute coefficients."""
-    scale = np.asarray(largest / factors.I8_LIMIT, np.float32)
-    return np.where(scale > 0, scale, np.float32(1))
 
 
 def encode(block: NDArray[np.float32], dtype: str, scale: NDArray[np.float32]) -> NDArray[Any]:
@@ -67,22 +66,41 @@ class Kept:
         """Return the 5th percentile of the cosines: what the bank asks of new rows."""
         return round(min(float(np.quantile(self.cosines, 0.05)), HIGHEST_GROW_BELOW), 6)
 
-    def report(self, energy: float, optimum: float, before: NDArray[np.float32]) -> dict[str, Json]:
-        """Return cosines, overlap and errors for a report.
-
-        Args:
-            energy: Σ ‖s - mean‖² of all rows.
-            optimum: of that, the share that no basis of this rank holds (Eckart and Young 1936).
-            before: (m, D) sampled snippets.
-        """
-        same = overlap(before, self.sample)
+    def report(self, fitted: Fitted) -> dict[str, Json]:
+        """Return energy, cosines, overlap and errors of what was fitted, for a report."""
+        same, energy = overlap(fitted.sample, self.sample), fitted.energy
         return {
             "cosine": {name: round(value, 8) for name, value in summary(self.cosines).items()},
             "neighbour_overlap_at_10": None if same is None else round(same, 6),
-            "neighbours_among": len(before),
+            "neighbours_among": len(fitted.sample),
+            "energy": float(fitted.column_energy.sum() / energy) if energy > 0 else 1.0,
             "relative_error": float(np.sqrt(self.lost / energy)) if energy > 0 else 0.0,
-            "optimal_relative_error": float(np.sqrt(max(optimum, 0.0))),
         }
+
+    def warnings(self, fitted: Fitted, dtype: str, optimum: float, known_to: float) -> list[str]:
+        """Return what is to be said of an error that passes the optimum by more than a thousandth.
+
+        Args:
+            fitted: what was measured.
+            dtype: of the stored coefficients.
+            optimum: relative error of the best basis of this rank (Eckart and Young 1936).
+            known_to: relative error below which that one is rounding.
+        """
+        if fitted.energy <= 0:
+            return []
+        most = (optimum * (1 + NEAR_OPTIMUM)) ** 2 + known_to**2 + SMALLEST_ERROR**2
+        basis, stored = float(fitted.residuals.sum()) / fitted.energy, self.lost / fitted.energy
+        if basis > most:
+            return [
+                f"the basis leaves a relative error of {np.sqrt(basis):.4g}, the best one of this rank {optimum:.4g}: the rows "
+                "are beyond what float32 tells apart (a mean or a few rows far larger than the rest?)"
+            ]
+        if stored > most:
+            return [
+                f"{dtype} coefficients raise the relative error to {np.sqrt(stored):.4g} from {np.sqrt(basis):.4g}: "
+                + ("f16 or f32 keep more" if dtype == "i8" else "f32 keeps more")
+            ]
+        return []
 
 
 def _blocks(fitted: Fitted) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
@@ -113,7 +131,7 @@ def measure(
 
     def work(item: tuple[int, int, NDArray[np.float32]]) -> NDArray[np.float32]:
         place, row, block = item
-        scale, own = scale_of(fitted.largest[place]), slice(row, row + len(block))
+        scale, own = factors.scale_of(fitted.largest[place]), slice(row, row + len(block))
         read = decode(encode(block, dtype, scale), dtype, scale)
         wide = read.astype(np.float64)
         exact = wide if dtype == "f32" else block.astype(np.float64)
@@ -126,7 +144,7 @@ def measure(
         inside = sample[np.searchsorted(sample, own.start) : np.searchsorted(sample, own.stop)] - row
         return factors.reconstruct(read[inside], fitted.basis, fitted.mean)
 
-    parts = list(in_order(plan, work, _blocks(fitted)))
+    parts = list(in_order(plan.num_workers, work, _blocks(fitted)))
     # rounding alone takes a cosine beyond 1
     return Kept(cosines=np.clip(cosines, -1, 1), lost=float(lost.sum()), sample=np.concatenate(parts))
 
@@ -135,7 +153,7 @@ def put_into(draft: Draft, fitted: Fitted, dtype: str, grow_below: float) -> Non
     """Make a draft the factored bank of fitted rows; their coefficients are read while it is written."""
     parts = []
     for place, segment in enumerate(draft.segments):
-        scale = scale_of(fitted.largest[place])
+        scale = factors.scale_of(fitted.largest[place])
         shape = (segment.num_rows, len(fitted.basis))
 
         def blocks(place: int = place, scale: NDArray[np.float32] = scale) -> Iterator[memoryview]:

@@ -24,10 +24,10 @@ from gmem_bank.plotting import draw_spectrum, require_drawable
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import Json
 from gmem_bank.quality import knn_accuracy, labels_of, overlap, sample_rows, summary
-from gmem_bank.segment_rows import one_thread_a_product
 from gmem_bank.storage.rules import COEFFICIENT_DTYPES
-from gmem_bank.stored_fit import decode, encode, scale_of
-from gmem_bank.thinning import largest
+from gmem_bank.stored_fit import decode, encode
+from gmem_bank.thinning import break_even, largest
+from gmem_bank.threads import one_thread_a_product
 
 SAMPLE_ROWS = 4096
 FEWEST = 8
@@ -46,6 +46,8 @@ class Way:
     """Largest coefficients kept a row; None: all."""
     bytes: int
     """Of the whole bank."""
+    larger_by_mask: bool
+    """Whether the coefficient mask takes more room than all coefficients do; `mask` then refuses unless it is allowed."""
     energy: float
     cosine: dict[str, float]
     """mean, p1, p5, median and min."""
@@ -80,13 +82,20 @@ class SweepReport:
         widths = [max(len(row[place]) for row in cells) for place in range(len(COLUMNS))]
         rows = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
         note = f"{self.bank}: {self.num_rows:,} rows × {self.dim}; cosines, overlap@10 and 10-NN of {self.num_sampled:,} rows"
-        return "\n".join([note, *rows])
+        marked = any(way.larger_by_mask for way in self.ways)
+        last = ["* takes more room than all coefficients: 'mask' makes it only with --allow-larger"] if marked else []
+        return "\n".join([note, *rows, *last])
 
     def _line(self, way: Way) -> tuple[object, ...]:
         cosine = [way.cosine[name] for name in ("mean", "p1", "min")]
         ratio = self.bytes / way.bytes
         figures = (way.bytes, ratio, way.energy, *cosine, way.neighbour_overlap_at_10, way.knn_accuracy)
-        return (way.rank, way.dtype, "all" if way.keep is None else way.keep, *figures)
+        keep = "all" if way.keep is None else f"{way.keep} *" if way.larger_by_mask else way.keep
+        return (way.rank, way.dtype, keep, *figures)
+
+
+def _larger(rank: int, dtype: str, keep: int | None) -> bool:
+    return keep is not None and keep > break_even(rank, {"f32": 4, "f16": 2, "i8": 1}[dtype])
 
 
 def _cell(value: object) -> str:
@@ -173,14 +182,15 @@ def _ways(found: Moments, ranks: Sequence[int], dtypes: Sequence[str], sample: _
     basis, mean = directions.basis.astype(np.float32), found.mean.astype(np.float32)
     for rank in dict.fromkeys(min(rank, len(basis)) for rank in ranks):
         exact: NDArray[np.float32] = np.asarray((sample.snippets - mean) @ basis[:rank].T, np.float32)
-        scale = scale_of(np.abs(exact).max(axis=0))
+        scale = factors.scale_of(np.abs(exact).max(axis=0))
         for dtype in dtypes:
             read = decode(encode(exact, dtype, scale), dtype, scale)
             for keep in (None, *(rank // part for part in (2, 4) if rank // part >= FEWEST_KEPT)):
                 kept = read if keep is None else np.where(largest(read, keep), read, np.float32(0))
                 after = factors.reconstruct(kept, basis[:rank], mean)
                 yield Way(
-                    rank=rank, dtype=dtype, keep=keep, bytes=0, energy=float(shares[rank - 1]),
+                    rank=rank, dtype=dtype, keep=keep, bytes=0, larger_by_mask=_larger(rank, dtype, keep),
+                    energy=float(shares[rank - 1]),
                     cosine=summary(factors.cosines(sample.snippets, after)),
                     neighbour_overlap_at_10=overlap(sample.snippets, after), knn_accuracy=knn_accuracy(after, sample.labels),
                 )  # fmt: skip

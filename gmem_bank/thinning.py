@@ -17,6 +17,7 @@ from gmem_bank import factors, kinds, segments, streams
 from gmem_bank.draft import Draft
 from gmem_bank.editing import EditReport, editing
 from gmem_bank.errors import ConfigError, CorruptError
+from gmem_bank.factors import whole
 from gmem_bank.kinds import FactoredBank
 from gmem_bank.ops import PathLike
 from gmem_bank.provenance import Json
@@ -24,6 +25,7 @@ from gmem_bank.quality import SAMPLE_ROWS, overlap, sample_rows, summary
 from gmem_bank.storage import Payload
 from gmem_bank.storage.schema import Segment
 
+ITEM_BYTES = {"F32": 4, "F16": 2, "I8": 1, "U16": 2}
 FEW_ROWS = 1024
 """Made dense at a time."""
 ROUNDING = 1e-9
@@ -40,6 +42,7 @@ def mask_coefficients(
     keep_energy: float | None = None,
     keep_random: float | None = None,
     seed: int = 0,
+    allow_larger: bool = False,
     output: PathLike | None = None,
     dry_run: bool = False,
     undo: bool = True,
@@ -53,20 +56,26 @@ def mask_coefficients(
             above 0, at most 1.
         keep_random: each coefficient with this probability, above 0, at most 1 (the paper's random masking, made once).
         seed: of `keep_random`: a mask for a seed and a place in the bank, whatever the values.
+        allow_larger: make the mask although the bank takes more room with it: each coefficient kept takes two bytes more for
+            its place, in every row as many as in the fullest.
         output, dry_run, undo: as in other edits.
 
     Returns:
-        A report with "num_kept" and "num_coefficients" of active and masked rows, "cosine" (mean, p1, p5, median, min) between
-        snippets before and after and "neighbour_overlap_at_10", on at most 8,192 active rows, "bytes_before" and "bytes_after".
+        A report with "coefficient_bytes_before", "coefficient_bytes_after", "break_even" (coefficients kept a row up to which
+        a mask saves room), "num_kept" and "num_coefficients" of active and masked rows, "cosine" (mean, p1, p5, median, min)
+        between snippets before and after and "neighbour_overlap_at_10", on at most 8,192 active rows, "bytes_before" and
+        "bytes_after".
 
     Raises:
-        ConfigError: the bank is dense, or a number is out of range.
+        ConfigError: the bank is dense, a number is out of range, or the bank would be larger.
     """
     arguments: dict[str, Json] = {
         name: value for name, value in (("keep", keep), ("keep_energy", keep_energy), ("keep_random", keep_random))
         if value is not None
     }  # fmt: skip
     _check(arguments, seed)
+    if keep is not None:
+        arguments["keep"] = whole(keep)  # NumPy's integers are none of JSON's
     if keep_random is not None:
         arguments["seed"] = seed
     with editing(bank_path, "mask", arguments, output=output, dry_run=dry_run, undo=undo) as edit:
@@ -92,6 +101,7 @@ def mask_coefficients(
         facts: dict[str, Json] = {
             "num_kept": int(counts[0]), "num_coefficients": int(counts[1]), "bytes_before": edit.bank.stored.num_bytes,
         }  # fmt: skip
+        facts |= _room(edit.bank, draft, allow_larger=allow_larger)
         facts |= _quality(edit.bank, draft)
         report = edit.finish(draft, num_rows=len(edit.bank), details=facts)
         if not dry_run:
@@ -99,12 +109,42 @@ def mask_coefficients(
         return report
 
 
+def break_even(rank: int, item_bytes: int) -> int:
+    """Return how many kept coefficients of so many bytes a row, with two bytes each for their places, take no more than all."""
+    return rank * item_bytes // (item_bytes + 2)
+
+
+def _num_bytes(payload: Payload) -> int:
+    return ITEM_BYTES[payload.dtype] * payload.shape[0] * payload.shape[1]
+
+
+def _room(bank: FactoredBank, draft: Draft, *, allow_larger: bool) -> dict[str, Json]:
+    """Return what coefficients take before and after; raise ConfigError where that grows unasked."""
+    sizes = [0, 0]
+    for place, payloads in enumerate((bank.stored.payloads(), draft.payloads)):
+        for segment in draft.segments:
+            for what in ("coefficients", "values", "index"):
+                payload = payloads.get(segment.entry(what))
+                sizes[place] += 0 if payload is None else _num_bytes(payload)
+    last = draft.segments[-1]
+    kind = draft.payloads.get(last.entry("values"), draft.payloads.get(last.entry("coefficients")))
+    assert kind is not None
+    even = break_even(bank.rank, ITEM_BYTES[kind.dtype])
+    if sizes[1] > sizes[0] and not allow_larger:
+        raise ConfigError(
+            f"with this mask the coefficients of {bank.path} would take {sizes[1]:,} bytes, now {sizes[0]:,}: a mask saves "
+            f"room where no row keeps more than {even} of {bank.rank}; keep fewer, or allow a larger bank with --allow-larger",
+            key="allow_larger",
+        )
+    return {"coefficient_bytes_before": sizes[0], "coefficient_bytes_after": sizes[1], "break_even": even}
+
+
 def _check(arguments: Mapping[str, Any], seed: int) -> None:
     if len(arguments) != 1:
         raise ConfigError("give exactly one of keep, keep_energy and keep_random", key="keep")
     [(name, value)] = arguments.items()
-    if name == "keep" and value < 1:
-        raise ConfigError(f"keep must be at least 1, got {value}", key="keep")
+    if name == "keep" and (whole(value) or 0) < 1:
+        raise ConfigError(f"keep must be a whole number, at least 1, got {value}", key="keep")
     if name != "keep" and not 0 < value <= 1:
         raise ConfigError(f"{name} must be above 0 and at most 1, got {value}", key=name)
     if seed < 0:

@@ -45,8 +45,9 @@ def compress(
     """Store the snippets of BANK as coefficients on their principal directions; give one of --rank, --energy, --target-cosine
     and --max-bytes.
 
-    Of a factored bank components are dropped, by their energy. Several BANKs of one encoder become one, written to -o. The same
-    command again continues where it was interrupted.
+    Of a factored bank components are dropped, by their energy. Several BANKs of one encoder become one, written to -o; all of
+    them are read. The same command again after an interruption ends in the same bytes: the first pass over dense rows, which
+    has most of the work, continues; all else begins anew.
     """  # noqa: D205 - click takes the first paragraph for the summary
     import gmem_bank
     from gmem_bank.progress import ProgressBar
@@ -73,6 +74,8 @@ def compress(
 
 
 def _print_quality(facts: dict[str, Any]) -> None:
+    for text in facts["warnings"]:
+        note(text)
     if facts["rank_asked"] > facts["rank"]:
         note(f"rank {facts['rank_asked']} was asked for: the rows span {facts['rank']} directions")
     click.echo(f"  bytes     {human_bytes(facts['bytes_before'])} → {human_bytes(facts['bytes_after'])}")

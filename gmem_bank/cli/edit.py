@@ -85,11 +85,15 @@ def select(bank: str, output: str | None, dry_run: bool, no_undo: bool, as_json:
     "--keep-random", type=click.FloatRange(0, 1, min_open=True), metavar="P",
     help="Coefficients: each stays with this probability, by --seed.",
 )  # fmt: skip
+@click.option(
+    "--allow-larger", is_flag=True,
+    help="Coefficients: mask them although the bank takes more room so: each kept one takes two bytes more.",
+)  # fmt: skip
 @selection_options
 @edit_options
 def mask(
-    bank: str, keep: int | None, keep_energy: float | None, keep_random: float | None, output: str | None, dry_run: bool,
-    no_undo: bool, as_json: bool, **selection: Any,
+    bank: str, keep: int | None, keep_energy: float | None, keep_random: float | None, allow_larger: bool,
+    output: str | None, dry_run: bool, no_undo: bool, as_json: bool, **selection: Any,
 ) -> None:  # fmt: skip
     """Hide rows of BANK: they stay in the file, and nothing reads them until 'unmask'. Or, with --keep, --keep-energy or
     --keep-random, drop coefficients of every row of a factored bank.
@@ -104,8 +108,16 @@ def mask(
             )
         if sum(value is not None for value in kept.values()) > 1:
             raise click.UsageError("give one of --keep, --keep-energy and --keep-random")
-        report = gmem_bank.mask_coefficients(bank, seed=selection["seed"], **kept, **_edit(output, dry_run, no_undo))
+        report = gmem_bank.mask_coefficients(
+            bank, seed=selection["seed"], allow_larger=allow_larger, **kept, **_edit(output, dry_run, no_undo)
+        )
         facts = report.details
+        before, after = facts.get("coefficient_bytes_before", 0), facts.get("coefficient_bytes_after", 0)
+        if after > before:
+            note(
+                f"coefficients take {after:,} bytes now, without a mask {before:,}: a mask saves room where no row keeps more "
+                f"than {facts['break_even']}"
+            )
         print_edit(report, as_json, f"{facts.get('num_kept')} of {facts.get('num_coefficients')} coefficients kept")
         if not as_json and "cosine" in facts:
             cosine = facts["cosine"]

@@ -180,7 +180,7 @@ def test_the_report_says_what_was_kept(make_bank: BankMaker) -> None:
     for row in range(90):
         first, second = (np.argsort(-(v @ v[row]) + 9.0 * (np.arange(90) == row))[:10] for v in (before, after))
         same.append(len(set(first.tolist()) & set(second.tolist())) / 10)
-    assert report["neighbour_overlap_at_10"] == pytest.approx(np.mean(same), abs=1e-6)
+    assert report["neighbour_overlap_at_10"] == pytest.approx(np.mean(same), abs=1e-3)  # near ties count as kept
 
 
 @settings(max_examples=15)
@@ -352,8 +352,8 @@ def test_moments_of_parts_add_up(counts: list[int], dim: int, seed: int, mean: f
     parts, start = [], 0
     for count in counts:
         own = rows[start : start + count]
-        sums = moments.RunningSums(own[0].copy())
-        sums.add(moments.sum_chunk(own.copy(), sums.shift, wide=True))
+        sums = moments.RunningSums(dim)
+        sums.add(moments.sum_chunk(own.copy(), wide=True))
         parts.append(sums.moments())
         start += count
     wide = rows.astype(np.float64)
@@ -363,7 +363,7 @@ def test_moments_of_parts_add_up(counts: list[int], dim: int, seed: int, mean: f
         for part in order:
             found = found.merged(part)
         assert found.count == len(rows)
-        np.testing.assert_allclose(found.mean, wide.mean(axis=0), rtol=1e-12)
+        np.testing.assert_allclose(found.mean, wide.mean(axis=0), rtol=1e-12, atol=1e-15)
         np.testing.assert_allclose(found.scatter, centred.T @ centred, atol=1e-9 * len(rows) * (1 + mean * 1e-3))
 
 
@@ -578,14 +578,14 @@ def test_a_sweep_says_what_compressing_would_give(make_bank: BankMaker) -> None:
         name = f"{number}.safetensors"
         report = gmem_bank.compress(bank.path, rank=way.rank, dtype=way.dtype, output=name).details
         if way.keep is not None:
-            gmem_bank.mask_coefficients(name, keep=way.keep)
+            gmem_bank.mask_coefficients(name, keep=way.keep, allow_larger=True)
             assert kinds.open(name).stored.num_bytes == pytest.approx(way.bytes, abs=600)  # a longer history
             continue
         assert way.bytes == pytest.approx(report["bytes_after"], abs=128)
         assert way.energy == pytest.approx(report["energy"], abs=1e-6)
         assert way.cosine["mean"] == pytest.approx(report["cosine"]["mean"], abs=1e-6)
         assert way.neighbour_overlap_at_10 == pytest.approx(report["neighbour_overlap_at_10"], abs=0.01)
-    assert len(found.table().splitlines()) == 2 + 1 + len(found.ways)
+    assert len(found.table().splitlines()) == 2 + 1 + len(found.ways) + 1  # the last one says what * means
 
 
 def test_neighbours_know_the_concept_where_concepts_are_apart(make_bank: BankMaker) -> None:

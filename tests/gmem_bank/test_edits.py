@@ -24,6 +24,7 @@ from gmem_bank.errors import (
     UnknownKeyError,
     WriteError,
 )
+from gmem_bank.kinds import FactoredBank
 from gmem_bank.novelty import compare_with_bank
 from gmem_bank.query import snippet_or_image
 from gmem_bank.selection import Selection, rows_selected
@@ -230,6 +231,28 @@ def test_a_merge_of_quantised_banks_says_what_it_cost(make_bank: BankMaker) -> N
     assert np.linalg.norm(got - exact) / centred <= report.details["relative_error"] * 1.5
     assert 0 < report.details["relative_error"] < 0.02
     assert merged.stored.dtype("0/coefficients") == "I8"
+
+
+def test_merged_factors_are_those_of_an_svd_and_what_ends_is_said(make_bank: BankMaker) -> None:
+    """One basis ordered by energy, the lowest threshold of growth, masks that end, and nothing left beside the bank."""
+    first = make_bank("a.safetensors", kind="factored", space="raw", seed=1, dim=20, rank=4, rows=50)
+    second = make_bank("b.safetensors", kind="sparse", space="raw", seed=2, dim=20, rank=3, rows=30, prefix="b")
+    for bank, value in ((first, 0.9), (second, 0.4)):
+        write(
+            bank.path, replace(bank.header, extras={**bank.header.extras, "grow_below": value}), bank.stored.payloads()
+        )
+    exact = np.vstack([stored_oracle(first), stored_oracle(second)])
+    told = gmem_bank.merge(first.path, [second.path], output="m.safetensors", dry_run=True).details
+    report = gmem_bank.merge(first.path, [second.path], output="m.safetensors").details
+    merged = kinds.open("m.safetensors")
+    assert isinstance(merged, FactoredBank)
+    sigma = np.linalg.svd(exact - exact.mean(axis=0), compute_uv=False)[:8]
+    np.testing.assert_allclose(merged.singular_values, sigma, rtol=1e-5)
+    np.testing.assert_allclose(merged.snippets(merged.rows()), exact, atol=1e-5)
+    assert told["rank"] == report["rank"] == merged.rank == 8  # 4 + 3, and the difference of the means
+    assert report["coefficient_mask"] == "ended"
+    assert merged.header.extras["grow_below"] == report["grow_below"] == 0.4
+    assert not list(Path.cwd().rglob(".*"))
 
 
 # -- dedup and coreset

@@ -226,29 +226,6 @@ def test_inverse_norms_are_those_of_the_reconstructions() -> None:
     )
 
 
-def test_a_joined_basis_spans_both_and_is_ordered_by_energy() -> None:
-    """The singular values are those of all centred rows together, found by a plain SVD."""
-    rng = np.random.default_rng(7)
-    banks = []
-    for rank, count in ((4, 50), (3, 30)):
-        basis = np.linalg.qr(rng.standard_normal((20, rank)))[0].T.astype(np.float32)
-        banks.append((basis, rng.standard_normal(20).astype(np.float32), rng.standard_normal((count, rank))))
-    joined = factors.join(
-        [b for b, _, _ in banks],
-        [m for _, m, _ in banks],
-        [len(c) for _, _, c in banks],
-        [c.sum(axis=0) for _, _, c in banks],
-        [c.T @ c for _, _, c in banks],
-    )
-    rows = np.vstack([c @ b + m for b, m, c in banks])
-    expected = np.linalg.svd(rows - rows.mean(axis=0), compute_uv=False)[: len(joined.basis)]
-    np.testing.assert_allclose(joined.singular_values, expected, rtol=1e-5)
-    np.testing.assert_allclose(joined.mean, rows.mean(axis=0), atol=1e-6)
-    turned = np.vstack([c @ t + s for (_, _, c), t, s in zip(banks, joined.maps, joined.shifts, strict=True)])
-    np.testing.assert_allclose(turned @ joined.basis + joined.mean, rows, atol=1e-5)
-    assert len(joined.basis) == 8  # 4 + 3, and the difference of the means
-
-
 def test_a_third_party_needs_only_the_interface(make_bank: BankMaker) -> None:
     """Every kind passes for the protocol that a generator sees."""
     for kind, dtype in KINDS:

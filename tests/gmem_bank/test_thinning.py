@@ -58,7 +58,7 @@ def test_the_largest_coefficients_stay_bit_for_bit(make_bank: BankMaker, form: s
     """All others read as zero; the size is that of the kept ones; undo is exact; the same command has nothing left to do."""
     bank = make_bank(form, kind=kind, dtype=dtype, dim=12, rank=8, parts=(13, 7))
     before, old = files(bank.path), coefficients(opened(bank.path))
-    report = gmem_bank.mask_coefficients(bank.path, keep=3)
+    report = gmem_bank.mask_coefficients(bank.path, keep=3, allow_larger=True)
     masked = opened(bank.path)
     wanted = np.zeros_like(old)
     for row, values in enumerate(old):
@@ -106,7 +106,9 @@ def test_random_masks_follow_the_seed_and_the_share(make_bank: BankMaker) -> Non
     bank = make_bank(kind="factored", rows=400, dim=12, rank=8, parts=(150, 250))
     old = coefficients(opened(bank.path))
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        gmem_bank.mask_coefficients(bank.path, keep_random=0.3, seed=seed, output=f"{name}.safetensors")
+        gmem_bank.mask_coefficients(
+            bank.path, keep_random=0.3, seed=seed, allow_larger=True, output=f"{name}.safetensors"
+        )
     first = coefficients(opened("a.safetensors"))
     assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
     assert (first != coefficients(opened("c.safetensors"))).any()
@@ -144,6 +146,49 @@ def test_masks_that_cannot_be_are_refused(make_bank: BankMaker) -> None:
     told = gmem_bank.mask_coefficients(bank.path, keep=1, dry_run=True)
     assert told.details["num_kept"] == 20
     assert files(bank.path) == before
+
+
+@pytest.mark.parametrize(("dtype", "even"), [("f32", 8), ("f16", 6), ("i8", 4)])
+def test_a_mask_that_enlarges_the_bank_is_refused_unless_allowed(make_bank: BankMaker, dtype: str, even: int) -> None:
+    """A kept coefficient takes two bytes more for its place; up to the break-even the bank shrinks, beyond it grows."""
+    bank = make_bank(kind="factored", dtype=dtype, rows=400, dim=16, rank=12)
+    before = files(bank.path)
+    report = gmem_bank.mask_coefficients(bank.path, keep=even, output="even.safetensors").details
+    assert report["break_even"] == even
+    assert report["coefficient_bytes_after"] <= report["coefficient_bytes_before"]
+    with pytest.raises(ConfigError, match=f"more than {even} of 12.*--allow-larger"):
+        gmem_bank.mask_coefficients(bank.path, keep=even + 1)
+    assert files(bank.path) == before
+    made = gmem_bank.mask_coefficients(bank.path, keep=even + 1, allow_larger=True).details
+    item = {"f32": 4, "f16": 2, "i8": 1}[dtype]
+    assert made["coefficient_bytes_after"] == 400 * (even + 1) * (item + 2) > made["coefficient_bytes_before"]
+    assert made["bytes_after"] > made["bytes_before"]
+
+
+def test_the_command_says_what_a_larger_mask_takes(make_bank: BankMaker) -> None:
+    """On stderr, with the break-even; the sweep marks such ways."""
+    make_bank(kind="factored", dtype="i8", rows=400, dim=16, rank=12)
+    refused = CliRunner().invoke(main, ["mask", "bank.safetensors", "--keep", "6"])
+    assert refused.exit_code == 1 and "--allow-larger" in refused.output
+    made = CliRunner().invoke(main, ["mask", "bank.safetensors", "--keep", "6", "--allow-larger"])
+    assert made.exit_code == 0 and "no row keeps more than 4" in made.stderr
+    ways = gmem_bank.sweep("bank.safetensors", ranks=[12])
+    assert {(way.dtype, way.keep) for way in ways.ways if way.larger_by_mask} == {("i8", 6)}
+    assert "6 *" in ways.table() and "--allow-larger" in ways.table()
+
+
+def test_whole_numbers_of_any_type_are_taken_and_truths_are_not(make_bank: BankMaker) -> None:
+    """NumPy's integers count, and are recorded as numbers; True and 2.0 are refused."""
+    bank = make_bank(kind="factored", dim=12, rank=8)
+    for bad in (True, 2.0, np.float64(2)):
+        with pytest.raises(ConfigError, match="whole number"):
+            gmem_bank.mask_coefficients(bank.path, keep=bad)
+        with pytest.raises(ConfigError, match="rank must be 1 to 12"):
+            gmem_bank.compress(bank.path, rank=bad)
+    gmem_bank.mask_coefficients(bank.path, keep=np.int64(2), output="masked.safetensors")
+    gmem_bank.compress(bank.path, rank=np.int64(2), output="small.safetensors")
+    assert opened("masked.safetensors").history[-1]["arguments"] == {"keep": 2}
+    assert opened("small.safetensors").rank == 2
 
 
 def test_a_row_that_names_a_coefficient_twice_is_not_masked(make_bank: BankMaker) -> None:
@@ -258,7 +303,7 @@ class TestCompressedBanksAreBanks(BankContract):
         made = make_bank(form, rows=30, dim=10, parts=(20, 10), active=np.arange(30) != 5)
         gmem_bank.compress(made.path, rank=6, dtype=dtype)
         if keep is not None:
-            gmem_bank.mask_coefficients(made.path, keep=keep)
+            gmem_bank.mask_coefficients(made.path, keep=keep, allow_larger=True)
         return opened(made.path)
 
     @pytest.fixture

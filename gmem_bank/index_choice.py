@@ -19,6 +19,8 @@ ROWS_PER_LIST = 39
 """Training rows a list that FAISS asks for."""
 MOST_LISTS = 1 << 16
 HNSW_LINKS = 32
+MOST_EFFORT = 1 << 16
+"""Candidates that an HNSW index keeps in view, at most."""
 ROW_TABLE_BYTES = 24
 """Of a row in the index file: its number, and the hashes of key and value."""
 LABEL_BYTES = 8
@@ -177,7 +179,7 @@ def check_settings(plan: Plan, num_lists: int | None, nprobe: int | None, rerank
 def ladder(kind: str, num_lists: int, fixed: int | None) -> Sequence[int]:
     """Return the efforts to try, ascending: lists looked into (IVF), or candidates kept in view (HNSW)."""
     if fixed is not None:
-        most = num_lists if kind != "hnsw" else 1 << 16
+        most = num_lists if kind != "hnsw" else MOST_EFFORT
         if not 1 <= fixed <= most:
             raise ConfigError(f"nprobe must be 1 to {most} here, got {fixed}", key="nprobe")
         return (fixed,)

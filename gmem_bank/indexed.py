@@ -172,7 +172,7 @@ class BankIndex:
             how = faiss.SearchParametersHNSW(efSearch=max(effort, num), sel=self._selector)
         else:
             how = faiss.SearchParametersIVF(nprobe=effort, sel=self._selector)
-        with matrix_products(faiss, len(unit)):
+        with matrix_products(len(unit)):
             labels = self._engine.search(np.ascontiguousarray(self._projected(unit)), num, params=how)[1]
         if labels.max(initial=-1) >= len(self._state.rows):
             raise CorruptError(f"{self.path} knows a row that is not in its table: build it again", path=self.path)

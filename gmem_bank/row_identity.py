@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gmem_bank.errors import CorruptError
 from gmem_bank.interface import SupportsFactors
 from gmem_bank.provenance import Json, sha256_of
 
@@ -68,24 +69,33 @@ def hashes_of_values(values: NDArray[np.float32]) -> NDArray[np.uint64]:
 
 
 def key_hashes(bank: MemoryBank) -> NDArray[np.uint64]:
-    """Return the (N,) hashes of the keys, in the order of the rows."""
+    """Return the (N,) hashes of the keys, in the order of the rows; raises CorruptError where the table lacks a row."""
+    table_rows = np.asarray(bank.stored.array("keys.row"))
+    named = np.zeros(len(bank), np.bool_)
+    if len(table_rows) == len(bank) and len(bank) and 0 <= table_rows.min() <= table_rows.max() < len(bank):
+        named[table_rows] = True
+    if not named.all():
+        raise CorruptError(
+            f"{bank.path}: its table of keys does not name each row once; 'gmem-bank verify {bank.path}' says what is damaged",
+            path=bank.path, tensor="keys.row",
+        )  # fmt: skip
     ordered = np.empty(len(bank), np.uint64)
-    ordered[bank.stored.array("keys.row")] = bank.stored.array("keys.hash")
+    ordered[table_rows] = bank.stored.array("keys.hash")
     return ordered
 
 
 def kept_segments(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return new rows, and the old row of each, of the segments whose vectors are byte for byte the same."""
-    begins: dict[str, list[int]] = {}
+    begins: dict[tuple[int, str], list[int]] = {}  # the size too: the old content is what a file says
     start = 0
     for num_rows, digest in old["segments"]:
-        begins.setdefault(digest, []).append(start)
+        begins.setdefault((num_rows, digest), []).append(start)
         start += num_rows
     new_rows, old_rows, start = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
     for num_rows, digest in new["segments"]:
-        if begins.get(digest):
+        if begins.get((num_rows, digest)):
             new_rows.append(np.arange(start, start + num_rows))
-            old_rows.append(begins[digest].pop(0) + np.arange(num_rows))
+            old_rows.append(begins[num_rows, digest].pop(0) + np.arange(num_rows))
         start += num_rows
     return np.concatenate(new_rows), np.concatenate(old_rows)
 

@@ -112,7 +112,7 @@ def test_facts_that_cannot_be(make_bank: BankMaker) -> None:
     state = read_index(made(make_bank(snippets=clustered(60, 8)), "flat"))
     for change, words, error in (
         ({"dim": "8"}, "dim is missing", CorruptError), ({"dim": 9}, "9 coordinates for 8", CorruptError),
-        ({"kind": "hnsw"}, "lacks", CorruptError), ({"content": {}}, "its content", CorruptError), ({"measured": None}, "measured", CorruptError),
+        ({"kind": "hnsw"}, "its settings", CorruptError), ({"content": {}}, "its content", CorruptError), ({"measured": None}, "measured", CorruptError),
     ):  # fmt: skip
         write_index(Path("bad.index"), dataclasses.replace(state, facts={**state.facts, **change}))
         with pytest.raises(error, match=words):

@@ -164,11 +164,12 @@ def make_faiss(faiss: Any, plan: Plan, dim: int, seed: int) -> Any:
 def check_settings(plan: Plan, num_lists: int | None, nprobe: int | None, rerank: int | None) -> None:
     """Raise ConfigError where a setting is out of range, or given for a kind that has none."""
     given = {"nlist": num_lists if not plan.num_lists else None}
-    given |= {"nprobe": nprobe, "rerank": rerank} if plan.kind == "flat" else {}
+    given |= {"effort (nprobe)": nprobe, "rerank": rerank} if plan.kind == "flat" else {}
     for name, value in given.items():
         if value is not None:
             raise ConfigError(
-                f"an index of kind {plan.kind} has no {name}: name another --kind, or leave it out", key=name
+                f"an index of kind {plan.kind} has no {name}: name another --kind, or leave it out",
+                key=name.split(" ")[0],
             )
     if plan.kind != "flat":
         ladder(plan.kind, plan.num_lists, nprobe)
@@ -181,7 +182,7 @@ def ladder(kind: str, num_lists: int, fixed: int | None) -> Sequence[int]:
     if fixed is not None:
         most = num_lists if kind != "hnsw" else MOST_EFFORT
         if not 1 <= fixed <= most:
-            raise ConfigError(f"nprobe must be 1 to {most} here, got {fixed}", key="nprobe")
+            raise ConfigError(f"effort (nprobe) must be 1 to {most} here, got {fixed}", key="nprobe")
         return (fixed,)
     if kind == "hnsw":
         return tuple(16 << step for step in range(7))

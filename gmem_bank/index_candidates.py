@@ -57,8 +57,7 @@ class Candidates:
     def find(self, projected: NDArray[np.float32], num: int, effort: int) -> NDArray[np.int64]:
         """Return the (B, c) rows that the index finds for (B, E) queries, best estimate first; -1 where it finds fewer."""
         labels = self._labels(projected, min(num, self.num_rows), effort, self._selector)
-        if labels.max(initial=-1) >= len(self._state.rows):
-            raise CorruptError(f"{self._path} knows a row that is not in its table: build it again", path=self._path)
+        self._require_known(labels)
         return np.where(labels >= 0, self._state.rows[labels], -1)
 
     def hidden_from(self, projected: NDArray[np.float32], num: int, effort: int) -> NDArray[np.bool_]:
@@ -77,6 +76,10 @@ class Candidates:
             shares = self._shares[self._state.faiss.quantizer.search(projected, min(effort, self.most_effort))[1]]
         hidden: NDArray[np.bool_] = shares.mean(axis=1) < OPEN_SHARE * usual
         return hidden
+
+    def _require_known(self, labels: NDArray[np.int64]) -> None:
+        if labels.max(initial=-1) >= len(self._state.rows):
+            raise CorruptError(f"{self._path} knows a row that is not in its table: build it again", path=self._path)
 
     def _labels(self, projected: NDArray[np.float32], num: int, effort: int, selector: Any) -> NDArray[np.int64]:
         faiss = require_faiss()
@@ -110,6 +113,7 @@ class Candidates:
             size = lists.list_size(number)
             if size:
                 labels = faiss.rev_swig_ptr(lists.get_ids(number), size)
+                self._require_known(labels)
                 shares[number] = self._active[labels].mean()
         return shares
 

@@ -94,7 +94,7 @@ def _are_settings(settings: dict[str, Any], kind: str, lists: int) -> bool:
 
 
 def _is_measured(line: object) -> bool:
-    if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
+    if not isinstance(line, dict) or {type(line.get("kind")), type(line.get("how", ""))} != {str}:
         return False
     numbers = [line.get("recall"), line.get("queries_per_second"), line.get("bytes")]
     real = all(isinstance(number, int | float) and -MOST <= number <= MOST for number in numbers)  # nor is NaN

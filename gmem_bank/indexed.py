@@ -234,7 +234,15 @@ class BankIndex:
         if not known.any():
             return np.full(rows.shape, -np.inf, np.float32)
         filled = np.where(known, rows, rows[known][0])
-        return np.where(known, self._coordinates.cosines(filled, turned), np.float32(-np.inf))
+        scores = np.empty(rows.shape, np.float32)
+        step = max(
+            1, BLOCK_BYTES // (4 * self._coordinates.dim * len(rows))
+        )  # one query may have any number of candidates
+        for start in range(0, rows.shape[1], step):
+            part = slice(start, start + step)
+            scores[:, part] = self._coordinates.cosines(filled[:, part], turned)
+        scores[~known] = -np.inf
+        return scores
 
     def _ordered(
         self, turned: NDArray[np.float32], rows: NDArray[np.int64], k: int

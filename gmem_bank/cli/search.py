@@ -97,8 +97,10 @@ def _print_report(report: Any, update: bool) -> None:
     for line in report.measured:
         probe, factor = (line.get(name, "") for name in ("nprobe", "rerank"))
         speed, size = line["queries_per_second"], human_bytes(line["bytes"])
-        how = f"  {line['how']}" if "how" in line else ""
-        click.echo(f"{line['kind']:12}{probe:>8}{factor:>8}{line['recall']:>11.3f}{speed:>11,.0f}{size:>12}{how}")
+        how = f"  {printable(line['how'])}" if "how" in line else ""
+        click.echo(
+            f"{printable(line['kind']):12}{probe:>8}{factor:>8}{line['recall']:>11.3f}{speed:>11,.0f}{size:>12}{how}"
+        )
     if report.outgrown:
         note(
             f"the bank has far more rows than the index was trained on: 'gmem-bank index {report.bank}' makes a better one"

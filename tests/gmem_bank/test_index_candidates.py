@@ -10,6 +10,7 @@ import pytest
 import gmem_bank
 from gmem_bank import index_candidates, index_tuning, indexed, ops
 from gmem_bank.coordinates import Coordinates
+from gmem_bank.index_choice import default_lists
 from gmem_bank.index_file import index_path, read_index
 from gmem_bank.index_tuning import Truth, tune
 from gmem_bank.indexed import BankIndex
@@ -103,6 +104,27 @@ def test_queries_times_candidates_are_bounded(make_bank: BankMaker, monkeypatch:
     assert sum(sizes) == 300 * 400
     assert index_candidates.queries_at_once(1) == index_candidates.MOST_QUERIES
     assert index_candidates.queries_at_once(1 << 30) == 1
+
+
+def test_vectors_of_one_query_are_bounded(make_bank: BankMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows as candidates of one query: compared some at a time."""
+    bank = make_bank(snippets=clustered(2000, 16))
+    gmem_bank.build_index(bank.path, kind="ivf-flat", nprobe=4, rerank=1)
+    index, queries = gmem_bank.open_index(bank), clustered(3, seed=5)
+    lists = default_lists(2000)
+    wanted = index.nearest(queries, 1000, nprobe=lists, rerank=2)[1]
+    monkeypatch.setattr(indexed, "BLOCK_BYTES", 4 * 16 * 300)
+    sizes: list[int] = []
+    whole = Coordinates.cosines
+
+    def counted(self: Coordinates, rows: np.ndarray, turned: np.ndarray) -> np.ndarray:
+        sizes.append(rows.size)
+        return whole(self, rows, turned)
+
+    monkeypatch.setattr(Coordinates, "cosines", counted)
+    np.testing.assert_array_equal(index.nearest(queries, 1000, nprobe=lists, rerank=2)[1], wanted)
+    assert max(sizes) <= 300
+    assert sum(sizes) == 3 * 2000
 
 
 @pytest.mark.parametrize("space", ["raw", "unit"])

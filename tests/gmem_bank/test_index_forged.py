@@ -18,6 +18,7 @@ from gmem_bank.held_settings import HeldSetting
 from gmem_bank.index import matrix_products
 from gmem_bank.index_file import index_path, read_index, write_index
 from gmem_bank.row_identity import key_hashes
+from gmem_bank.selection import Selection
 from tests.conftest import BankMaker
 from tests.gmem_bank.test_index import KINDS, clustered
 from tests.gmem_bank.test_index_file import made, write_raw
@@ -99,6 +100,28 @@ def test_lists_of_other_sizes_are_refused(make_bank: BankMaker) -> None:
     write_index(Path("forged.index"), state)
     with pytest.raises(CorruptError, match="other lists"):
         read_index(Path("forged.index"))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_labels_outside_of_the_table_are_refused(make_bank: BankMaker, masked: bool) -> None:
+    """Labels stand in the lists, which are not gone through when an index is opened: a search names them."""
+    bank = make_bank(snippets=clustered(3000, 8))
+    path = made(bank, "ivf-flat")
+    state = read_index(path)
+    lists = state.facts["num_lists"]
+    for number in range(lists):
+        ids = faiss.rev_swig_ptr(state.faiss.invlists.get_ids(number), state.faiss.invlists.list_size(number))
+        ids += 1 << 40
+    write_index(path, state)
+    if masked:
+        gmem_bank.mask(bank.path, Selection(keys=tuple(bank.keys(np.arange(99)))))
+    index = gmem_bank.open_index(gmem_bank.open(bank.path))
+    if not masked:
+        with pytest.raises(CorruptError, match="not in its table"):
+            index.nearest(clustered(30, 8), 1, nprobe=lists)
+        return
+    with pytest.raises(CorruptError, match="not in its table"):
+        index._candidates.hidden_from(clustered(30, 8), 1, lists)
 
 
 def forged(state: index_file.IndexState, **changes: object) -> Path:

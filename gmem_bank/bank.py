@@ -5,7 +5,7 @@ Shapes: N rows, n active rows, B rows asked for, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -190,14 +190,28 @@ class MemoryBank:
             MaskedRowError: a masked row.
             CorruptError: a value that is not finite.
         """
+        return self._gathered(rows, self._gather)
+
+    def directions(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return a new (B, D) float32 array of vectors in the direction of the snippets, of any length; raises as `snippets`."""
+        return self._gathered(rows, self._gather_directions)
+
+    @property
+    def is_unit_as_stored(self) -> bool:
+        """Whether `directions` are of length 1 already."""
+        return False
+
+    def _gathered(
+        self, rows: NDArray[np.int64], gather: Callable[[str, NDArray[np.int64]], NDArray[np.float32]]
+    ) -> NDArray[np.float32]:
         wanted = self._allowed(rows)
         first_look = not self._looked_at[wanted].all()
         if len(self.header.segments) == 1:
-            result = self._gather(self.header.segments[0].name, wanted)
+            result = gather(self.header.segments[0].name, wanted)
         else:
             result = np.empty((len(wanted), self.dim), np.float32)
             for name, places, local in self._by_segment(wanted):
-                result[places] = self._gather(name, local)
+                result[places] = gather(name, local)
         if first_look:
             if not all_finite(result):
                 self._name_bad_row(result, wanted)
@@ -238,6 +252,9 @@ class MemoryBank:
     def _gather(self, segment: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the snippets of a segment's rows, a new array in the bank's space."""
         raise AssertionError(f"{type(self).__name__} does not read snippets: {segment}, {len(rows)} rows")
+
+    def _gather_directions(self, segment: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self._gather(segment, rows)
 
     # -- concepts
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from gmem_bank.errors import ConfigError, EncoderMismatchError
 from gmem_bank.interface import SupportsFactors
-from gmem_bank.space import scale_to_unit, to_space
+from gmem_bank.space import TINY_NORM, scale_to_unit, to_space
 
 if TYPE_CHECKING:
     from gmem_bank.bank import MemoryBank
@@ -38,6 +38,7 @@ class Coordinates:
         """(E, D) orthonormal rows that queries are projected on; None: the identity."""
         self.dim = bank.dim
         """E."""
+        self._is_unit = bank.is_unit_as_stored
         self._factored = bank if isinstance(bank, SupportsFactors) else None
         if isinstance(bank, SupportsFactors):
             self.axes, self._load, self._shift = frame_of(bank.basis, bank.mean)
@@ -67,6 +68,26 @@ class Coordinates:
         """Return the (B, E) unit coordinates of rows, any order, repetitions allowed."""
         return self.of_values(self.values(rows))
 
+    def cosines(self, rows: NDArray[np.int64], queries: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the (B, c) cosines of queries to their own rows, of dense banks without writing a normalised row.
+
+        Args:
+            rows: (B, c).
+            queries: (B, E) coordinates of queries of length 1.
+        """
+        if self.axes is not None:
+            return _products(self.of(rows.reshape(-1)), rows, queries)
+        vectors = self.bank.directions(rows.reshape(-1))
+        if self._is_unit:
+            return _products(vectors, rows, queries)
+        with np.errstate(over="ignore", invalid="ignore"):
+            norms = np.sqrt(np.vecdot(vectors, vectors))
+        if not norms.max(initial=0.0) < np.inf:  # values whose squares f32 does not hold
+            return _products(scale_to_unit(vectors), rows, queries)
+        products = _products(vectors, rows, queries)
+        products /= np.maximum(norms, np.float32(TINY_NORM)).reshape(rows.shape)
+        return products
+
     def blocks(
         self, rows: NDArray[np.int64], least: int = 1
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]]:
@@ -81,6 +102,13 @@ class Coordinates:
         for start in range(0, len(rows), step):
             yield rows[start : start + step]
             self.bank.stored.release()
+
+
+def _products(
+    vectors: NDArray[np.float32], rows: NDArray[np.int64], queries: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    products: NDArray[np.float32] = np.matmul(vectors.reshape(*rows.shape, -1), queries[:, :, None])[:, :, 0]
+    return products
 
 
 def frame_of(

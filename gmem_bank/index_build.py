@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from gmem_bank import kinds, row_identity
 from gmem_bank.bank import MemoryBank
 from gmem_bank.coordinates import Coordinates
-from gmem_bank.errors import ConfigError, FormatError, OutputExistsError
+from gmem_bank.errors import ConfigError, OutputExistsError
 from gmem_bank.index import matrix_products, require_faiss
 from gmem_bank.index_choice import ROWS_PER_LIST, Plan, check_settings, make_faiss, plan_index
-from gmem_bank.index_file import IndexState, Streamed, index_path, read_index, size_of, write_index
+from gmem_bank.index_facts import is_ours
+from gmem_bank.index_file import IndexState, Streamed, index_path, size_of, write_index
 from gmem_bank.index_tuning import truth_of, tune
 from gmem_bank.indexed import BankIndex
 from gmem_bank.progress import Progress, no_progress
@@ -51,8 +52,11 @@ class IndexReport:
     num_bytes: int
     settings: dict[str, Json] = field(default_factory=dict)
     measured: list[dict[str, Json]] = field(default_factory=list)
-    """Lines of kind, nprobe, rerank, recall (@10), queries_per_second, bytes; the first is exact search without an index."""
+    """Lines of kind, nprobe, rerank, recall (@10), queries_per_second, bytes; the first is exact search without an index,
+    streamed from the disk in a first pass."""
     unchanged: bool = False
+    recall_of_added: float | None = None
+    """Recall@10 of the rows that an update added, measured where the basis has grown since the index was made."""
     outgrown: bool = False
     """Whether the bank has so many more rows now that building anew would pay."""
 
@@ -115,7 +119,13 @@ def build_index(
             settings, table = tune(
                 probe, truth, recall=recall, nprobe=nprobe, rerank=rerank, num_lists=plan.num_lists, num_bytes=size_of(state)
             )  # fmt: skip
-        exact = {"kind": "exact", "recall": 1.0, "queries_per_second": round(truth.queries_per_second, 1), "bytes": 0}
+        exact = {
+            "kind": "exact",
+            "how": "streamed from disk, first pass",
+            "recall": 1.0,
+            "queries_per_second": round(truth.queries_per_second, 1),
+            "bytes": 0,
+        }
         state = dataclasses.replace(state, facts={**state.facts, "settings": settings, "measured": [exact, *table]})
         write_index(path, state)
     return report_of(bank, state, path, why=plan.why, num_added=len(bank))
@@ -126,13 +136,10 @@ def _target(bank: MemoryBank, output: str | os.PathLike[str] | None) -> Path:
     if output is None:
         return index_path(bank.path)
     path = Path(output)
-    if path.exists():
-        try:
-            read_index(path)
-        except (FormatError, OSError) as error:
-            raise OutputExistsError(
-                f"{path} exists and is no index: choose another name with -o, or delete it first", path=path
-            ) from error
+    if path.exists() and (path.is_dir() or not is_ours(path)):
+        raise OutputExistsError(
+            f"{path} exists and is no index: choose another name with -o, or delete it first", path=path
+        )
     return path
 
 
@@ -169,6 +176,7 @@ class _Maker:
         facts = {
             "kind": self._plan.kind, "dim": self._coordinates.dim, "bank": bank.fingerprint, "settings": {}, "measured": [],
             "content": row_identity.content_of(bank), "trained_rows": num if self._plan.num_lists else 0,
+            "num_lists": self._plan.num_lists,
         }  # fmt: skip
         labels, keys = np.arange(num, dtype=np.int64), row_identity.key_hashes(bank)
         told, rows = self.counted(), bank.rows()
@@ -250,7 +258,7 @@ def add_rows(
 ) -> NDArray[np.uint64]:
     """Add rows under their labels and return the hashes of their values; kinds without labels number them as they come."""
     hashes, done = np.empty(len(rows), np.uint64), 0
-    with matrix_products(require_faiss(), len(rows)):
+    with matrix_products(len(rows)):
         for chunk, values, vectors in coordinates.blocks(rows):
             end = done + len(chunk)
             hashes[done:end] = row_identity.hashes_of_values(values)

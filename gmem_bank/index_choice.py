@@ -19,6 +19,8 @@ ROWS_PER_LIST = 39
 """Training rows a list that FAISS asks for."""
 MOST_LISTS = 1 << 16
 HNSW_LINKS = 32
+MOST_EFFORT = 1 << 16
+"""Candidates that an HNSW index keeps in view, at most."""
 ROW_TABLE_BYTES = 24
 """Of a row in the index file: its number, and the hashes of key and value."""
 LABEL_BYTES = 8
@@ -162,11 +164,12 @@ def make_faiss(faiss: Any, plan: Plan, dim: int, seed: int) -> Any:
 def check_settings(plan: Plan, num_lists: int | None, nprobe: int | None, rerank: int | None) -> None:
     """Raise ConfigError where a setting is out of range, or given for a kind that has none."""
     given = {"nlist": num_lists if not plan.num_lists else None}
-    given |= {"nprobe": nprobe, "rerank": rerank} if plan.kind == "flat" else {}
+    given |= {"effort (nprobe)": nprobe, "rerank": rerank} if plan.kind == "flat" else {}
     for name, value in given.items():
         if value is not None:
             raise ConfigError(
-                f"an index of kind {plan.kind} has no {name}: name another --kind, or leave it out", key=name
+                f"an index of kind {plan.kind} has no {name}: name another --kind, or leave it out",
+                key=name.split(" ")[0],
             )
     if plan.kind != "flat":
         ladder(plan.kind, plan.num_lists, nprobe)
@@ -177,9 +180,9 @@ def check_settings(plan: Plan, num_lists: int | None, nprobe: int | None, rerank
 def ladder(kind: str, num_lists: int, fixed: int | None) -> Sequence[int]:
     """Return the efforts to try, ascending: lists looked into (IVF), or candidates kept in view (HNSW)."""
     if fixed is not None:
-        most = num_lists if kind != "hnsw" else 1 << 16
+        most = num_lists if kind != "hnsw" else MOST_EFFORT
         if not 1 <= fixed <= most:
-            raise ConfigError(f"nprobe must be 1 to {most} here, got {fixed}", key="nprobe")
+            raise ConfigError(f"effort (nprobe) must be 1 to {most} here, got {fixed}", key="nprobe")
         return (fixed,)
     if kind == "hnsw":
         return tuple(16 << step for step in range(7))

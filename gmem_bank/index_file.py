@@ -1,7 +1,7 @@
 """The file of an index: a safetensors container with FAISS's own bytes (or plain vectors), a table of rows, and canonical JSON.
 
 It is distrusted as a bank is: sizes must tile the file, the JSON and each entry stand under a sha256 that is checked before
-FAISS sees a byte, and FAISS's own limits are set from the size of the file.
+FAISS sees a byte, and FAISS gets only bytes that begin as what we write does; see `index_facts` and `index_engine`.
 
 Shapes: L labels (numbers that FAISS knows rows by), N rows, E coordinates, D dimensions.
 """
@@ -9,9 +9,7 @@ Shapes: L labels (numbers that FAISS knows rows by), N rows, E coordinates, D di
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,16 +17,16 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from gmem_bank.errors import BankNotFoundError, CorruptError, FormatError, FormatVersionError, GMemError
+from gmem_bank.errors import BankNotFoundError, CorruptError, GMemError
 from gmem_bank.index import require_faiss
+from gmem_bank.index_engine import READ_BYTES, EngineFacts, pour, read_engine, size_of_engine
+from gmem_bank.index_facts import METADATA_KEY, VERSION, facts_of, facts_rows
 from gmem_bank.provenance import Json, canonical_json
 from gmem_bank.storage import atomic, container
 from gmem_bank.storage.payload import NUMPY_DTYPE
 from gmem_bank.storage.safetensors_store import places_of, read_container
 from gmem_bank.storage.stored import OpenFile, Place
 
-METADATA_KEY = "gmem_index"
-VERSION = 1
 NO_HASH = "0" * 64
 TABLES = {
     "rows": ("I64", 1),
@@ -39,11 +37,6 @@ TABLES = {
     "faiss": ("U8", 1),
 }
 """Entry → type and number of dimensions."""
-READ_BYTES = 4 << 20
-FACTS = {
-    "version": int, "kind": str, "dim": int, "bank": str, "content": dict, "settings": dict, "measured": list,
-    "trained_rows": int, "hashes": dict,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +89,7 @@ def _layout(state: IndexState) -> tuple[dict[str, container.Entry], dict[str, ND
     present |= {name: array for name, array in optional.items() if array is not None}
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {name: (TABLES[name][0], a.shape) for name, a in present.items()}
     if state.faiss is not None:
-        shapes["faiss"] = ("U8", (_faiss_size(state.faiss),))
+        shapes["faiss"] = ("U8", (size_of_engine(state.faiss),))
     return container.lay_out(shapes), present
 
 
@@ -110,7 +103,7 @@ def write_index(path: Path, state: IndexState) -> None:
         for name in sorted(entries, key=lambda n: entries[n].begin):
             writer = _Hashing(stream)
             if name == "faiss":
-                _pour_faiss(state.faiss, writer)
+                pour(state.faiss, writer)
             else:
                 for block in _blocks(present[name]):
                     writer(block)
@@ -147,18 +140,6 @@ class _Hashing:
         self.digest.update(block)
 
 
-def _pour_faiss(index: Any, write: Any) -> None:
-    faiss = require_faiss()
-    writer = faiss.PyCallbackIOWriter(write, READ_BYTES)
-    faiss.write_index(index, writer)
-
-
-def _faiss_size(index: Any) -> int:
-    sizes: list[int] = []
-    _pour_faiss(index, lambda block: sizes.append(len(block)))
-    return sum(sizes)
-
-
 def read_index(path: Path) -> IndexState:
     """Open an index file; all of it is checked, vectors stay on disk.
 
@@ -174,11 +155,13 @@ def read_index(path: Path) -> IndexState:
     try:
         file = OpenFile(path)
         parsed = read_container(file)
-        facts = _facts(parsed.metadata)
+        facts = facts_of(parsed.metadata)
         places = places_of(file, parsed)
         _check_entries(facts, places)
         state = _state(facts, places)
-        return replace(state, faiss=_read_faiss(places["faiss"])) if "faiss" in places else state
+        if state.kind == "flat":
+            return state
+        return replace(state, faiss=read_engine(places["faiss"], _engine_facts(state)))
     except GMemError as error:
         if error.path is None:
             error.path = path
@@ -187,40 +170,20 @@ def read_index(path: Path) -> IndexState:
         raise
 
 
-def _facts(metadata: Mapping[str, str]) -> dict[str, Any]:
-    text = metadata.get(METADATA_KEY)
-    if text is None:
-        raise FormatError(
-            "a safetensors file, but not an index of a bank: give another --index, or another name with -o"
-        )
-    if hashlib.sha256(text.encode("utf-8", "replace")).hexdigest() != metadata.get(f"{METADATA_KEY}_sha256"):
-        raise CorruptError("what it says of itself does not match its hash")
-    try:
-        facts = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CorruptError(f"what it says of itself is not JSON: {error}") from error
-    if not isinstance(facts, dict):
-        raise CorruptError("what it says of itself is not a JSON object")
-    if isinstance(facts.get("version"), int) and facts["version"] > VERSION:
-        raise FormatVersionError(
-            f"an index of version {facts['version']}, this program reads up to {VERSION}: build it again, or update gmem"
-        )
-    for name, wanted in FACTS.items():
-        if not isinstance(facts.get(name), wanted):
-            raise CorruptError(f"its {name} is missing or of the wrong type")
-    return facts
-
-
 def _check_entries(facts: Mapping[str, Any], places: Mapping[str, Place]) -> None:
     for name, place in places.items():
         if name in TABLES and (place.dtype, len(place.shape)) != TABLES[name]:
             raise CorruptError(f"entry {name!r} is {place.dtype} of shape {list(place.shape)}", tensor=name)
+    if facts["kind"] == "flat" and "faiss" in places:
+        raise CorruptError("a flat index with an entry 'faiss'", tensor="faiss")
     missing = {"rows", "keys", "values", "vectors" if facts["kind"] == "flat" else "faiss"} - set(places)
     if missing:
         raise CorruptError(f"it lacks {sorted(missing)}")
     num_labels = places["rows"].shape[0]
+    if "axes" not in places and facts["dim"] != facts["content"]["dim"]:
+        raise CorruptError(f"it has {facts['dim']} coordinates for {facts['content']['dim']} dimensions, and no axes")
     wrong = [name for name in ("keys", "values") if places[name].shape != (num_labels,)]
-    for name, shape in (("vectors", (num_labels, facts["dim"])), ("axes", (facts["dim"], facts["content"].get("dim")))):
+    for name, shape in (("vectors", (num_labels, facts["dim"])), ("axes", (facts["dim"], facts["content"]["dim"]))):
         if name in places and places[name].shape != shape:
             wrong.append(name)
     if wrong:
@@ -252,41 +215,16 @@ def _state(facts: Mapping[str, Any], places: Mapping[str, Place]) -> IndexState:
 
     optional = {name: array(name) for name in ("axes", "vectors") if name in places}
     state = IndexState(facts=facts, rows=array("rows"), keys=array("keys"), values=array("values"), **optional)
-    try:
-        num_rows = sum(int(num_rows) for num_rows, _ in facts["content"]["segments"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptError(f"what it says of its bank is not whole: {error!r}") from error
+    num_rows = facts_rows(facts)
     live = np.sort(state.rows[state.rows >= 0])
-    if not np.array_equal(live, np.arange(num_rows)):
+    if len(live) != num_rows or state.rows.min(initial=-1) < -1 or not np.array_equal(live, np.arange(num_rows)):
         raise CorruptError("its table of rows does not name each row once", tensor="rows")
     return state
 
 
-@contextmanager
-def _limited(faiss: Any, num_bytes: int) -> Iterator[None]:
-    """Let FAISS read no vector, and no loop, longer than a file of that size can hold."""
-    before = faiss.get_deserialization_vector_byte_limit(), faiss.get_deserialization_loop_limit()
-    faiss.set_deserialization_vector_byte_limit(num_bytes)
-    faiss.set_deserialization_loop_limit(num_bytes)
-    try:
-        yield
-    finally:
-        faiss.set_deserialization_vector_byte_limit(before[0])
-        faiss.set_deserialization_loop_limit(before[1])
-
-
-def _read_faiss(place: Place) -> Any:
-    faiss = require_faiss()
-    position = place.begin
-
-    def read(wanted: int) -> bytes:
-        nonlocal position
-        block = place.file.pread(min(wanted, place.end - position), position)
-        position += len(block)
-        return block
-
-    try:
-        with _limited(faiss, place.end - place.begin):
-            return faiss.read_index(faiss.PyCallbackIOReader(read, READ_BYTES), faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
-    except RuntimeError as error:
-        raise CorruptError(f"FAISS cannot read its part of it: {str(error).splitlines()[0]}", tensor="faiss") from error
+def _engine_facts(state: IndexState) -> EngineFacts:
+    facts = state.facts
+    num_rows = int((state.rows >= 0).sum())
+    if facts["kind"] == "hnsw" and num_rows != len(state.rows):
+        raise CorruptError("its table of rows has gaps, which an HNSW index cannot have", tensor="rows")
+    return EngineFacts(kind=state.kind, dim=facts["dim"], num_lists=facts["num_lists"], num_rows=num_rows)

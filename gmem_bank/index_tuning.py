@@ -8,6 +8,7 @@ Shapes: B probes, E coordinates, c candidates of a probe.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ FACTORS = {"ivf-rabitq": (1, 2, 4, 8, 16, 32), "ivf-pq": (1, 2, 4, 8, 16, 32)}
 """Kind → candidates a neighbour wanted; other kinds hold whole vectors, so that their order is right already."""
 MARGIN = 2
 """Standard errors by which the measured recall must lie above the one asked for: other queries will be asked."""
+TIMINGS = 3
+SLOWER = 2
+"""Efforts in a row that are slower than the fastest, after which no more are tried."""
 TIE = 1e-6
 """Cosines nearer than this are equal: rounding of f32 sums."""
 
@@ -49,18 +53,20 @@ class Truth:
     """Of exact search over the whole bank."""
 
 
-def truth_of(coordinates: Coordinates, seed: int, progress: Progress) -> Truth:
+def truth_of(coordinates: Coordinates, seed: int, progress: Progress, among: NDArray[np.int64] | None = None) -> Truth:
     """Return exact answers for rows drawn at random; one pass over the bank.
 
     Args:
         coordinates: of the bank, mask lifted.
         seed: which rows.
         progress: told rows compared and rows in all.
+        among: (m,) rows to draw from; None: all.
     """
     bank = coordinates.bank
     rows = bank.rows()
     rng = np.random.Generator(np.random.PCG64(seed))
-    probes = np.sort(rng.choice(rows, min(NUM_PROBES, len(rows)), replace=False))
+    drawn = rows if among is None else among
+    probes = np.sort(rng.choice(drawn, min(NUM_PROBES, len(drawn)), replace=False))
     snippets = bank.snippets(probes)
     num = min(K, len(rows) - 1)
     seen = 0
@@ -126,8 +132,9 @@ def tune(
             "kind": index.kind, "nprobe": effort, "rerank": factor, "recall": round(found, 4),
             "queries_per_second": round(speed, 1), "bytes": num_bytes,
         })  # fmt: skip
-        if len(table) > 1 and speed < table[-2]["queries_per_second"]:
-            break
+        best_speed = max(float(line["queries_per_second"]) for line in table)
+        if all(line["queries_per_second"] < best_speed for line in table[-SLOWER:]):
+            break  # more effort only costs from here on; one reading alone may be chance
     if not table:
         raise ConfigError(
             f"recall@10 of {recall} is out of reach for an index of kind {index.kind}: {best:.3f} was the best measured. "
@@ -155,9 +162,10 @@ def _smallest_factor(
 
 
 def _timed(index: BankIndex, truth: Truth, effort: int, factor: int) -> tuple[float, float]:
-    """Return the recall of a search as it will be done, and its queries a second."""
-    num = truth.num + 1
-    started = time.perf_counter()
-    scores, rows = index.nearest(truth.snippets, num, nprobe=effort, rerank=factor)
-    speed = len(rows) / (time.perf_counter() - started)
-    return recall_of(truth, rows, scores)[0], speed
+    """Return the recall of a search as it will be done, and its queries a second: the median of some, after one to warm up."""
+    num, seconds = truth.num + 1, []
+    for _ in range(1 + TIMINGS):
+        started = time.perf_counter()
+        scores, rows = index.nearest(truth.snippets, num, nprobe=effort, rerank=factor)
+        seconds.append(time.perf_counter() - started)
+    return recall_of(truth, rows, scores)[0], len(rows) / statistics.median(seconds[1:])

@@ -5,32 +5,31 @@ Shapes: B queries, N rows, n active rows, L labels, D dimensions, E coordinates,
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gmem_bank.bank import MemoryBank
 from gmem_bank.coordinates import BLOCK_BYTES, Coordinates, require_queries
-from gmem_bank.errors import ConfigError, CorruptError, StaleIndexError
-from gmem_bank.index import best_of, matrix_products, require_faiss, search_flat
+from gmem_bank.errors import ConfigError
+from gmem_bank.index import best_of, require_faiss, search_flat
+from gmem_bank.index_candidates import Candidates, queries_at_once
 from gmem_bank.index_choice import ladder
 from gmem_bank.index_file import IndexState, index_path, read_index
 from gmem_bank.provenance import Json
-from gmem_bank.row_identity import content_of
+from gmem_bank.row_identity import require_fit
 from gmem_bank.space import to_space
 
-GPU_KINDS = ("ivf-flat", "ivf-pq")
-"""Kinds that FAISS searches on a GPU."""
-MOST_QUERIES = 4096
-"""In one call of FAISS."""
-PART_BYTES = 4 << 20
-"""Of f32 vectors that are compared at a time: they are read, widened, normalised and multiplied while they are in the cache."""
+GATHERED, WIDENED = 70, 28
+"""What a gathered row costs, and what a streamed one costs to read and widen, in comparisons of a streamed row with a query."""
+PART_BYTES = 1 << 20
+"""Of f32 vectors that are compared at a time: they are read, widened and multiplied while they are in the cache."""
 
 
 class BankIndex:
@@ -65,7 +64,8 @@ class BankIndex:
     def describe(self) -> str:
         """Return "bank.safetensors.index (ivf-rabitq, nprobe 8, rerank 4)"."""
         settings = [f"{name} {value}" for name, value in self.settings.items()]
-        return f"{self.path} ({', '.join([self.kind, *settings])})"
+        device = ["GPU 0"] if self.kind != "flat" and self._candidates.is_on_gpu else []
+        return f"{self.path} ({', '.join([self.kind, *settings, *device])})"
 
     def nearest(
         self, queries: NDArray[np.float32], k: int, *, nprobe: int | None = None, rerank: int | None = None
@@ -75,7 +75,7 @@ class BankIndex:
         Args:
             queries: (B, D) float32, finite, not all zeros.
             k: neighbours wanted; at most n.
-            nprobe: lists looked into (for HNSW: candidates kept in view) instead of what was tuned.
+            nprobe: lists looked into (for HNSW: candidates kept in view) instead of what was tuned; more of both under a mask.
             rerank: candidates a neighbour wanted that are compared by exact cosines, instead of what was tuned.
 
         Returns:
@@ -94,21 +94,68 @@ class BankIndex:
             )
         if self.kind == "flat":
             return best_of(self._projected(unit), self._vector_blocks(k), k)
-        effort, factor = self._effort(nprobe), self._factor(rerank)
-        turned = self._coordinates.of_unit(unit)
-        scores, rows = np.empty((len(unit), k), np.float32), np.empty((len(unit), k), np.int64)
-        for start in range(0, len(unit), MOST_QUERIES):
-            asked = slice(start, start + MOST_QUERIES)
-            candidates = self._candidates(unit[asked], k * factor, effort)
+        return self._best(unit, k, k * self._factor(rerank), self._effort(nprobe))
 
-            def order(part: slice, asked: slice = asked, candidates: NDArray[np.int64] = candidates) -> None:
-                scores[asked][part], rows[asked][part] = self._ordered(turned[asked][part], candidates[part], k)
-
-            self._in_parts(order, len(candidates), k * factor)
+    def _best(
+        self, unit: NDArray[np.float32], k: int, num: int, effort: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return cosines and rows from `num` candidates of each unit query; more where a mask hides what they would be."""
+        own = self._candidates
+        if own.is_masked:
+            wider = own.num_rows / own.num_active
+            num, effort = min(math.ceil(num * wider), own.num_active), min(math.ceil(effort * wider), own.most_effort)
+            if self._is_cheaper_exactly(len(unit), num, effort):
+                return search_flat(self.bank, unit, k)
+        scores, rows = self._of_candidates(unit, k, num, effort)
+        if own.is_masked:
+            self._look_further(unit, k, num, effort, scores, rows)
         short = np.flatnonzero((rows < 0).any(axis=1))
         if len(short):  # the lists looked into held too few active rows: those queries are compared with every row
             scores[short], rows[short] = search_flat(self.bank, unit[short], k)
         return scores, rows
+
+    def _of_candidates(
+        self, unit: NDArray[np.float32], k: int, num: int, effort: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        turned = self._coordinates.of_unit(unit)
+        scores, rows = np.empty((len(unit), k), np.float32), np.empty((len(unit), k), np.int64)
+        step = queries_at_once(num)
+        for start in range(0, len(unit), step):
+            asked = slice(start, start + step)
+            candidates = self._candidates.find(self._projected(unit[asked]), num, effort)
+
+            def order(part: slice, asked: slice = asked, candidates: NDArray[np.int64] = candidates) -> None:
+                scores[asked][part], rows[asked][part] = self._ordered(turned[asked][part], candidates[part], k)
+
+            self._in_parts(order, len(candidates), num)
+        return scores, rows
+
+    def _look_further(
+        self,
+        unit: NDArray[np.float32],
+        k: int,
+        num: int,
+        effort: int,
+        scores: NDArray[np.float32],
+        rows: NDArray[np.int64],
+    ) -> None:
+        """Look at twice as much again for queries around which the mask hides most, until what is found stays the same."""
+        own = self._candidates
+        left = np.flatnonzero(own.hidden_from(self._projected(unit), num, effort))
+        while len(left):
+            num, effort = min(2 * num, own.num_active), min(2 * effort, own.most_effort)
+            if self._is_cheaper_exactly(len(left), num, effort):
+                scores[left], rows[left] = search_flat(self.bank, unit[left], k)
+                return
+            before = rows[left]
+            scores[left], rows[left] = self._of_candidates(unit[left], k, num, effort)
+            left = left[(rows[left] != before).any(axis=1)]
+
+    def _is_cheaper_exactly(self, num_queries: int, num: int, effort: int) -> bool:
+        """Say whether comparing queries with all active rows costs less than comparing `num` candidates of each."""
+        lists = 0 if self.kind == "hnsw" else self._candidates.most_effort
+        exact = self._num_active * (WIDENED + num_queries)
+        return exact <= num_queries * (GATHERED * num + effort + lists)
 
     # -- the mask
 
@@ -125,11 +172,8 @@ class BankIndex:
         return int(self._active.sum())
 
     @cached_property
-    def _selector(self) -> Any:
-        """What tells FAISS which labels may be found; None where it holds no other."""
-        if self._num_active == len(self.bank):
-            return None
-        return require_faiss().IDSelectorBitmap(np.packbits(self._active, bitorder="little"))
+    def _candidates(self) -> Candidates:
+        return Candidates(self._state, self._active, self.path)
 
     # -- candidates
 
@@ -146,17 +190,9 @@ class BankIndex:
             if own.any():
                 yield (rows[part], vectors[part]) if own.all() else (rows[part][own], vectors[part][own])
 
-    @cached_property
-    def _engine(self) -> Any:
-        """The FAISS index, on a GPU where it can be searched there."""
-        faiss, index = require_faiss(), self._state.faiss
-        if faiss.get_num_gpus() and self.kind in GPU_KINDS and self._selector is None:
-            return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
-        return index
-
     def _effort(self, nprobe: int | None) -> int:
-        num_lists = 0 if self.kind == "hnsw" else int(self._state.faiss.nlist)
-        return int(self.settings["nprobe"]) if nprobe is None else ladder(self.kind, num_lists, nprobe)[0]
+        lists = int(self._state.facts["num_lists"])
+        return int(self.settings["nprobe"]) if nprobe is None else ladder(self.kind, lists, nprobe)[0]
 
     def _factor(self, rerank: int | None) -> int:
         factor = int(self.settings["rerank"]) if rerank is None else rerank
@@ -164,26 +200,12 @@ class BankIndex:
             raise ConfigError(f"rerank must be at least 1, got {factor}", key="rerank")
         return factor
 
-    def _candidates(self, unit: NDArray[np.float32], num: int, effort: int) -> NDArray[np.int64]:
-        """Return the (B, c) rows that the index finds, best estimate first; -1 where it finds fewer."""
-        faiss = require_faiss()
-        num = min(num, len(self.bank))
-        if self.kind == "hnsw":
-            how = faiss.SearchParametersHNSW(efSearch=max(effort, num), sel=self._selector)
-        else:
-            how = faiss.SearchParametersIVF(nprobe=effort, sel=self._selector)
-        with matrix_products(faiss, len(unit)):
-            labels = self._engine.search(np.ascontiguousarray(self._projected(unit)), num, params=how)[1]
-        if labels.max(initial=-1) >= len(self._state.rows):
-            raise CorruptError(f"{self.path} knows a row that is not in its table: build it again", path=self.path)
-        return np.where(labels >= 0, self._state.rows[labels], -1)
-
     def candidates(
         self, queries: NDArray[np.float32], num: int, nprobe: int
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return the (B, c) rows that the index itself finds, best estimate first, and their exact cosines."""
         unit = to_space(np.ascontiguousarray(queries, np.float32), "unit")
-        turned, rows = self._coordinates.of_unit(unit), self._candidates(unit, num, nprobe)
+        turned, rows = self._coordinates.of_unit(unit), self._candidates.find(self._projected(unit), num, nprobe)
         scores = np.empty(rows.shape, np.float32)
 
         def compare(part: slice) -> None:
@@ -212,9 +234,15 @@ class BankIndex:
         if not known.any():
             return np.full(rows.shape, -np.inf, np.float32)
         filled = np.where(known, rows, rows[known][0])
-        vectors = self._coordinates.of(filled.reshape(-1)).reshape(*rows.shape, -1)
-        scores = np.matmul(vectors, turned[:, :, None])[:, :, 0]
-        return np.where(known, scores, np.float32(-np.inf))
+        scores = np.empty(rows.shape, np.float32)
+        step = max(
+            1, BLOCK_BYTES // (4 * self._coordinates.dim * len(rows))
+        )  # one query may have any number of candidates
+        for start in range(0, rows.shape[1], step):
+            part = slice(start, start + step)
+            scores[:, part] = self._coordinates.cosines(filled[:, part], turned)
+        scores[~known] = -np.inf
+        return scores
 
     def _ordered(
         self, turned: NDArray[np.float32], rows: NDArray[np.int64], k: int
@@ -251,26 +279,3 @@ def open_index(bank: MemoryBank, path: str | os.PathLike[str] | None = None) -> 
 def find_index(bank: MemoryBank, path: str | os.PathLike[str] | None = None) -> BankIndex | None:
     """Return the index of a bank as `open_index` does, or None where no path is given and there is none beside the bank."""
     return open_index(bank, path) if path is not None or index_path(bank.path).exists() else None
-
-
-def descends(bank: MemoryBank, state: IndexState) -> bool:
-    """Say whether a bank is, by its history, what has become of the one that an index was made for."""
-    known = {bank.fingerprint, *(entry.get("parent") for entry in bank.history)}
-    return state.facts["bank"] in known and bank.encoder.fingerprint == state.facts["content"].get("encoder")
-
-
-def require_fit(bank: MemoryBank, state: IndexState, path: Path) -> None:
-    """Raise StaleIndexError unless the rows of a bank are those of an index, in that order."""
-    if content_of(bank) == state.facts["content"]:
-        return
-    if descends(bank, state):
-        raise StaleIndexError(
-            f"{path} is of an earlier state of {bank.path}: 'gmem-bank index {bank.path} --update' brings it up to date, "
-            "'search --exact' does without",
-            path=path,
-        )
-    raise StaleIndexError(
-        f"{path} was made for another bank than {bank.path}, or for a state of it that was undone: "
-        f"'gmem-bank index {bank.path}' builds a new one, 'search --exact' does without",
-        path=path,
-    )

@@ -52,6 +52,15 @@ class DenseBank(MemoryBank):
             return values  # f32 is in the bank's space as it is stored, bit for bit
         return scale_to_unit(values)
 
+    @cached_property
+    def is_unit_as_stored(self) -> bool:
+        """Whether `directions` are of length 1 already."""
+        types = {self._stored.dtype(segment.entry("snippets")) for segment in self.header.segments}
+        return self.space == "unit" and types <= {"F32"}
+
+    def _gather_directions(self, segment: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self._gatherers[segment](rows)
+
 
 class FactoredBank(MemoryBank):
     """Coefficients a row, and one basis: snippet ≈ coefficients · basis + mean. Sparse and i8 segments are made dense here."""

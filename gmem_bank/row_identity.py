@@ -1,5 +1,7 @@
 """Which rows of a bank are rows that an index has already: by segments that are byte for byte the same, else row by row.
 
+And so whether an index fits a bank, and where it does not, which command makes one that does.
+
 Shapes: N rows, C columns of a block of values, b rows of a block.
 """
 
@@ -7,16 +9,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gmem_bank.errors import CorruptError, StaleIndexError
 from gmem_bank.interface import SupportsFactors
 from gmem_bank.provenance import Json, sha256_of
 
 if TYPE_CHECKING:
     from gmem_bank.bank import MemoryBank
+    from gmem_bank.index_file import IndexState
 
 VECTOR_ENTRIES = ("snippets", "coefficients", "scale", "values", "index")
 HASH_SEED = 0x676D656D
@@ -68,24 +73,33 @@ def hashes_of_values(values: NDArray[np.float32]) -> NDArray[np.uint64]:
 
 
 def key_hashes(bank: MemoryBank) -> NDArray[np.uint64]:
-    """Return the (N,) hashes of the keys, in the order of the rows."""
+    """Return the (N,) hashes of the keys, in the order of the rows; raises CorruptError where the table lacks a row."""
+    table_rows = np.asarray(bank.stored.array("keys.row"))
+    named = np.zeros(len(bank), np.bool_)
+    if len(table_rows) == len(bank) and len(bank) and 0 <= table_rows.min() <= table_rows.max() < len(bank):
+        named[table_rows] = True
+    if not named.all():
+        raise CorruptError(
+            f"{bank.path}: its table of keys does not name each row once; 'gmem-bank verify {bank.path}' says what is damaged",
+            path=bank.path, tensor="keys.row",
+        )  # fmt: skip
     ordered = np.empty(len(bank), np.uint64)
-    ordered[bank.stored.array("keys.row")] = bank.stored.array("keys.hash")
+    ordered[table_rows] = bank.stored.array("keys.hash")
     return ordered
 
 
 def kept_segments(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return new rows, and the old row of each, of the segments whose vectors are byte for byte the same."""
-    begins: dict[str, list[int]] = {}
+    begins: dict[tuple[int, str], list[int]] = {}  # the size too: the old content is what a file says
     start = 0
     for num_rows, digest in old["segments"]:
-        begins.setdefault(digest, []).append(start)
+        begins.setdefault((num_rows, digest), []).append(start)
         start += num_rows
     new_rows, old_rows, start = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
     for num_rows, digest in new["segments"]:
-        if begins.get(digest):
+        if begins.get((num_rows, digest)):
             new_rows.append(np.arange(start, start + num_rows))
-            old_rows.append(begins[digest].pop(0) + np.arange(num_rows))
+            old_rows.append(begins[num_rows, digest].pop(0) + np.arange(num_rows))
         start += num_rows
     return np.concatenate(new_rows), np.concatenate(old_rows)
 
@@ -102,3 +116,33 @@ def _as_pairs(keys: NDArray[np.uint64], values: NDArray[np.uint64]) -> NDArray[A
     pairs = np.empty(len(keys), [("key", "<u8"), ("value", "<u8")])
     pairs["key"], pairs["value"] = keys, values
     return pairs
+
+
+def descends(bank: MemoryBank, state: IndexState) -> bool:
+    """Say whether a bank is, by its history, what has become of the one that an index was made for."""
+    known = {bank.fingerprint, *(entry.get("parent") for entry in bank.history)}
+    return state.facts["bank"] in known and bank.encoder.fingerprint == state.facts["content"].get("encoder")
+
+
+def require_fit(bank: MemoryBank, state: IndexState, path: Path) -> None:
+    """Raise StaleIndexError unless the rows of a bank are those of an index, in that order."""
+    if content_of(bank) == state.facts["content"]:
+        return
+    why = why_not_update(bank, state, path)
+    if why is None:
+        raise StaleIndexError(
+            f"{path} is of an earlier state of {bank.path}: 'gmem-bank index {bank.path} --update' brings it up to date, "
+            "'search --exact' does without",
+            path=path,
+        )
+    raise StaleIndexError(f"{why}, 'search --exact' does without", path=path)
+
+
+def why_not_update(bank: MemoryBank, state: IndexState, path: Path) -> str | None:
+    """Return why an index cannot follow its bank, and the command that makes a new one; None where it can."""
+    again = f"'gmem-bank index {bank.path}' builds a new one"
+    if not descends(bank, state):
+        return f"{path} was made for another bank than {bank.path}, or for a state of it that was undone: {again}"
+    if bank.dim != state.facts["content"]["dim"] or not same_factors(bank, state.facts["content"]):
+        return f"{bank.path} has been compressed or fitted anew since {path} was made, so that no row is what it was: {again}"
+    return None

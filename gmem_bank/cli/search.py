@@ -6,7 +6,16 @@ from typing import Any
 
 import click
 
-from gmem_bank.console import encoder_run_options, human_bytes, json_option, note, print_json, printable, quiet_option
+from gmem_bank.console import (
+    byte_count,
+    encoder_run_options,
+    human_bytes,
+    json_option,
+    note,
+    print_json,
+    printable,
+    quiet_option,
+)
 
 
 @click.command()
@@ -18,11 +27,12 @@ from gmem_bank.console import encoder_run_options, human_bytes, json_option, not
     help="auto, flat, ivf-rabitq, ivf-flat, ivf-pq or hnsw; auto: flat, which is exact, where that is fast, else ivf-rabitq.",
 )
 @click.option("--recall", type=float, default=0.95, show_default=True, help="Recall@10 to tune for; 1 is exact search.")
-@click.option("--max-bytes", type=int, default=None, help="Most that the index may take.")
+@click.option("--max-bytes", default=None, metavar="SIZE", help="Most that the index may take, as 500000, 20M or 1.5G.")
 @click.option("--nlist", type=int, default=None, help="Clusters of an ivf index. Default: about 4 √rows.")
 @click.option(
-    "--nprobe", type=int, default=None, help="Clusters looked into a query; for hnsw, its efSearch. Default: tuned."
-)
+    "--effort", "--nprobe", "nprobe", type=int, default=None,
+    help="Clusters looked into a query; for hnsw, its efSearch. Default: tuned.",
+)  # fmt: skip
 @click.option(
     "--rerank", type=int, default=None, help="Candidates a result that are compared by exact values. Default: tuned."
 )
@@ -34,7 +44,7 @@ from gmem_bank.console import encoder_run_options, human_bytes, json_option, not
 @json_option
 @quiet_option
 def index(
-    bank: str, kind: str, recall: float, max_bytes: int | None, nlist: int | None, nprobe: int | None, rerank: int | None,
+    bank: str, kind: str, recall: float, max_bytes: str | None, nlist: int | None, nprobe: int | None, rerank: int | None,
     seed: int, update: bool, output: str | None, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Build the index of BANK, measure it, and write it beside the bank, where search finds it."""
@@ -46,8 +56,8 @@ def index(
             report = gmem_bank.update_index(bank, path=output, progress=progress)
         else:
             report = gmem_bank.build_index(
-                bank, kind=kind, recall=recall, max_bytes=max_bytes, nlist=nlist, nprobe=nprobe, rerank=rerank, output=output,
-                seed=seed, progress=progress,
+                bank, kind=kind, recall=recall, max_bytes=byte_count(max_bytes), nlist=nlist, nprobe=nprobe, rerank=rerank,
+                output=output, seed=seed, progress=progress,
             )  # fmt: skip
     if as_json:
         print_json(report.to_json())
@@ -55,12 +65,16 @@ def index(
     _print_report(report, update)
 
 
+OPTIONS = {"max_bytes": "max-bytes", "nprobe": "effort"}
+"""Parameter → option, where they are not spelt alike."""
+
+
 def _require_plain_update() -> None:
     context = click.get_current_context()
     for name in ("kind", "recall", "max_bytes", "nlist", "nprobe", "rerank", "seed"):
         if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
             raise click.UsageError(
-                f"--update keeps the index as it was made: --{name.replace('_', '-')} needs a new one"
+                f"--update keeps the index as it was made: --{OPTIONS.get(name, name)} needs a new one"
             )
 
 
@@ -74,11 +88,19 @@ def _print_report(report: Any, update: bool) -> None:
     )
     if update:
         click.echo(f"+{report.num_added} rows, -{report.num_removed} rows; measured when it was built:")
-    click.echo(f"{'':12}{'nprobe':>8}{'rerank':>8}{'recall@10':>11}{'queries/s':>11}{'size':>12}")
+    if report.recall_of_added is not None:
+        note(
+            f"the basis has grown since: recall@10 of the new rows is {report.recall_of_added:.3f}; "
+            f"'gmem-bank index {report.bank}' builds a new one"
+        )
+    click.echo(f"{'':12}{'effort':>8}{'rerank':>8}{'recall@10':>11}{'queries/s':>11}{'size':>12}")
     for line in report.measured:
         probe, factor = (line.get(name, "") for name in ("nprobe", "rerank"))
         speed, size = line["queries_per_second"], human_bytes(line["bytes"])
-        click.echo(f"{line['kind']:12}{probe:>8}{factor:>8}{line['recall']:>11.3f}{speed:>11,.0f}{size:>12}")
+        how = f"  {printable(line['how'])}" if "how" in line else ""
+        click.echo(
+            f"{printable(line['kind']):12}{probe:>8}{factor:>8}{line['recall']:>11.3f}{speed:>11,.0f}{size:>12}{how}"
+        )
     if report.outgrown:
         note(
             f"the bank has far more rows than the index was trained on: 'gmem-bank index {report.bank}' makes a better one"
@@ -106,10 +128,10 @@ def search(
     bank: str, query: str, k: int, weights: str | None, text: bool, exact: bool, index_file: str | None, page: str | None,
     overwrite: bool, device: str, batch_size: Any, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
-    """Find the rows of BANK nearest to QUERY.
+    """Find the rows of BANK nearest to QUERY; both are needed, in this order.
 
-    QUERY is a concept or key of the bank, an image, a folder of images, or a file of vectors (.npy, .npz, .safetensors, .h5).
-    An index beside the bank is used where there is one.
+    QUERY is a concept or key of the bank, an image, a folder of images, or a file of vectors (.npy, .npz, .safetensors, .h5,
+    .parquet). An index beside the bank is used where there is one.
     """
     import gmem_bank
 

@@ -93,7 +93,8 @@ def test_bytes_that_faiss_cannot_read_are_refused_though_their_hash_fits(make_ba
 def write_raw(path: Path, state: index_file.IndexState, data: bytes) -> None:
     """Write an index whose FAISS part is any bytes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index_file, "_pour_faiss", lambda _index, write: write(data))
+        patch.setattr(index_file, "pour", lambda _index, write: write(data))
+        patch.setattr(index_file, "size_of_engine", lambda _index: len(data))
         write_index(path, dataclasses.replace(state, faiss=object()))
 
 
@@ -110,8 +111,8 @@ def test_facts_that_cannot_be(make_bank: BankMaker) -> None:
     """A later version, missing and wrong facts, a flat index without vectors."""
     state = read_index(made(make_bank(snippets=clustered(60, 8)), "flat"))
     for change, words, error in (
-        ({"dim": "8"}, "dim is missing", CorruptError), ({"dim": 9}, "'vectors' has shape", CorruptError),
-        ({"kind": "hnsw"}, "lacks", CorruptError), ({"content": {}}, "not whole", CorruptError), ({"measured": None}, "measured", CorruptError),
+        ({"dim": "8"}, "dim is missing", CorruptError), ({"dim": 9}, "9 coordinates for 8", CorruptError),
+        ({"kind": "hnsw"}, "its settings", CorruptError), ({"content": {}}, "its content", CorruptError), ({"measured": None}, "measured", CorruptError),
     ):  # fmt: skip
         write_index(Path("bad.index"), dataclasses.replace(state, facts={**state.facts, **change}))
         with pytest.raises(error, match=words):

@@ -41,7 +41,7 @@ def test_updated_it_answers_as_brute_force(make_bank: BankMaker, kind: str, stor
     """Insert, remove, mask, rename, compact, in turn; only what is new is added. HNSW cannot remove, and says what can."""
     bank = make_bank(snippets=clustered(), kind=stored[0], dtype=stored[1], rank=5, parts=(250, 150))
     gmem_bank.build_index(bank.path, kind=kind, recall=0.5)
-    new = clustered(40, seed=77)
+    new = bank.snippets(np.arange(0, 400, 10)) + np.random.default_rng(7).normal(0, 0.02, (40, 16)).astype(np.float32)
     gmem_bank.insert_snippets(bank.path, new, name="new", report=False)
     opened = gmem_bank.open(bank.path)
     with pytest.raises(StaleIndexError, match=r"earlier state of .* --update"):
@@ -190,9 +190,9 @@ def test_a_bank_whose_factors_were_fitted_anew_needs_a_new_index(make_bank: Bank
             gmem_bank.update_index(old.path)
 
 
-@pytest.mark.parametrize("kind", ["flat", "ivf-rabitq"])
-def test_the_basis_grows_and_the_index_follows(make_bank: BankMaker, kind: str) -> None:
-    """Old rows keep their labels; new directions are searched exactly, also outside of what an IVF index was trained in."""
+def test_the_basis_grows_and_a_flat_index_follows(make_bank: BankMaker) -> None:
+    """It is written anew on the axes of the bank, so that nothing of the new directions is lost."""
+    kind = "flat"
     bank = make_bank(snippets=clustered(), kind="factored", rank=3)
     gmem_bank.build_index(bank.path, kind=kind, recall=0.3)
     gmem_bank.insert_snippets(bank.path, clustered(30, seed=8), name="new", grow_below=0.99, report=False)
@@ -201,3 +201,74 @@ def test_the_basis_grows_and_the_index_follows(make_bank: BankMaker, kind: str) 
     report = gmem_bank.update_index(bank.path)
     assert (report.num_added, report.num_removed) == (30, 0)
     assert_answers(grown, kind)
+
+
+def grown_bank(make_bank: BankMaker, added: np.ndarray, num_rows: int = 2000) -> gmem_bank.MemoryBank:
+    """A factored bank of rank 12 in 48 dimensions, indexed by RaBitQ, whose basis then grows for new rows."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((num_rows, 12)) @ rng.standard_normal((12, 48)) + 0.01 * rng.standard_normal(
+        (num_rows, 48)
+    )
+    bank = make_bank(snippets=rows.astype(np.float32), kind="factored", rank=12)
+    gmem_bank.build_index(bank.path, kind="ivf-rabitq", recall=0.95)
+    gmem_bank.insert_snippets(bank.path, added.astype(np.float32), name="new", grow_below=0.9999, report=False)
+    return gmem_bank.open(bank.path)
+
+
+def test_rows_that_the_index_would_hold_too_little_of_need_a_new_one(make_bank: BankMaker) -> None:
+    """16 directions that it was not made in: with the tuned settings none of the new rows would be found."""
+    rng = np.random.default_rng(1)
+    added = 3 * rng.standard_normal((200, 16)) @ np.linalg.qr(rng.standard_normal((48, 16)))[0].T
+    grown = grown_bank(make_bank, added)
+    assert grown.stored.shape("basis")[0] >= 24
+    before = index_path(grown.path).read_bytes()
+    with pytest.raises(StaleIndexError, match=r"basis of .* has grown .* 'gmem-bank index .*' builds a new one"):
+        gmem_bank.update_index(grown.path)
+    assert index_path(grown.path).read_bytes() == before
+    gmem_bank.build_index(grown.path, kind="ivf-rabitq", recall=0.95)
+    queries = grown.snippets(np.arange(2000, 2200))
+    found, true = gmem_bank.open_index(grown).nearest(queries, 10)[1], grown.nearest(queries, 10)[1]
+    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found.tolist(), true.tolist(), strict=True)]) > 0.6
+
+
+def test_where_little_is_lost_the_recall_of_new_rows_is_measured(make_bank: BankMaker) -> None:
+    """New rows that lie mostly where the index was made: added, and what their search is worth is said."""
+    rng = np.random.default_rng(0)
+    rng.standard_normal((2000, 12))
+    span = rng.standard_normal((12, 48))
+    other = np.random.default_rng(2)
+    added = other.standard_normal((200, 12)) @ span + 0.5 * other.standard_normal((200, 48))
+    grown = grown_bank(make_bank, added)
+    assert grown.stored.shape("basis")[0] > 12
+    report = gmem_bank.update_index(grown.path)
+    assert report.num_added == 200
+    assert report.recall_of_added is not None
+    assert 0.5 < report.recall_of_added <= 1
+    assert report.to_json()["recall_of_added"] == report.recall_of_added
+
+
+def test_what_is_advised_works_after_compressing(make_bank: BankMaker) -> None:
+    """index, compress in place, search: the command that the message names, and not the one that would refuse."""
+    bank = make_bank(snippets=clustered())
+    gmem_bank.build_index(bank.path, kind="ivf-flat", recall=0.5)
+    gmem_bank.compress(bank.path, rank=4)
+    assert_a_new_index_is_advised(bank.path)
+
+
+def test_what_is_advised_works_after_a_refit(make_bank: BankMaker) -> None:
+    """index, remove --refit, search."""
+    bank = make_bank(snippets=clustered(), kind="factored", rank=4)
+    gmem_bank.build_index(bank.path, kind="ivf-flat", recall=0.5)
+    gmem_bank.remove_concept(bank.path, "class1", refit=True)
+    assert_a_new_index_is_advised(bank.path)
+
+
+def assert_a_new_index_is_advised(path: Path) -> None:
+    opened = gmem_bank.open(path)
+    for work in (lambda: gmem_bank.open_index(opened), lambda: gmem_bank.update_index(path)):
+        with pytest.raises(StaleIndexError, match="fitted anew") as caught:
+            work()
+        assert "--update" not in str(caught.value)
+        assert f"'gmem-bank index {path}'" in str(caught.value)
+    gmem_bank.build_index(path, kind="ivf-flat", recall=0.5, nlist=default_lists(400))
+    assert_answers(opened, "ivf-flat")

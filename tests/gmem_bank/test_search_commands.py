@@ -55,16 +55,29 @@ def test_index_and_search_by_commands(make_bank: BankMaker) -> None:
     assert "flat (exact, which is fast enough at this size)" in flat
 
 
+def test_sizes_and_efforts_are_spelt_as_elsewhere(make_bank: BankMaker) -> None:
+    """20M as compress takes it; --effort and --nprobe are one; the table says how exact search was measured."""
+    path = str(make_bank(snippets=clustered()).path)
+    for name in ("--effort", "--nprobe"):
+        built = run("index", path, "--kind", "ivf-flat", name, "3", "--rerank", "1", "--max-bytes", "0.5M", "--json")
+        assert json.loads(built.stdout)["settings"] == {"nprobe": 3, "rerank": 1}
+    assert "streamed from disk, first pass" in run("index", path).stdout
+    assert ".parquet" in run("search", "--help").stdout
+    assert "BANK" in run("search", path, code=2).stderr
+
+
 def test_bad_arguments_to_index(make_bank: BankMaker) -> None:
     """One line on stderr, exit 1 or 2."""
     path = str(make_bank(snippets=clustered(60, 8)).path)
     for arguments, words, code in (
         (["--kind", "rabitq"], "Did you mean 'ivf-rabitq'", 1), (["--recall", "0"], "recall must be", 1),
         (["--recall", "1.5"], "recall must be", 1), (["--max-bytes", "100"], "--max-bytes", 1), (["--nlist", "61"], "nlist", 1),
-        (["--kind", "ivf-flat", "--nprobe", "99"], "nprobe must be 1 to", 1), (["--update"], "no index at", 1),
+        (["--kind", "ivf-flat", "--nprobe", "99"], "effort (nprobe) must be 1 to", 1), (["--update"], "no index at", 1),
         (["--update", "--kind", "flat"], "--kind needs a new one", 2),
-        (["--kind", "ivf-flat", "--rerank", "0"], "rerank must be", 1), (["--nprobe", "3"], "flat has no nprobe", 1),
-        (["--kind", "hnsw", "--nlist", "3"], "hnsw has no nlist", 1),
+        (["--kind", "ivf-flat", "--rerank", "0"], "rerank must be", 1), (["--nprobe", "3"], "flat has no effort (nprobe)", 1),
+        (["--kind", "hnsw", "--nlist", "3"], "hnsw has no nlist", 1), (["--max-bytes", "20X"], "is not a size", 2),
+        (["--max-bytes", "0.1K"], "--max-bytes", 1), (["--update", "--effort", "3"], "--effort needs a new one", 2),
+        (["--update", "--max-bytes", "3M"], "--max-bytes needs a new one", 2),
     ):  # fmt: skip
         assert words in run("index", path, *arguments, code=code).stderr
     assert "no bank at" in run("index", "absent.safetensors", code=1).stderr
@@ -72,7 +85,7 @@ def test_bad_arguments_to_index(make_bank: BankMaker) -> None:
     assert sorted(p.name for p in Path().iterdir()) == ["bank.safetensors"]
 
 
-@pytest.mark.parametrize("name", ["q.npy", "q.npz", "q.safetensors", "q.h5"])
+@pytest.mark.parametrize("name", ["q.npy", "q.npz", "q.safetensors", "q.h5", "q.parquet"])
 def test_a_file_of_vectors_is_a_query_a_row(make_bank: BankMaker, name: str) -> None:
     """Every form, any length of the vectors, any number type."""
     bank = make_bank(snippets=clustered(60, 8))
@@ -86,6 +99,11 @@ def test_a_file_of_vectors_is_a_query_a_row(make_bank: BankMaker, name: str) -> 
 
         with h5py.File(name, "w") as stored:
             stored["snippets"] = vectors
+    elif name.endswith("parquet"):
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        parquet.write_table(pa.table({"snippets": pa.array(vectors.tolist())}), name)
     else:
         from safetensors.numpy import save_file
 

@@ -1,0 +1,132 @@
+"""What an index proposes for a query, and whether a mask hides so much around it that more must be looked at.
+
+Shapes: B queries, N rows, L labels, E coordinates, c candidates of a query.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gmem_bank.errors import CorruptError
+from gmem_bank.index import matrix_products, require_faiss
+from gmem_bank.index_choice import MOST_EFFORT
+from gmem_bank.index_file import IndexState
+
+GPU_KINDS = ("ivf-flat", "ivf-pq")
+"""Kinds that FAISS searches on a GPU."""
+GPU_MOST = 2048
+"""Lists looked into, and candidates, that FAISS's kernels for GPUs take at most."""
+MOST_QUERIES = 4096
+MOST_CANDIDATES = 1 << 20
+"""Of all queries in one call of FAISS: a label and an estimate each, 12 MB."""
+OPEN_SHARE = 0.9
+"""Of the rows that a search looks at without a mask, so many must be active in what it looks at with one."""
+
+
+class Candidates:
+    """The FAISS index of an open index file, under a mask.
+
+    Args:
+        state: the index.
+        active: (L,) labels that may be found.
+        path: its file, for messages.
+    """
+
+    def __init__(self, state: IndexState, active: NDArray[np.bool_], path: Path) -> None:
+        self._state, self._active, self._path = state, active, path
+        self.num_rows = int((state.rows >= 0).sum())
+        """N."""
+        self.num_active = int(active.sum())
+        self.is_masked = self.num_active < self.num_rows
+
+    @property
+    def most_effort(self) -> int:
+        """The most lists that can be looked into, or candidates that HNSW can keep in view."""
+        return MOST_EFFORT if self._state.kind == "hnsw" else int(self._state.facts["num_lists"])
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether a GPU searches: it knows no mask, and not every kind."""
+        return self._state.kind in GPU_KINDS and not self.is_masked and require_faiss().get_num_gpus() > 0
+
+    def find(self, projected: NDArray[np.float32], num: int, effort: int) -> NDArray[np.int64]:
+        """Return the (B, c) rows that the index finds for (B, E) queries, best estimate first; -1 where it finds fewer."""
+        labels = self._labels(projected, min(num, self.num_rows), effort, self._selector)
+        self._require_known(labels)
+        return np.where(labels >= 0, self._state.rows[labels], -1)
+
+    def hidden_from(self, projected: NDArray[np.float32], num: int, effort: int) -> NDArray[np.bool_]:
+        """Return (B,) whether the mask hides more of what is looked at than it hides of all rows.
+
+        Args:
+            projected: (B, E) queries.
+            num: candidates looked at.
+            effort: for which `num` and `effort` are what N / n makes of the settings.
+        """
+        usual = self.num_active / self.num_rows
+        if self._state.kind == "hnsw":
+            labels = self._labels(projected, min(num, self.num_rows), effort, None)
+            shares = np.where(labels >= 0, self._active[labels], True)
+        else:
+            shares = self._shares[self._state.faiss.quantizer.search(projected, min(effort, self.most_effort))[1]]
+        hidden: NDArray[np.bool_] = shares.mean(axis=1) < OPEN_SHARE * usual
+        return hidden
+
+    def _require_known(self, labels: NDArray[np.int64]) -> None:
+        if labels.max(initial=-1) >= len(self._state.rows):
+            raise CorruptError(f"{self._path} knows a row that is not in its table: build it again", path=self._path)
+
+    def _labels(self, projected: NDArray[np.float32], num: int, effort: int, selector: Any) -> NDArray[np.int64]:
+        faiss = require_faiss()
+        most = GPU_MOST if self.is_on_gpu else max(num, effort)
+        num, effort = min(num, most), min(effort, most)
+        if self._state.kind == "hnsw":
+            how = faiss.SearchParametersHNSW(efSearch=max(effort, num), sel=selector)
+        else:
+            how = faiss.SearchParametersIVF(nprobe=effort, sel=selector)
+        labels = np.empty((len(projected), num), np.int64)
+        step = queries_at_once(num)
+        with matrix_products(len(projected)):
+            for start in range(0, len(projected), step):
+                part = np.ascontiguousarray(projected[start : start + step])
+                labels[start : start + step] = self._engine.search(part, num, params=how)[1]
+        return labels
+
+    @cached_property
+    def _selector(self) -> Any:
+        """What tells FAISS which labels may be found; None where it holds no other."""
+        if not self.is_masked:
+            return None
+        return require_faiss().IDSelectorBitmap(np.packbits(self._active, bitorder="little"))
+
+    @cached_property
+    def _shares(self) -> NDArray[np.float32]:
+        """(lists,): the share of each list's rows that is active; 1 of an empty one, which hides nothing."""
+        faiss, lists = require_faiss(), self._state.faiss.invlists
+        shares = np.ones(lists.nlist, np.float32)
+        for number in range(lists.nlist):
+            size = lists.list_size(number)
+            if size:
+                labels = faiss.rev_swig_ptr(lists.get_ids(number), size)
+                self._require_known(labels)
+                shares[number] = self._active[labels].mean()
+        return shares
+
+    @cached_property
+    def _engine(self) -> Any:
+        """The FAISS index, on the first GPU where it can be searched there."""
+        if not self.is_on_gpu:
+            return self._state.faiss
+        faiss = require_faiss()
+        self._resources = faiss.StandardGpuResources()  # must live as long as the index
+        return faiss.index_cpu_to_gpu(self._resources, 0, self._state.faiss)
+
+
+def queries_at_once(num: int) -> int:
+    """Return for how many queries candidates are held at a time, where each has `num`."""
+    return max(1, min(MOST_QUERIES, MOST_CANDIDATES // num))

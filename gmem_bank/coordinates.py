@@ -155,3 +155,10 @@ def require_queries(bank: MemoryBank, queries: NDArray[np.float32], k: int, num_
     bad = np.flatnonzero(~np.isfinite(queries).all(axis=1))
     if len(bad):
         raise ConfigError(f"a query is not finite: number {bad[0]} of {len(queries)}", key="queries")
+    short = np.linalg.norm(queries.astype(np.float64), axis=1) < TINY_NORM
+    if (short & queries.any(axis=1)).any():
+        number = int(np.flatnonzero(short & queries.any(axis=1))[0])
+        raise ConfigError(
+            f"query number {number} of {len(queries)} is shorter than {TINY_NORM}: it has no direction in float32; scale it up",
+            key="queries",
+        )

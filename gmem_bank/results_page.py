@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from gmem_bank.bank import MemoryBank
-from gmem_bank.errors import SourceError
+from gmem_bank.errors import ConfigError, OutputExistsError, SourceError
 from gmem_bank.plot_page import thumbnail
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.query import Hit, QueryHits
@@ -29,6 +29,9 @@ grid-template-columns:repeat(auto-fill,minmax(12rem,1fr))}li{min-width:0;font-si
 .picture{height:192px;display:flex;align-items:center;justify-content:center;background:#f3f3f3;color:#777;text-align:center}
 img{max-width:100%;max-height:100%}b{font-variant-numeric:tabular-nums}i{color:#666}
 """
+
+
+DOCTYPE = b"<!doctype html>"
 
 
 def write_results_page(
@@ -51,22 +54,36 @@ def write_results_page(
         progress: told rows looked up and rows in all.
 
     Raises:
-        OutputExistsError: something is at `path`.
+        ConfigError: `path` is not named .html.
+        OutputExistsError: something is at `path`, and is no page or not to be overwritten.
         WriteError: the disk refused.
     """
     target = Path(path)
-    atomic.require_free(target, overwrite)
+    require_page(target, overwrite)
     rows = sorted({hit.row for result in results for hit in result.hits})
     pictures = _pictures(bank, rows, progress)
     title = html.escape(f"Search in {bank.path.name}")
     sections = "".join(_section(result, pictures) for result in results)
     page = (
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"{DOCTYPE.decode()}<html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f'<meta http-equiv=Content-Security-Policy content="{POLICY}"><title>{title}</title><style>{STYLE}</style>'
         f"<body><h1>{title}</h1><p>{html.escape(note)}</p>{sections}</body></html>"
     )
     atomic.write_bytes(target, page.encode("utf-8", "replace"))
     return sum(isinstance(picture, bytes) for picture in pictures.values())
+
+
+def require_page(target: Path, overwrite: bool) -> None:
+    """Raise unless a page may be written there: named .html, and new or, to be overwritten, a page already."""
+    if target.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"{target}: a page of results is named .html", path=target, key="html")
+    if not target.exists():
+        return
+    if not overwrite:
+        raise OutputExistsError(f"{target} exists: name another file with --html, or give --overwrite", path=target)
+    with target.open("rb") as stream:
+        if stream.read(len(DOCTYPE)) != DOCTYPE:
+            raise OutputExistsError(f"{target} exists and is no page: name another file with --html", path=target)
 
 
 def _pictures(bank: MemoryBank, rows: Sequence[int], progress: Progress) -> dict[int, bytes | str]:

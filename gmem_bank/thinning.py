@@ -178,6 +178,8 @@ def by_energy(values: NDArray[np.float32], share: float) -> NDArray[np.bool_]:
     squares = np.square(values, dtype=np.float64)
     order = np.argsort(-squares, axis=1, kind="stable")
     sums = np.cumsum(np.take_along_axis(squares, order, axis=1), axis=1)
+    if share >= 1:
+        return np.ones(values.shape, np.bool_)
     needed = sums - np.take_along_axis(squares, order, axis=1) < share * sums[:, -1:] * (1 - ROUNDING)
     chosen = np.zeros(values.shape, np.bool_)
     np.put_along_axis(chosen, order, needed, axis=1)

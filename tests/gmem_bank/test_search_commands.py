@@ -164,3 +164,31 @@ def test_the_page_shows_pictures_and_says_where_there_are_none(photos: Path) -> 
     assert "&lt;b&gt;&amp;" in Path("other.html").read_text(encoding="utf-8")
     with pytest.raises(OutputExistsError):
         gmem_bank.write_results_page("other.html", bank, [result])
+
+
+def test_a_page_replaces_nothing_but_a_page(photos: Path) -> None:
+    """The bank that is searched, its index or any other file stay, --overwrite or not."""
+    gmem_bank.build(photos, gmem_bank.load_encoder("hog"), "b.safetensors")
+    before = Path("b.safetensors").read_bytes()
+    bank = gmem_bank.open("b.safetensors")
+    found = gmem_bank.search(bank, "hat", k=2, load=lambda: pytest.fail("not needed"))
+    Path("notes.html").write_text("mine")
+    with pytest.raises(ConfigError, match=r"named \.html"):
+        gmem_bank.write_results_page("b.safetensors", bank, found, overwrite=True)
+    with pytest.raises(OutputExistsError, match="exists and is no page"):
+        gmem_bank.write_results_page("notes.html", bank, found, overwrite=True)
+    assert Path("b.safetensors").read_bytes() == before
+    gmem_bank.write_results_page("page.html", bank, found)
+    with pytest.raises(OutputExistsError, match="name another file with --html"):
+        gmem_bank.write_results_page("page.html", bank, found)
+    assert gmem_bank.write_results_page("page.html", bank, found, overwrite=True) == 2
+
+
+def test_a_query_too_short_for_a_direction_is_refused(photos: Path) -> None:
+    """Scaling a query changes no cosine; where float32 cannot tell its direction, that is said."""
+    gmem_bank.build(photos, gmem_bank.load_encoder("hog"), "b.safetensors")
+    bank = gmem_bank.open("b.safetensors")
+    query = bank.snippets(np.array([3]))
+    np.testing.assert_allclose(bank.nearest(query * 1e-9, 3)[0], bank.nearest(query, 3)[0], atol=1e-6)
+    with pytest.raises(ConfigError, match="it has no direction in float32"):
+        bank.nearest(query * np.float32(1e-20), 3)

@@ -190,7 +190,9 @@ def test_a_bank_outlives_the_plug_in_and_refuses_another_one(
     """Without the distribution the bank opens, and an insert says which encoder it lacks; changed code is told apart."""
     gmem_bank.build(photos, gmem_bank.load_encoder("moments"), "bank.safetensors")
     towers = site / "fake_plugin" / "towers.py"
-    towers.write_text(PLUGIN.replace("moments/1", "moments/2"))
+    towers.write_text(
+        PLUGIN.replace("moments/1", "moments/2") + "\n"
+    )  # another size: Python's cache knows a file by that and its second
     assert "family" in command("insert-concept", "images", code=1).stderr
     monkeypatch.setenv("PYTHONPATH", os.environ["PYTHONPATH"].replace(str(site), ""))
     said = command("insert-concept", "images", code=1).stderr

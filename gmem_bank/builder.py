@@ -30,7 +30,7 @@ from gmem_bank.listing import Listing, Skipped
 from gmem_bank.narrowing import Narrowing, narrowed
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import EncoderSpec, Json, canonical_json, relative_to_bank
-from gmem_bank.staging import has_batches, make_plan
+from gmem_bank.staging import has_batches, make_plan, sweep
 from gmem_bank.storage import atomic, previous, real_target, write
 from gmem_bank.storage.rules import SNIPPET_DTYPES
 from gmem_bank.storage.schema import Header, Segment
@@ -125,6 +125,7 @@ def build(
     with atomic.locked(target):
         wanted = narrowing or Narrowing()
         staging = staging_folder(target, "build")
+        sweep(staging)
         whole = list_source(os.fspath(source), exclude=(target, report_path(target)), columns=columns)
         built = target.exists() and not overwrite
         asked = _recorded_batch_size(target, batch_size) if built else batch_size

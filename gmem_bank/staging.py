@@ -149,8 +149,20 @@ def has_batches(folder: Path, plan: Json) -> bool:
     return _read_text(_own_folder(folder, plan) / PLAN) == canonical_json(plan)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what a kill in the middle of a removal has left: folders of batches without their plan."""
+    if not folder.is_dir():
+        return
+    for own in folder.iterdir():
+        if not (own / PLAN).is_file():
+            shutil.rmtree(own, ignore_errors=True)
+    with contextlib.suppress(OSError):  # unfinished work is there
+        folder.rmdir()
+
+
 def discard_own(folder: Path, plan: Json) -> None:
     """Remove finished batches that a job with this very plan has left; another job's stay."""
+    sweep(folder)
     if has_batches(folder, plan):
         _discard(_own_folder(folder, plan))
 

@@ -107,6 +107,26 @@ def test_other_builds_leave_an_interrupted_one_alone(photos: Path) -> None:
     assert not Path(".a.safetensors.build").exists()
 
 
+def test_a_kill_in_the_middle_of_clearing_up_leaves_nothing_for_ever(photos: Path) -> None:
+    """Batches whose plan is gone already are cleared by the next run of the same command; another job's stay."""
+
+    def stop(done: int, total: int) -> None:
+        if done >= 10:
+            raise KeyboardInterrupt
+
+    for size in (5, 2):
+        with pytest.raises(KeyboardInterrupt):
+            gmem_bank.build(photos, Wishful(5), "a.safetensors", batch_size=size, progress=stop)
+    gmem_bank.build(photos, Wishful(5), "b.safetensors", batch_size=5)
+    half, other = sorted(
+        Path(".a.safetensors.build").iterdir(), key=lambda own: '"batch_size":2' in (own / "plan.json").read_text()
+    )
+    Path("b.safetensors").rename("a.safetensors")
+    (half / "plan.json").unlink()
+    assert gmem_bank.build(photos, Wishful(5), "a.safetensors", batch_size=5).unchanged
+    assert list(Path(".a.safetensors.build").iterdir()) == [other]
+
+
 def test_a_batch_that_was_damaged_on_disk_is_encoded_again(photos: Path) -> None:
     """Its values stand under a hash until they are in the bank."""
 

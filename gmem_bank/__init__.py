@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from gmem_bank.errors import CorruptError as CorruptError
     from gmem_bank.errors import EncoderError as EncoderError
     from gmem_bank.errors import EncoderMismatchError as EncoderMismatchError
+    from gmem_bank.errors import EncoderSettingError as EncoderSettingError
     from gmem_bank.errors import FormatError as FormatError
     from gmem_bank.errors import FormatVersionError as FormatVersionError
     from gmem_bank.errors import GMemError as GMemError
@@ -117,6 +118,7 @@ _DOOR = {
         "CorruptError",
         "EncoderError",
         "EncoderMismatchError",
+        "EncoderSettingError",
         "FormatError",
         "FormatVersionError",
         "GMemError",

@@ -63,7 +63,7 @@ def read_array(path: Path) -> ArrayRows:
     try:
         named = _read_any(path)
     except (OSError, ValueError, KeyError, ImportError, EOFError, RuntimeError, zlib.error) as error:
-        raise SourceError(f"could not read {path}: {error}", path=path) from error
+        raise SourceError(f"could not read {path}: {why_unreadable(error)}", path=path) from error
     keys = next((named.pop(name) for name in KEY_NAMES if name in named), None)
     name = next((name for name in SNIPPET_NAMES if name in named), None) or (
         next(iter(named)) if len(named) == 1 else None
@@ -77,6 +77,12 @@ def read_array(path: Path) -> ArrayRows:
             path=path,
         )
     return ArrayRows(path=path, snippets=values, keys=_keys(path, keys, len(values)), has_keys=keys is not None)
+
+
+def why_unreadable(error: Exception) -> str:
+    """Return why a file of arrays cannot be read, in our words where NumPy found pickled objects in it."""
+    pickled = any(words in str(error) for words in ("Python objects", "Object arrays", "pickled"))
+    return "it holds pickled Python objects, which can run code and are never read" if pickled else str(error)
 
 
 def _read_any(path: Path) -> dict[str, NDArray[Any]]:

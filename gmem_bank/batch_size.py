@@ -27,7 +27,9 @@ def resolve(asked: BatchSize, encoder: Encoder) -> int:
     return asked
 
 
-def resumed(asked: BatchSize, encoder: Encoder, staging: Path, listed: Callable[[int], list[Listing]]) -> int:
+def resumed(
+    asked: BatchSize, encoder: Encoder, staging: Path, listed: Callable[[int], list[Listing]], *, of_part: bool = False
+) -> int:
     """Return the batch size, for "auto" that of unfinished work on the same images where there is any.
 
     Args:
@@ -35,6 +37,7 @@ def resumed(asked: BatchSize, encoder: Encoder, staging: Path, listed: Callable[
         encoder: what encodes.
         staging: folder of the unfinished work.
         listed: returns the listings for a batch size (parts of a source are cut between batches).
+        of_part: this is a part of a build, and "auto" DEFAULT_BATCH_SIZE: parts must be cut alike on whatever machine.
     """
-    own = resolve(asked, encoder)
+    own = DEFAULT_BATCH_SIZE if of_part and asked == AUTO else resolve(asked, encoder)
     return own if asked != AUTO else planned_batch_size(staging, listed, encoder) or own

@@ -26,7 +26,7 @@ from gmem_bank.decode_worker import decode_one
 from gmem_bank.encoders import Encoder, SupportsPrecision
 from gmem_bank.encoding import Encoded, encode_listings
 from gmem_bank.errors import ConfigError, GMemError, OutputExistsError
-from gmem_bank.listing import Listing, Skipped
+from gmem_bank.listing import Listing, Skipped, to_report
 from gmem_bank.narrowing import Narrowing, narrowed
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import EncoderSpec, Json, canonical_json, relative_to_bank
@@ -97,7 +97,7 @@ def build(
         output: bank file to write.
         dtype: "f32", "f16" or "bf16": how snippets are stored.
         batch_size: images per call of the encoder, part of what a resumed build must share with the interrupted one;
-            "auto" is the encoder's own choice.
+            "auto" is the encoder's own choice, and 32 for a part of a build.
         num_workers: processes that decode images; 0 decodes in this one, None takes one a core where it pays.
         narrowing: which images to take, and in which order; default: all, sorted.
         columns: of arrays of pixels and tables: which columns to take.
@@ -114,12 +114,6 @@ def build(
     """
     if dtype not in SNIPPET_DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(SNIPPET_DTYPES)}, not {dtype!r}", key="dtype")
-    if narrowing is not None and narrowing.num_shards > 1 and batch_size == AUTO:
-        raise ConfigError(
-            "parts are cut between batches: give every part the same --batch-size, not 'auto', which another machine may take "
-            "for another number",
-            key="batch_size",
-        )
     target = real_target(output)
     started = time.perf_counter()
     with atomic.locked(target):
@@ -129,11 +123,12 @@ def build(
         whole = list_source(os.fspath(source), exclude=(target, report_path(target)), columns=columns)
         built = target.exists() and not overwrite
         asked = _recorded_batch_size(target, batch_size) if built else batch_size
-        size = resumed(asked, encoder, staging, lambda size: [narrowed(whole, wanted, size)])
+        of_part = wanted.num_shards > 1
+        size = resumed(asked, encoder, staging, lambda size: [narrowed(whole, wanted, size)], of_part=of_part)
         listing = narrowed(whole, wanted, size)
         spec = localised(encoder.spec, target)
         arguments = {"dtype": dtype, "batch_size": size, **wanted.to_json()}
-        if wanted.num_shards > 1:
+        if of_part:
             arguments["num_listed"] = len(whole.items)
         if built:
             _require_already_built(target, listing, spec, arguments)
@@ -241,7 +236,7 @@ def _report(
         space=bank.space,
         encoder=bank.encoder.name,
         concepts=bank.concept_sizes(),
-        skipped=[entry.to_json() for entry in skipped],
+        skipped=to_report(skipped),
         num_unreadable=num_unreadable,
         num_resumed=num_resumed,
         seconds=round(seconds, 3),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import click
 
-from gmem_bank.errors import GMemError, is_out_of_memory
+from gmem_bank.errors import ConfigError, GMemError, is_out_of_memory
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -51,6 +52,18 @@ class CommandGroup(click.Group):
             ctx.exit(130)
 
 
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn a setting that is unknown or out of range, whatever the data, into a usage error: exit code 2.
+
+    For lines that make objects of what was typed; a setting that does not suit a bank or source is found later: exit code 1.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from error
+
+
 def json_option(command: Command) -> Command:
     """Add --json."""
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
@@ -86,7 +99,7 @@ def encoder_run_options(command: Command) -> Command:
         default="auto",
         show_default=True,
         metavar="auto|N",
-        help="Images per call of the encoder; auto: the encoder's own choice.",
+        help="Images per call of the encoder; auto: the encoder's own choice, 32 for parts of a build.",
     )(command)
     return device_option(command)
 

@@ -63,7 +63,7 @@ def list_source(
             tables may be a glob pattern.
         prefix: put before each path to make its key.
         exclude: files in a folder to pass over without a word.
-        columns: of arrays and tables: which to take.
+        columns: of arrays, tables and tar files: which to take.
 
     Raises:
         SourceError: nothing there, or no image in it.
@@ -74,10 +74,10 @@ def list_source(
         return tables.list_tables(hub_pattern(text) if text.startswith(HUB) else text, prefix=prefix, columns=columns)
     if kind == "pixels":
         return pixel_arrays.list_pixels(require_path(text), prefix=prefix, columns=columns)
+    if kind == "tar":
+        return tars.list_tars(text, prefix=prefix, columns=columns)
     if columns is not None:
         columns.refuse_all(text)
-    if kind == "tar":
-        return tars.list_tars(text, prefix=prefix)
     path = Path(text)
     if path.is_dir() or not path.exists():
         return list_folder(path, prefix=prefix, exclude=exclude)

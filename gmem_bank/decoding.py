@@ -6,6 +6,7 @@ Shapes: H×W pixels.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Mapping
 from functools import cache
@@ -118,6 +119,8 @@ def _formats() -> tuple[str, ...]:
     """Return those of FORMATS that this Pillow can read; its plug-ins have to be loaded before they may be named."""
     from PIL import Image
 
+    # Pillow logs what it then raises; without a handler of the caller's own, Python would print that without a file's name
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 

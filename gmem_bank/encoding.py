@@ -276,7 +276,10 @@ def _encode_batch(
     snippets = _checked(run(encoder, encoder.encode, crops), len(crops), encoder)
     space: Space = "unit" if spec.space == "unit" else "raw"
     reasons = unusable_rows(snippets, space)
-    skipped += [Skipped(path=items[places[row] - start].key, reason=reason) for row, reason in reasons.items()]
+    skipped += [
+        Skipped(path=items[places[row] - start].key, reason=f"the image is sound, but {reason}")
+        for row, reason in reasons.items()
+    ]
     kept = [row for row in range(len(places)) if row not in reasons]
     return Batch(
         places=[places[row] for row in kept], hashes=hashes, snippets=to_space(snippets[kept], space), skipped=skipped

@@ -6,7 +6,8 @@ GMemError
 │   ├── FormatVersionError                         written by a newer major version
 │   └── CorruptError                               damaged: cut, overwritten, values that cannot be
 ├── EncoderError             (ValueError)          unknown encoder, or weights that cannot be loaded
-│   └── EncoderMismatchError                       a bank or snippets of another encoder, dimension or space
+│   ├── EncoderMismatchError                       a bank or snippets of another encoder, dimension or space
+│   └── EncoderSettingError      (ConfigError)     an encoder's name, device or parameter that is unknown or out of range
 ├── UnknownKeyError          (KeyError)            a row key, concept or row number that the bank does not have
 ├── MaskedRowError           (IndexError)          a masked row was asked for
 ├── ConceptExistsError       (ValueError)          the concept name is taken
@@ -130,6 +131,10 @@ class CheckpointError(GMemError, ValueError):
 
 class ConfigError(GMemError, ValueError):
     """A setting is unknown or out of range."""
+
+
+class EncoderSettingError(EncoderError, ConfigError):
+    """An encoder's name, device or parameter is unknown or out of range."""
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

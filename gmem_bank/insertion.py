@@ -30,7 +30,7 @@ from gmem_bank.errors import (
     GMemError,
     first_three,
 )
-from gmem_bank.listing import Listing
+from gmem_bank.listing import Listing, to_report
 from gmem_bank.novelty import compare_with_bank, wants_report
 from gmem_bank.ops import PathLike, check_concept_name
 from gmem_bank.progress import Progress, no_progress
@@ -138,7 +138,7 @@ def _append_encoded(
     skipped = [*encoded.skipped, *(ignored for listing in listings for ignored in listing.ignored)]
     return edit.finish(
         draft, num_rows=len(keys), concept=concept, num_added=len(keys), keys=keys, details=details,
-        skipped=[entry.to_json() for entry in skipped],
+        skipped=to_report(skipped),
     )  # fmt: skip
 
 

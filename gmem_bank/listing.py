@@ -23,10 +23,17 @@ class Skipped:
 
     path: str
     reason: str
+    loud: bool = False
+    """True: more may be missing than this, so it is said before the others."""
 
     def to_json(self) -> dict[str, str]:
         """Return {"path": …, "reason": …}."""
         return {"path": self.path, "reason": self.reason}
+
+
+def to_report(skipped: Iterable[Skipped]) -> list[dict[str, str]]:
+    """Return what gave no row as JSON objects, in their order but for what is loud, which comes first."""
+    return [entry.to_json() for entry in sorted(skipped, key=lambda entry: not entry.loud)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -64,8 +64,6 @@ def _moved(key: str, source: Source, recorded: Path, images: ImagesFrom) -> Item
 
 def _columns(source: Source) -> Columns:
     """Return the columns that the source recorded, "none" for classes that were not taken."""
-    if source.kind == "tar":
-        return Columns()
     recorded = {name: str(value) for name, value in source.columns.items() if name in ("image", "label", "key")}
     return Columns(**{"label": "none", **recorded})
 

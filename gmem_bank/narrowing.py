@@ -83,7 +83,8 @@ def narrowed(listing: Listing, wanted: Narrowing, batch_size: int) -> Listing:
     num_batches = -(-len(items) // batch_size)
     if num_batches < wanted.num_shards:
         raise SourceError(
-            f"{len(items)} images are {num_batches} batches of {batch_size}: too few for {wanted.num_shards} shards"
+            f"{len(items)} images are {num_batches} batches of {batch_size}: too few for {wanted.num_shards} shards; give "
+            "every part the same smaller batch size"
         )
     begin, end = (num_batches * part // wanted.num_shards * batch_size for part in (wanted.shard, wanted.shard + 1))
     return replace(taken, items=items.take(range(begin, min(end, len(items)))))

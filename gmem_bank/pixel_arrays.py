@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gmem_bank.arrays import why_unreadable
 from gmem_bank.columns import Classes, Columns, class_names, labelled_key, numbered
 from gmem_bank.errors import SourceError
 from gmem_bank.listing import Items, Listing
@@ -64,7 +65,7 @@ def holds_pixels(path: Path) -> bool:
     try:
         return any(len(_shape(path, name)) in (3, 4) for name in _array_names(path) or [DEFAULT_ARRAY])
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise SourceError(f"could not read {path}: {error}", path=path) from error
+        raise SourceError(f"could not read {path}: {why_unreadable(error)}", path=path) from error
 
 
 def _shape(path: Path, array: str) -> tuple[int, ...]:
@@ -93,7 +94,7 @@ def open_pixels(path: Path, array: str) -> NDArray[np.uint8]:
     try:
         found = _open(path, path.stat().st_mtime_ns, array)
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise SourceError(f"could not read {path}: {error}", path=path) from error
+        raise SourceError(f"could not read {path}: {why_unreadable(error)}", path=path) from error
     if found.dtype == np.uint8 and found.ndim == 3 and found.shape[2] in (1, 3, 4):
         height, width, channels = found.shape
         raise SourceError(
@@ -135,7 +136,7 @@ def _mapped(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> ND
     with archive.open(member) as stream:
         shape, fortran, dtype = _header(stream)
         if dtype.hasobject:
-            raise ValueError("it holds pickled objects, which are never read")
+            raise ValueError("it holds pickled objects")
         offset = stream.tell()
     with path.open("rb") as raw:  # 30 bytes, the last two pairs of which say how much follows before the data
         raw.seek(member.header_offset + 26)
@@ -161,7 +162,7 @@ def _array_names(path: Path) -> list[str]:
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist()]
     except (OSError, zipfile.BadZipFile) as error:
-        raise SourceError(f"could not read {path}: {error}", path=path) from error
+        raise SourceError(f"could not read {path}: {why_unreadable(error)}", path=path) from error
 
 
 def _chosen(path: Path, asked: str | None, usual: tuple[str, ...], names: list[str]) -> str:
@@ -186,7 +187,9 @@ def _classes(path: Path, label: str, num_images: int) -> Classes:
             with archive.open(f"{label}.npy") as stream:
                 labels: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise SourceError(f"could not read the labels {label!r} of {path}: {error}", path=path) from error
+        raise SourceError(
+            f"could not read the labels {label!r} of {path}: {why_unreadable(error)}", path=path
+        ) from error
     if labels.shape != (num_images,) or labels.dtype.kind not in "iuUS":
         raise SourceError(
             f"{path}: labels {label!r} are {labels.dtype} of shape {list(labels.shape)}, expected {num_images} numbers or texts",

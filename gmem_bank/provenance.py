@@ -153,7 +153,8 @@ class Source:
     num_images: int = 0
     """Images listed, readable or not."""
     columns: Mapping[str, Json] = field(default_factory=dict)
-    """Of "pixels" and "table": {"image": …, "label": …, "key": …}, what was taken from where; not written where empty."""
+    """Of "pixels" and "table": {"image": …, "label": …, "key": …}, what was taken from where; of "tar" {"label": "cls"} where
+    classes stood beside the images; not written where empty."""
     extras: Mapping[str, Json] = field(default_factory=dict)
     """Fields of a later minor version: kept as they are."""
 

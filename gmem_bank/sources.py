@@ -220,7 +220,8 @@ def _facts(path: Path, key: str) -> os.stat_result | str:
     """Return size and time of an image file, or why it is none."""
     suffix = Path(path.name.removesuffix(FLIP_SUFFIX)).suffix.lower()
     if suffix not in EXTENSIONS:
-        return UNREADABLE.get(suffix, "not an image by its extension")
+        bare = "it has no extension: an image needs one, such as .jpg"
+        return UNREADABLE.get(suffix, "not an image by its extension") if suffix else bare
     problem = image_key_problem(key)
     if problem:
         return f"its path {problem}"
@@ -229,7 +230,9 @@ def _facts(path: Path, key: str) -> os.stat_result | str:
     try:
         facts = path.stat()
     except OSError as error:
-        return f"a link to nothing, or gone: {error.strerror}"
+        if not isinstance(error, FileNotFoundError):
+            return f"unreadable: {error.strerror}"
+        return "a link to nothing" if path.is_symlink() else "no such file"
     return facts if stat.S_ISREG(facts.st_mode) else "not a regular file"
 
 

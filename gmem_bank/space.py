@@ -17,6 +17,7 @@ MANY = 1 << 16
 """Values from which on PyTorch's threads pay, where it is loaded already."""
 TINY_NORM = 1e-12
 """A snippet shorter than this has no direction and cannot be brought to unit length."""
+NO_DIRECTION = "its snippet is all zeros, or so short that it has no direction: a bank built with --space raw keeps it"
 
 
 def to_space(snippets: NDArray[np.float32], space: Space) -> NDArray[np.float32]:
@@ -75,5 +76,5 @@ def unusable_rows(snippets: NDArray[np.float32], space: Space) -> dict[int, str]
     if space == "unit":
         norms = np.linalg.norm(snippets.astype(np.float64), axis=1)
         for row in np.flatnonzero(norms < TINY_NORM):
-            reasons.setdefault(int(row), "its snippet is all zeros, or so short that it has no direction")
+            reasons.setdefault(int(row), NO_DIRECTION)
     return reasons

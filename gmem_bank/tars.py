@@ -6,18 +6,61 @@ Shapes: none here.
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import BinaryIO
 
+from gmem_bank.columns import NONE, Columns, labelled_key
 from gmem_bank.decoding import EXTENSIONS, MAX_FILE_BYTES
 from gmem_bank.errors import SourceError
 from gmem_bank.key_places import KeyPlaces
 from gmem_bank.listing import Items, Listing, Skipped
-from gmem_bank.naming import FLIP_SUFFIX, image_key_problem
+from gmem_bank.naming import FLIP_SUFFIX, concept_name_problem, image_key_problem
 from gmem_bank.sources import UNREADABLE, class_folder_problem, matching_files, printable_path
 
 SUFFIX = ".tar"
 COMPRESSED = (".tgz", ".gz", ".bz2", ".xz", ".zst")
+LABEL = "cls"
+"""Members of this extension hold the class of the image of the same name, as webdataset writes them."""
+SIDECARS = (f".{LABEL}", ".json", ".txt", ".caption", ".xml", ".npy", ".npz", ".id", ".index", ".url")
+"""Extensions of what stands beside images in webdataset shards and is no image: counted, not listed one by one."""
+LARGEST_LABEL = 1024
+"""Bytes of a class."""
+EXTENDING = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+"""Members that say something of the next one, such as its long name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Member:
+    """A member of a tar file that is no folder, or, without a name, what is wrong with the file itself."""
+
+    name: str
+    offset: int = 0
+    size: int = 0
+    problem: str = ""
+    """Why it is no image, "" where it may be one."""
+    label: str | None = None
+    """What a member that holds a class says."""
+
+    @property
+    def sample(self) -> str:
+        """Its path up to the first dot of its name: the same for an image and what belongs to it."""
+        folder, slash, name = self.name.rpartition("/")
+        return folder + slash + name.partition(".")[0]
+
+    @property
+    def is_sidecar(self) -> bool:
+        """Whether its extension is of what belongs to an image."""
+        return self.name.lower().endswith(SIDECARS)
 
 
 def is_tar_source(source: str) -> bool:
@@ -36,77 +79,169 @@ def tar_paths(pattern: str | Path) -> list[Path]:
     return found
 
 
-def list_tars(pattern: str | Path, *, prefix: str = "") -> Listing:
+def list_tars(pattern: str | Path, *, prefix: str = "", columns: Columns | None = None) -> Listing:
     """List the images in tar files, by file and then by their place in it.
 
-    Members that are no images, links, devices, and paths that lead out of the archive are passed over with the reason.
+    Members that are no images, links, devices, and paths that lead out of the archive are passed over with the reason. Of a file
+    that was cut short the images before the cut are taken, and the cut is said first. An image in no folder whose class stands
+    beside it ("0001.jpg", "0001.cls") gets the key "<class>/0001.jpg".
 
     Args:
         pattern: a path, or a glob pattern.
         prefix: put before each member's path to make its key.
+        columns: label "none" leaves those classes out; nothing else can be asked for.
 
     Raises:
         SourceError: no such file, not a tar, no image in it, or two images with one key.
     """
-    items, ignored = Items(Path(pattern), prefix, inside="tar"), []
+    asked = columns or Columns()
+    if asked.image or asked.key or asked.label not in (None, NONE, LABEL):
+        raise SourceError(
+            f"{pattern}: all that tar files have are classes in .{LABEL} members: --label-column {LABEL} or {NONE}"
+        )
+    items, ignored, beside = Items(Path(pattern), prefix, inside="tar"), list[Skipped](), Counter[str]()
+    labelled = False
     for path in tar_paths(pattern):
         modified = path.stat().st_mtime_ns
-        for key, offset, size, reason in _members(path, prefix):
-            if reason:
-                name = key.removeprefix(prefix)
-                ignored.append(Skipped(path=f"{path.name}:{printable_path(name)}", reason=reason))
-                continue
-            items.append(key, size, modified, path=path, place=offset)
+        for _, group in groupby(_members(path), key=lambda member: member.sample):
+            members = list(group)
+            label = _label(path, members, ignored) if asked.label != NONE else ""
+            labelled = labelled or bool(label)
+            _append(items, ignored, beside, path, modified, members, label)
+    ignored.sort(key=lambda entry: not entry.loud)
     if not items:
-        raise SourceError(f"no images in {pattern} ({len(ignored)} other members)", path=str(pattern))
+        first = f", first {ignored[0].path}: {ignored[0].reason}" if ignored else ""
+        raise SourceError(f"no images in {pattern} ({len(ignored)} other members{first})", path=str(pattern))
+    _require_unique(items)
+    if beside:
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(beside.items()))
+        classes = f"; .{LABEL} name classes" * labelled
+        ignored.append(Skipped(path=str(pattern), reason=f"members that stand beside images: {counts}{classes}"))
+    record = {"label": LABEL} if labelled else {}
+    return Listing(root=Path(pattern), items=items, ignored=tuple(ignored), kind="tar", columns=record)
+
+
+def _label(path: Path, members: Sequence[_Member], ignored: list[Skipped]) -> str:
+    """Return the class that stands beside the image of a sample, "" for none; one that cannot be used is listed."""
+    for member in members:
+        if member.label is None or "/" in member.name:
+            continue
+        text = member.label.strip()
+        problem = (
+            concept_name_problem(text) if text not in ("", "-1") else ""
+        )  # data sets mark with -1 what has no class
+        if problem:
+            reason = f"the class {text[:60]!r} cannot name a concept: it {problem}"
+            ignored.append(Skipped(path=f"{path.name}:{printable_path(member.name)}", reason=reason))
+        return "" if problem or text == "-1" else text
+    return ""
+
+
+def _append(
+    items: Items, ignored: list[Skipped], beside: Counter[str], path: Path, modified: int, members: Sequence[_Member],
+    label: str,
+) -> None:  # fmt: skip
+    """Add the members of one sample: its images, what stands beside them, and what cannot be used."""
+    has_image = any(not member.problem for member in members)
+    for member in members:
+        if member.problem and member.is_sidecar and has_image:
+            beside[Path(member.name).suffix.lower()] += 1
+            continue
+        key = items.prefix + labelled_key([label], 0, member.name)
+        problem = member.problem or _key_problem(key)
+        if problem:
+            where = f"{path.name}:{printable_path(member.name)}" if member.name else path.name
+            ignored.append(Skipped(path=where, reason=problem, loud=not member.name))
+        else:
+            items.append(key, member.size, modified, path=path, place=member.offset)
+
+
+def _key_problem(key: str) -> str:
+    return f"its path {image_key_problem(key)}" if image_key_problem(key) else class_folder_problem(key)
+
+
+def _require_unique(items: Items) -> None:
     twice = KeyPlaces(items).repeated()
     if twice:
         first, second = (items[place] for place in twice)
+        where = f"{first.path} has" if first.path == second.path else f"{second.path} and {first.path} both have"
+        often = " twice" if first.path == second.path else ""
         raise SourceError(
-            f"{second.path} and {first.path} both have an image {second.key!r}: keys must differ within a bank",
-            path=second.path,
-            key=second.key,
+            f"{where} an image {second.key!r}{often}: keys must differ within a bank", path=second.path, key=second.key
         )
-    return Listing(root=Path(pattern), items=items, ignored=tuple(ignored), kind="tar")
 
 
-def _members(path: Path, prefix: str) -> Iterator[tuple[str, int, int, str]]:
-    """Yield (key, offset, size, why it is no image or "") of the members of a tar file, folders left out."""
+def _members(path: Path) -> Iterator[_Member]:
+    """Yield the members of a tar file, folders left out, and at its end what is wrong with it; raises SourceError."""
+    archive = None
     try:
         file_size = path.stat().st_size
-        with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
-            while (member := archive.next()) is not None:
-                if member.size < 0 or archive.offset < member.offset_data:  # it would be read in circles
-                    raise ValueError(f"{printable_path(member.name)!r} has a size of {member.size} bytes")
-                archive.members.clear()  # type: ignore[attr-defined]  # else every header stays in memory
-                if not member.isdir():
-                    name = member.name.removeprefix("./")
-                    yield (
-                        prefix + name,
-                        member.offset_data,
-                        member.size,
-                        _problem(member, name, prefix + name, file_size),
-                    )
-            stream.seek(archive.offset)
-            block = stream.read(tarfile.BLOCKSIZE)
-            if len(block) == tarfile.BLOCKSIZE and any(block):
-                raise ValueError(f"byte {archive.offset} of {file_size} is no header: what follows is lost")
-            if len(block) < tarfile.BLOCKSIZE:
-                yield prefix, 0, 0, "the archive has no end mark: it may have been cut short"
+        with path.open("rb") as stream:
+            try:
+                with tarfile.open(fileobj=stream, mode="r:") as archive:
+                    yield from _listed(archive, stream, file_size)
+            except (tarfile.TarError, MemoryError, OverflowError):  # the latter where a record is larger than memory
+                if archive is None:
+                    raise ValueError(_cut(stream, 0, file_size)) from None
+                yield _end(_cut(stream, archive.offset, file_size))
     except (OSError, tarfile.TarError, ValueError, EOFError, MemoryError, OverflowError) as error:
         raise SourceError(f"{path} is not a readable tar file: {error or type(error).__name__}", path=path) from error
 
 
-def _problem(member: tarfile.TarInfo, name: str, key: str, file_size: int) -> str:
+def _listed(archive: tarfile.TarFile, stream: BinaryIO, file_size: int) -> Iterator[_Member]:
+    while (member := archive.next()) is not None:
+        if member.size < 0 or archive.offset < member.offset_data:  # it would be read in circles
+            raise ValueError(f"{printable_path(member.name)!r} has a size of {member.size} bytes")
+        archive.members.clear()  # type: ignore[attr-defined]  # else every header stays in memory
+        if member.isdir():
+            continue
+        name = member.name.removeprefix("./")
+        if member.isreg() and member.offset_data + member.size > file_size:
+            claims = f"{printable_path(name)!r} at byte {member.offset_data:,} has {member.size:,} bytes by its header"
+            yield _end(_ends_before(claims, file_size))
+            return
+        problem = _problem(member, name)
+        label = None
+        if problem and member.isreg() and name.endswith(f".{LABEL}") and member.size <= LARGEST_LABEL:
+            stream.seek(member.offset_data)
+            label = stream.read(member.size).decode(errors="replace")
+        yield _Member(name=name, offset=member.offset_data, size=member.size, problem=problem, label=label)
+    stream.seek(archive.offset)
+    block = stream.read(tarfile.BLOCKSIZE)
+    if len(block) == tarfile.BLOCKSIZE and any(block):
+        raise ValueError(f"byte {archive.offset} of {file_size} is no header: what follows is lost")
+    if len(block) < tarfile.BLOCKSIZE:
+        yield _end(_ends_before("no end mark follows the last member", file_size))
+
+
+def _end(problem: str) -> _Member:
+    return _Member(name="", problem=f"{problem}. Only the images before that are taken")
+
+
+def _ends_before(claims: str, file_size: int) -> str:
+    return f"{claims}, and the file ends at {file_size:,}: it was cut short or damaged, fetch it again"
+
+
+def _cut(stream: BinaryIO, offset: int, file_size: int) -> str:
+    """Return why no member could be read at an offset, where the file was cut there; raises ValueError for other damage."""
+    while offset + tarfile.BLOCKSIZE <= file_size:
+        stream.seek(offset)
+        header = tarfile.TarInfo.frombuf(stream.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+        end = offset + tarfile.BLOCKSIZE + header.size
+        if end > file_size:
+            return _ends_before(f"a header at byte {offset:,} announces {header.size:,} bytes", file_size)
+        if header.type not in EXTENDING or header.size < 0:
+            raise ValueError(f"the header at byte {offset:,} of {file_size:,} cannot be read: fetch the file again")
+        offset = offset + tarfile.BLOCKSIZE + -(-header.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    return _ends_before(f"a header is expected at byte {offset:,}", file_size)
+
+
+def _problem(member: tarfile.TarInfo, name: str) -> str:
     suffix = Path(name.removesuffix(FLIP_SUFFIX)).suffix.lower()
     if not member.isreg():
         return "a link or device in a tar file: never followed"
     if suffix not in EXTENSIONS:
         return UNREADABLE.get(suffix, "not an image by its extension")
-    if image_key_problem(key) or class_folder_problem(key):
-        return f"its path {image_key_problem(key)}" if image_key_problem(key) else class_folder_problem(key)
     if member.issparse():
         return "a sparse member of a tar file, whose bytes do not lie together"
-    if member.offset_data + member.size > file_size:
-        return "it lies beyond the end of the tar file, which was cut short"
     return f"more than {MAX_FILE_BYTES >> 20} MiB for one image" if member.size > MAX_FILE_BYTES else ""

@@ -28,6 +28,7 @@ BANK_DOOR = [
     "EncoderError",
     "EncoderInfo",
     "EncoderMismatchError",
+    "EncoderSettingError",
     "EncoderOptions",
     "EncoderSpec",
     "FormatError",

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from gmem_bank.cli.options import column_options, columns_from
+from gmem_bank.cli.options import BankNameType, column_options, columns_from
 from gmem_bank.console import (
     encoder_run_options,
     human_bytes,
@@ -16,6 +16,7 @@ from gmem_bank.console import (
     parse_parameters,
     print_json,
     quiet_option,
+    usage_errors,
     workers_option,
 )
 
@@ -30,8 +31,9 @@ from gmem_bank.console import (
     "--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A parameter of the encoder; may be repeated."
 )
 @click.option(
-    "--output", "-o", "--bank", default="bank.safetensors", show_default=True, metavar="FILE", help="The bank to write."
-)
+    "--output", "-o", "--bank", type=BankNameType(), default="bank.safetensors", show_default=True, metavar="FILE",
+    help="The bank to write.",
+)  # fmt: skip
 @click.option(
     "--space", type=click.Choice(["unit", "raw"]), default="unit", show_default=True, help="unit: snippets of norm 1."
 )
@@ -50,7 +52,11 @@ from gmem_bank.console import (
 @click.option("--shuffle-seed", type=click.IntRange(min=0), default=None, help="In a random order, drawn by this seed.")
 @click.option("--flip", is_flag=True, help="Add a mirrored twin of each image, under its key with '#flip'.")
 @click.option(
-    "--num-shards", type=click.IntRange(min=1), default=1, show_default=True, help="Cut the work into so many parts …"
+    "--num-shards",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Cut the work into so many parts …",
 )
 @click.option(
     "--shard", type=click.IntRange(min=0), default=0, show_default=True, help="… and do this one; 'merge' joins them."
@@ -80,18 +86,18 @@ def build(
     from gmem_bank.encoders import SupportsPrecision
     from gmem_bank.narrowing import Narrowing
     from gmem_bank.progress import ProgressBar
-    from gmem_bank.storage import require_known_suffix
 
-    wanted = Narrowing(**narrowing)
+    with usage_errors():
+        wanted = Narrowing(**narrowing)
     if encoder == "precomputed":
         _refuse_inapplicable(click.get_current_context())
         _build_precomputed(source, pairs, output, space, dtype, overwrite, as_json)
         return
     require_source(source)  # before minutes go into loading an encoder
-    require_known_suffix(output)
-    loaded = gmem_bank.load_encoder(
-        encoder, weights=weights, device=device, space=space, parameters=parse_parameters(pairs)
-    )
+    with usage_errors():
+        loaded = gmem_bank.load_encoder(
+            encoder, weights=weights, device=device, space=space, parameters=parse_parameters(pairs)
+        )
     with ProgressBar("encode", "image", quiet=quiet) as progress:
         report = gmem_bank.build(
             source, loaded, output, dtype=dtype, batch_size=batch_size, num_workers=workers, narrowing=wanted,
@@ -142,7 +148,8 @@ def _build_precomputed(
     import gmem_bank
     from gmem_bank.encoders import refuse_unknown
 
-    parameters = refuse_unknown("precomputed", parse_parameters(pairs), {"model": ""})
+    with usage_errors():
+        parameters = refuse_unknown("precomputed", parse_parameters(pairs), {"model": ""})
     report = gmem_bank.build_precomputed(
         gmem_bank.read_array(Path(source)), output, space=space, dtype=dtype, model=str(parameters["model"]),
         overwrite=overwrite,

@@ -23,6 +23,7 @@ from gmem_bank.console import (
     print_json,
     printable,
     quiet_option,
+    usage_errors,
     workers_option,
 )
 
@@ -139,7 +140,8 @@ def _insert_images(
     opened = gmem_bank.open(bank)
     for path in images:
         require_source(path)
-    encoder = gmem_bank.reload_encoder(opened.encoder, opened.folder, weights=weights, device=device)
+    with usage_errors():
+        encoder = gmem_bank.reload_encoder(opened.encoder, opened.folder, weights=weights, device=device)
     with ProgressBar("encode", "image", quiet=quiet) as progress:
         return gmem_bank.insert_concept(bank, images, encoder, progress=progress, **options)
 

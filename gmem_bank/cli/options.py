@@ -9,6 +9,23 @@ import click
 from gmem_bank.console import Command, json_option, note, print_json, printable
 
 
+class BankNameType(click.ParamType):  # type: ignore[type-arg]
+    """The name of a bank to write, by a suffix that says in which form."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the name; one that no bank can have is a usage error."""
+        from gmem_bank.errors import FormatError
+        from gmem_bank.storage import require_known_suffix
+
+        try:
+            require_known_suffix(value)
+        except FormatError as error:
+            self.fail(str(error), param, ctx)
+        return value
+
+
 def edit_options(command: Command) -> Command:
     """Add what every edit takes: --output, --dry-run, --no-undo, --json."""
     command = json_option(command)
@@ -17,8 +34,9 @@ def edit_options(command: Command) -> Command:
     )(command)
     command = click.option("--dry-run", is_flag=True, help="Say what would be done, and write nothing.")(command)
     return click.option(
-        "--output", "-o", default=None, metavar="FILE", help="Write a new bank here; without it the bank is replaced."
-    )(command)
+        "--output", "-o", type=BankNameType(), default=None, metavar="FILE",
+        help="Write a new bank here; without it the bank is replaced.",
+    )(command)  # fmt: skip
 
 
 def refit_option(command: Command) -> Command:
@@ -95,7 +113,10 @@ def column_options(command: Command) -> Command:
     """Add --image-column, --label-column and --key-column."""
     for name, text in (
         ("key", "Column of a table that names the images; default: the file's name and the row's number."),
-        ("label", "Column (or array) of classes, which become concepts; 'none': no classes."),
+        (
+            "label",
+            "Column (or array) of classes, which become concepts; tar files: 'cls', the .cls members; 'none': no classes.",
+        ),
         ("image", "Column of a table, or array of a .npz, with the images; default: the only one."),
     ):
         command = click.option(f"--{name}-column", default=None, metavar="NAME", help=text)(command)

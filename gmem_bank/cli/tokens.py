@@ -12,6 +12,7 @@ from gmem_bank.console import (
     json_option,
     print_json,
     quiet_option,
+    usage_errors,
     workers_option,
 )
 
@@ -46,7 +47,8 @@ def tokens(
     from gmem_bank.progress import ProgressBar
 
     opened = gmem_bank.open(bank)
-    encoder = gmem_bank.reload_encoder(opened.encoder, opened.folder, weights=weights, device=device)
+    with usage_errors():
+        encoder = gmem_bank.reload_encoder(opened.encoder, opened.folder, weights=weights, device=device)
     with ProgressBar("encode", "image", quiet=quiet) as progress:
         report = gmem_bank.write_tokens(
             opened, encoder, output, dtype=dtype, flip=flip, images=images or None, batch_size=batch_size, num_workers=workers,

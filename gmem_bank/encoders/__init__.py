@@ -25,7 +25,7 @@ from gmem_bank.encoders.protocols import SupportsBatchSize as SupportsBatchSize
 from gmem_bank.encoders.protocols import SupportsPatchTokens as SupportsPatchTokens
 from gmem_bank.encoders.protocols import SupportsPrecision as SupportsPrecision
 from gmem_bank.encoders.protocols import SupportsText as SupportsText
-from gmem_bank.errors import EncoderError, EncoderMismatchError, GMemError, suggest
+from gmem_bank.errors import EncoderError, EncoderMismatchError, EncoderSettingError, GMemError, suggest
 from gmem_bank.provenance import DECIDING_FIELDS, EncoderSpec
 
 ENTRY_POINT_GROUP = "gmem_bank.encoders"
@@ -93,8 +93,10 @@ _BUILT_IN = {
         ),
     )
 }
-PREFIXES = ("hf:", "onnx:")
-"""Names that go on with what the user chooses."""
+PREFIXES = {"hf:": ("REPOSITORY", "FOLDER"), "onnx:": ("FILE",)}
+"""Names that go on with what the user chooses → what that is."""
+OTHER_WORDS = {"precision": "dtype", "image_size": "input_size", "resolution": "input_size", "pool": "pooling"}
+"""What a parameter is called elsewhere → here."""
 
 
 def available_encoders() -> dict[str, EncoderInfo]:
@@ -149,12 +151,17 @@ def load_encoder(
 def _load(name: str, options: EncoderOptions) -> Encoder:
     known = available_encoders()
     listed = next((prefix for prefix in PREFIXES if name.startswith(prefix) and name != prefix), name)
-    if listed not in known or name in PREFIXES:
-        raise EncoderError(
+    if name in PREFIXES:
+        wanted = " or ".join(f"{name}{what}" for what in PREFIXES[name])
+        raise EncoderSettingError(f"encoder {name!r} goes on with what to load: give {wanted}", key=name)
+    if listed not in known:
+        raise EncoderSettingError(
             f"unknown encoder {name!r}.{suggest(name, known)} 'gmem-bank encoders' lists them all", key=name
         )
     if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", options.device):
-        raise EncoderError(f"unknown device {options.device!r}: give auto, cpu, cuda, cuda:1, mps or xpu", key="device")
+        raise EncoderSettingError(
+            f"unknown device {options.device!r}: give auto, cpu, cuda, cuda:1, mps or xpu", key="device"
+        )
     factory, origin = _factory(known[listed]), known[listed].origin
     try:
         encoder = factory(name, options)
@@ -225,7 +232,12 @@ def reload_encoder(
         weights=None if folder is None else Path(folder), device=device, space=spec.space,
         parameters={**spec.parameters, **(_recorded_revision(spec) if folder is None else {})}, reloading=True,
     )  # fmt: skip
-    encoder = _load(spec.name, options)
+    try:
+        encoder = _load(spec.name, options)
+    except EncoderSettingError as error:
+        if error.key == "device":
+            raise
+        raise EncoderError(f"the bank records an encoder that cannot be had here: {error}", key=error.key) from error
     require_same_encoder(encoder.spec, spec)
     return encoder
 
@@ -253,12 +265,14 @@ def _difference(offered: EncoderSpec, wanted: EncoderSpec) -> str:
 
 
 def refuse_unknown(name: str, parameters: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `known` updated by `parameters`; raises EncoderError for a name that is not in `known`."""
+    """Return `known` updated by `parameters`; raises EncoderSettingError for a name that is not in `known`."""
     for parameter in parameters:
         if parameter not in known:
             have = ", ".join(known) or "none"
-            raise EncoderError(
-                f"encoder {name!r} has no parameter {parameter!r} (it has: {have}).{suggest(parameter, known)}",
+            other = OTHER_WORDS.get(parameter)
+            meant = f" Did you mean {other!r}?" if other in known else suggest(parameter, known)
+            raise EncoderSettingError(
+                f"encoder {name!r} has no parameter {parameter!r} (it has: {have}).{meant}",
                 key=parameter,
             )
     return {**known, **parameters}

@@ -37,8 +37,8 @@ from gmem_bank.encoders.pooling import (
 )
 from gmem_bank.encoders.precision import TORCH_DTYPES, choose_dtype, mean_cosine
 from gmem_bank.encoders.sizing import best_batch_size
-from gmem_bank.encoders.weights import hub_folder, local_folder, model_sha256, read_config, revision_of
-from gmem_bank.errors import EncoderError
+from gmem_bank.encoders.weights import hub_folder, local_folder, model_sha256, read_config, revision_of, weight_files
+from gmem_bank.errors import EncoderError, EncoderSettingError
 from gmem_bank.provenance import EncoderSpec
 
 DEFAULTS: dict[str, Any] = {
@@ -198,6 +198,7 @@ def make_hub_model(name: str, options: EncoderOptions) -> TransformersEncoder:
         folder = hub_folder(model_facts.repository, revision, or_main=options.reloading)
     config = read_config(folder)
     _require_type(name, folder, config, model_facts)
+    weight_files(folder)  # what has none, or pickles, need not have anything else
     vision = config.get("vision_config", config)
     parameters = _resolved(name, model_facts, parameters, config)
     record = _preprocessing(folder, vision, parameters)
@@ -238,18 +239,20 @@ def _resolved(name: str, facts: HubModel, parameters: Mapping[str, Any], config:
     resolved = {n: own.get(n) if value is None else value for n, value in parameters.items()}
     for parameter, known in (("pooling", (*POOLINGS, None)), ("preset", PRESETS)):
         if resolved[parameter] not in known:
-            raise EncoderError(
+            raise EncoderSettingError(
                 f"{parameter} must be one of {', '.join(filter(None, known))}, not {resolved[parameter]!r}",
                 key=parameter,
             )
     if resolved["pooling"] == "projected" and config["model_type"] not in TEXT_LENGTHS:
-        raise EncoderError(
+        raise EncoderSettingError(
             f"encoder {name!r} has no projection: pooling 'projected' is for CLIP and SigLIP 2", key="pooling"
         )
     if type(resolved["layer"]) is not int or (
         resolved["layer"] != -1 and resolved["pooling"] in ("pooler", "projected")
     ):
-        raise EncoderError(f"layer must be a whole number, and -1 with pooling {resolved['pooling']!r}", key="layer")
+        raise EncoderSettingError(
+            f"layer must be a whole number, and -1 with pooling {resolved['pooling']!r}", key="layer"
+        )
     return resolved
 
 
@@ -259,7 +262,7 @@ def _preprocessing(folder: Path, vision: Mapping[str, Any], parameters: dict[str
     if parameters["preset"] == "native":
         record = native_preprocessing(folder, int(vision.get("image_size", 224)))
         if size not in (None, record["crop_size"]):
-            raise EncoderError(
+            raise EncoderSettingError(
                 f"the preset 'native' gives {record['crop_size']} pixels: input_size {size!r} goes with 'gmem'",
                 key="input_size",
             )
@@ -268,7 +271,9 @@ def _preprocessing(folder: Path, vision: Mapping[str, Any], parameters: dict[str
     size = preprocess.GMEM_INPUT if size is None else size
     patch = int(vision.get("patch_size", 1))
     if type(size) is not int or size < 1 or size % patch:
-        raise EncoderError(f"input_size {size!r} is not a multiple of the model's patch size {patch}", key="input_size")
+        raise EncoderSettingError(
+            f"input_size {size!r} is not a multiple of the model's patch size {patch}", key="input_size"
+        )
     parameters["input_size"] = size
     return preprocess.gmem_preprocessing(size)
 

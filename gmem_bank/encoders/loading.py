@@ -12,9 +12,15 @@ from typing import Any
 import torch
 
 from gmem_bank.encoders.pooling import TOKEN_POOLINGS
-from gmem_bank.errors import EncoderError, MissingDependencyError
+from gmem_bank.encoders.weights import require_readable
+from gmem_bank.errors import EncoderError, EncoderSettingError, MissingDependencyError
 
 UNUSED_WEIGHTS = ("mask_token",)  # read only while an encoder is pre-trained
+TOKENIZER_FILES = (
+    ("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",), ("spiece.model",),
+)  # fmt: skip
+"""Of which a folder must have one set, or the library makes up a tokenizer without words."""
+PROBES = ["a", "two zebras by a river"]
 TEXT_LENGTHS = {"clip": 77, "siglip": 64, "siglip_model": 64}
 """Model types with a text tower → tokens that it takes, where the config says nothing."""
 Tokenize = Callable[[Sequence[str]], Mapping[str, Any]]
@@ -35,13 +41,27 @@ def require_transformers() -> Any:
 
 def load_network(transformers: Any, folder: Path) -> tuple[torch.nn.Module, list[str]]:
     """Return the model in float32, and the names of what its weights lack; raises EncoderError."""
+    require_readable(folder)
     try:
         model, info = transformers.AutoModel.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32,
-            output_loading_info=True,
+            output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     except Exception as error:  # whatever a damaged folder makes the library raise
+        if "trust_remote_code" in str(error):
+            raise EncoderError(
+                f"{folder} needs code of its own ('auto_map' in its config.json), which gmem never runs: export the model to "
+                "ONNX and take onnx:FILE, or wrap it as a plug-in encoder",
+                path=folder,
+            ) from error
         raise EncoderError(f"could not load the model in {folder}: {error}", path=folder) from error
+    for name, stored, wanted in sorted(info["mismatched_keys"])[:1]:
+        raise EncoderError(
+            f"the weights in {folder} do not fit its config.json: tensor {name!r} is {list(stored)}, by the config "
+            f"{list(wanted)} ({len(info['mismatched_keys'])} such tensors): fetch both files from one place",
+            path=folder,
+            tensor=name,
+        )
     return model, sorted(info["missing_keys"])
 
 
@@ -80,10 +100,24 @@ def tokenizer_of(transformers: Any, folder: Path, config: Mapping[str, Any]) -> 
 
 
 def _tokenizer(transformers: Any, folder: Path) -> Any:
+    if not any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES):
+        known = ", ".join(" with ".join(names) for names in TOKENIZER_FILES)
+        raise EncoderError(
+            f"{folder} has no tokenizer files ({known}), so texts mean nothing to it: copy them from the model's repository",
+            path=folder,
+        )
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever an absent or damaged file makes the library raise
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        first, second = tokenizer(PROBES)["input_ids"]
+    except Exception as error:  # whatever a damaged file makes the library raise
         raise EncoderError(f"{folder} has no usable tokenizer: {error}", path=folder) from error
+    if set(first) == set(second):
+        raise EncoderError(
+            f"the tokenizer in {folder} gives the same numbers for {PROBES[0]!r} and {PROBES[1]!r}: copy its files from the "
+            "model's repository again",
+            path=folder,
+        )
+    return tokenizer
 
 
 def choose_device(name: str) -> torch.device:
@@ -94,5 +128,5 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise EncoderError(f"device {name!r} cannot be used here: {error}", key="device") from error
+        raise EncoderSettingError(f"device {name!r} cannot be used here: {error}", key="device") from error
     return device

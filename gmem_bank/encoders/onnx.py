@@ -18,7 +18,7 @@ from gmem_bank.encoders import DEFAULT_BATCH_SIZE, EncoderOptions, preprocess, r
 from gmem_bank.encoders.native import native_preprocessing
 from gmem_bank.encoders.onnx_session import first_line, open_session, require_runtime, weight_files
 from gmem_bank.encoders.pooling import TOKEN_POOLINGS, pool
-from gmem_bank.errors import EncoderError
+from gmem_bank.errors import EncoderError, EncoderSettingError
 from gmem_bank.provenance import EncoderSpec, sha256_of, sha256_of_file
 
 PREFIX = "onnx:"
@@ -159,12 +159,14 @@ def _check_choices(parameters: Mapping[str, Any]) -> None:
         ("normalise", tuple(NORMALISATIONS)),
     ):
         if parameters[parameter] not in known:
-            raise EncoderError(
+            raise EncoderSettingError(
                 f"{parameter} must be one of {', '.join(known)}, not {parameters[parameter]!r}", key=parameter
             )
     special = parameters["num_special_tokens"]
     if type(special) is not int or special < 0:
-        raise EncoderError(f"num_special_tokens must be a whole number, got {special!r}", key="num_special_tokens")
+        raise EncoderSettingError(
+            f"num_special_tokens must be a whole number, got {special!r}", key="num_special_tokens"
+        )
 
 
 def _input_facts(path: Path, session: Any) -> InputFacts:
@@ -188,7 +190,7 @@ def _output(path: Path, session: Any, asked: str | None) -> str:
     usual = next((name for name in USUAL_OUTPUTS if name in names), names[0] if len(names) == 1 else None)
     chosen = usual if asked is None else str(asked)
     if chosen is None or chosen not in names:
-        raise EncoderError(
+        raise EncoderSettingError(
             f"{path} has the outputs {names}: --set output=NAME says which to take", path=path, key="output"
         )
     return chosen
@@ -202,7 +204,7 @@ def _preprocessing(path: Path, facts: InputFacts, parameters: dict[str, Any]) ->
     else:
         found = parameters["input_size"] or facts.side or preprocess.GMEM_INPUT
         if type(found) is not int or found < 1:
-            raise EncoderError(f"input_size must be a positive whole number, got {found!r}", key="input_size")
+            raise EncoderSettingError(f"input_size must be a positive whole number, got {found!r}", key="input_size")
         mean, std = NORMALISATIONS[parameters["normalise"]]
         record = preprocess.gmem_preprocessing(found) | {"mean": list(mean), "std": list(std)}
     wanted = next((w for w in (facts.side, parameters["input_size"]) if w not in (None, found)), None)

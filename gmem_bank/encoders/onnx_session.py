@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gmem_bank.encoders.onnx_external import external_names
-from gmem_bank.errors import EncoderError, MissingDependencyError
+from gmem_bank.errors import EncoderError, EncoderSettingError, MissingDependencyError
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
@@ -82,7 +82,7 @@ def _providers(runtime: Any, device: str) -> list[Any]:
     if kind in ("cuda", "auto") and CUDA in have:
         return [(CUDA, {"device_id": int(number or 0)}), CPU]
     if kind not in ("cpu", "auto"):
-        raise EncoderError(
+        raise EncoderSettingError(
             f"this onnxruntime has no {device!r} (it has {', '.join(have)}): onnxruntime-gpu has CUDA", key="device"
         )
     return [CPU]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gmem_bank.errors import EncoderError
+from gmem_bank.errors import EncoderSettingError
 
 TOKEN_POOLINGS = ("cls", "mean", "cls+mean")
 """Of tokens, whichever model gives them."""
@@ -94,19 +94,19 @@ def choose_pooling(name: str, asked: str | None, layout: TokenLayout | None) -> 
     """Return the pooling asked for, or for None the model's own.
 
     Raises:
-        EncoderError: the model's tokens do not allow it; what does work is said.
+        EncoderSettingError: the model's tokens do not allow it; what does work is said.
     """
     pooling = asked or (layout.default_pooling if layout else "pooler")
     if pooling not in TOKEN_POOLINGS:
         return pooling
     if layout is None:
-        raise EncoderError(
+        raise EncoderSettingError(
             f"encoder {name!r}: which of its tokens are patches is not known, so there is no {pooling!r} of them: take "
             "pooling=pooler, if the model has a pooler",
             key="pooling",
         )
     if "cls" in pooling and not layout.has_class:
-        raise EncoderError(
+        raise EncoderSettingError(
             f"encoder {name!r} has no class token, which {pooling!r} needs: take pooling=mean", key="pooling"
         )
     return pooling

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from gmem_bank.encoders.names import DTYPES
-from gmem_bank.errors import EncoderError
+from gmem_bank.errors import EncoderSettingError
 
 TORCH_DTYPES = dict(zip(DTYPES[1:], (torch.float32, torch.bfloat16, torch.float16), strict=True))
 PAYS_FROM_WIDTH = 384
@@ -27,12 +27,12 @@ def choose_dtype(asked: str, device: torch.device, width: int, *, reloading: boo
         reloading: a bank is there in this type: slow is better than not at all.
 
     Raises:
-        EncoderError: unknown, or fp16 for a new bank on a CPU, which has no units for it.
+        EncoderSettingError: unknown, or fp16 for a new bank on a CPU, which has no units for it.
     """
     if asked not in DTYPES:
-        raise EncoderError(f"dtype must be one of {', '.join(DTYPES)}, not {asked!r}", key="dtype")
+        raise EncoderSettingError(f"dtype must be one of {', '.join(DTYPES)}, not {asked!r}", key="dtype")
     if asked == "fp16" and device.type == "cpu" and not reloading:
-        raise EncoderError("fp16 is slower than fp32 on a CPU: take bf16 or fp32", key="dtype")
+        raise EncoderSettingError("fp16 is slower than fp32 on a CPU: take bf16 or fp32", key="dtype")
     if asked != "auto":
         return asked
     return "bf16" if _computes_bf16(device) and (device.type != "cpu" or width >= PAYS_FROM_WIDTH) else "fp32"

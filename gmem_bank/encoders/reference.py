@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 import gmem_bank
 from gmem_bank.encoders import EncoderOptions, preprocess, refuse_unknown
-from gmem_bank.errors import EncoderError
+from gmem_bank.errors import EncoderSettingError
 from gmem_bank.provenance import EncoderSpec
 
 LUMA = (0.299, 0.587, 0.114)
@@ -34,7 +34,11 @@ def grey(images: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 def _spec(name: str, options: EncoderOptions, parameters: Mapping[str, Any], dim: int) -> EncoderSpec:
     if options.weights is not None:
-        raise EncoderError(f"encoder {name!r} has no weights: leave --weights out", key=name)
+        raise EncoderSettingError(f"encoder {name!r} has no weights: leave --weights out", key=name)
+    if options.device not in ("auto", "cpu"):
+        raise EncoderSettingError(
+            f"encoder {name!r} computes on the CPU only: leave --device {options.device} out", key="device"
+        )
     return EncoderSpec(
         name=name,
         family=f"{name}/{ALGORITHM}",
@@ -50,7 +54,7 @@ def _positive(name: str, parameters: Mapping[str, Any], *which: str) -> None:
     for parameter in which:
         value = parameters[parameter]
         if type(value) is not int or not 1 <= value <= LARGEST:
-            raise EncoderError(
+            raise EncoderSettingError(
                 f"encoder {name!r}: {parameter} must be a positive integer up to {LARGEST}, got {value!r}",
                 key=parameter,
             )
@@ -129,7 +133,7 @@ def make_hog(name: str, options: EncoderOptions) -> Hog:
     _positive(name, parameters, "size", "cell", "block", "orientations")
     cells = parameters["size"] // parameters["cell"]
     if parameters["size"] % parameters["cell"] or cells < parameters["block"]:
-        raise EncoderError(
+        raise EncoderSettingError(
             f"encoder 'hog': size {parameters['size']} must be a multiple of cell {parameters['cell']} and hold a block"
         )
     dim = (cells - parameters["block"] + 1) ** 2 * parameters["block"] ** 2 * parameters["orientations"]

@@ -41,7 +41,15 @@ def hub_folder(repository: str, revision: str | None = None, *, or_main: bool = 
         EncoderError: it is not in the cache and could not be fetched; what to do instead is said.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise EncoderError(
+            f"no folder {repository} here, and no repository of the hub can be called so (OWNER/NAME)", key=repository
+        ) from error
     patterns = [CONFIG, WEIGHTS, WEIGHTS_INDEX, "model-*.safetensors", "preprocessor_config.json", *TOKENIZER]
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
@@ -81,11 +89,32 @@ def model_sha256(folder: Path, config: dict[str, Any]) -> str:
 
 
 def _weights_sha256(folder: Path) -> str:
-    if (folder / WEIGHTS).is_file():
+    files = weight_files(folder)
+    if files == [WEIGHTS]:
         return sha256_of_file(folder / WEIGHTS)
+    return sha256_of({name: sha256_of_file(folder / name) for name in [WEIGHTS_INDEX, *files]})
+
+
+def require_readable(folder: Path) -> None:
+    """Raise EncoderError where a file of weights is cut short or damaged; only headers are read."""
+    from safetensors import SafetensorError, safe_open
+
+    for name in weight_files(folder):
+        try:
+            with safe_open(folder / name, framework="numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise EncoderError(
+                f"{folder / name} is cut short or damaged ({error}): fetch it again", path=folder / name
+            ) from error
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Return the names of the files of weights in a folder, safetensors all of them; raises EncoderError."""
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
     if (folder / WEIGHTS_INDEX).is_file():
-        files = [WEIGHTS_INDEX, *_shards(folder)]
-        return sha256_of({name: sha256_of_file(folder / name) for name in files})
+        return _shards(folder)
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     reason = f" (it has {pickles[0]}, a pickle, which can run code and is never read)" if pickles else ""
     raise EncoderError(f"{folder} has no {WEIGHTS}{reason}: convert the weights to safetensors", path=folder)

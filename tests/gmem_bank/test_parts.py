@@ -9,7 +9,8 @@ import pytest
 
 import gmem_bank
 from gmem_bank.cli import main
-from gmem_bank.errors import ConfigError
+from gmem_bank.errors import ConfigError, SourceError
+from tests.gmem_bank.test_batch_size import Wishful
 
 HOG = gmem_bank.load_encoder("hog")
 
@@ -53,7 +54,21 @@ def test_missing_parts_are_named_and_all_of_them_are_the_whole(
     np.testing.assert_array_equal(merged.snippets(merged.rows()), whole.snippets(whole.rows()))
 
 
-def test_parts_need_a_batch_size(photos: Path) -> None:
-    """Machines may differ in what "auto" takes, and parts are cut between batches."""
-    with pytest.raises(ConfigError, match="give every part the same --batch-size"):
-        gmem_bank.build(photos, HOG, "p.safetensors", narrowing=gmem_bank.Narrowing(num_shards=2, shard=1))
+def test_parts_are_cut_alike_on_whatever_machine(photos: Path) -> None:
+    """ "auto" is 32 for a part, whatever the encoder wishes there, so that parts fit; a size that was begun or built is kept."""
+    encoders = Wishful(5), Wishful(7)
+    for shard, encoder in enumerate(encoders):
+        narrowing = gmem_bank.Narrowing(num_shards=2, shard=shard, flip=True)
+        gmem_bank.build(photos, encoder, f"p{shard}.safetensors", narrowing=narrowing)
+        assert gmem_bank.build(photos, encoder, f"p{shard}.safetensors", narrowing=narrowing).unchanged
+    assert [encoder.given for encoder in encoders] == [[32], [16]]
+    gmem_bank.merge("p0.safetensors", ["p1.safetensors"], output="all.safetensors")
+    gmem_bank.build(photos, HOG, "whole.safetensors", narrowing=gmem_bank.Narrowing(flip=True))
+    merged, whole = gmem_bank.open("all.safetensors"), gmem_bank.open("whole.safetensors")
+    assert merged.keys(merged.rows()) == whole.keys(whole.rows())
+    np.testing.assert_array_equal(merged.snippets(merged.rows()), whole.snippets(whole.rows()))
+    narrowing = gmem_bank.Narrowing(num_shards=3, shard=1, flip=True)
+    gmem_bank.build(photos, HOG, "small.safetensors", batch_size=8, narrowing=narrowing)
+    assert gmem_bank.build(photos, HOG, "small.safetensors", narrowing=narrowing).unchanged
+    with pytest.raises(SourceError, match=r"48 images are 2 batches of 32: too few for 3 shards; .*smaller batch size"):
+        gmem_bank.build(photos, HOG, "other.safetensors", narrowing=narrowing)

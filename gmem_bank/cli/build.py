@@ -77,9 +77,9 @@ def build(
 
     SOURCE is a folder, a text file that names images (.txt), tar files (webdataset shards: "shards/*.tar"), arrays of pixels
     (.npy, .npz), a table with a column of images (.parquet, .arrow, a folder of datasets.save_to_disk,
-    hf://datasets/OWNER/NAME), or with --encoder precomputed a file of snippets. Class folders and labels
-    become concepts. Unusable images are listed in FILE.report.json and passed over. After a kill or Ctrl-C the same
-    command continues.
+    hf://datasets/OWNER/NAME), or with --encoder precomputed a file of snippets. Class folders, columns of classes and the
+    .cls members of tar files become concepts. Unusable images are listed in FILE.report.json and passed over. After a
+    kill or Ctrl-C the same command continues.
     """
     import gmem_bank
     from gmem_bank.contents import require_source

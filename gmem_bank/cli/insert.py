@@ -66,13 +66,19 @@ def insert_concept(
     --pattern and so on make a concept of rows that are in the bank already. Rows that are there stay byte for byte.
     """
     import gmem_bank
+    from gmem_bank.ops import check_concept_name
 
     chosen = selection_from(**selection)
+    with usage_errors():
+        if name is not None:
+            check_concept_name(name)
     edit: dict[str, Any] = {"output": output, "dry_run": dry_run, "undo": not no_undo}
     if images and not chosen.empty:
         raise click.UsageError("give IMAGES, or rows of the bank (--key, --keys, --pattern, …), not both")
     if not images and chosen.empty:
         raise click.UsageError("give IMAGES, or rows of the bank by --key, --keys, --pattern, …")
+    if name is None and len(images) > 1:
+        raise click.UsageError("several folders or images need a --name for the concept")
     if not images:
         if name is None:
             raise click.UsageError("a concept of rows in the bank needs a --name")

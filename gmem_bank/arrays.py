@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,8 @@ from gmem_bank.errors import SourceError
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors", ".h5", ".hdf5", ".parquet")
 SNIPPET_NAMES = ("snippets", "embeddings", "features", "vectors", "vector", "embedding")
+PLAIN_TYPES = ("F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
+"""Of safetensors files, those that NumPy has."""
 BLOCK_ROWS = 8192
 MOST_EXPANSION = 200
 KEY_NAMES = ("keys", "paths", "names", "ids", "key", "path", "name", "id")
@@ -62,12 +65,16 @@ def read_array(path: Path) -> ArrayRows:
     """
     try:
         named = _read_any(path)
+    except SourceError:
+        raise
     except (OSError, ValueError, KeyError, ImportError, EOFError, RuntimeError, zlib.error) as error:
         raise SourceError(f"could not read {path}: {why_unreadable(error)}", path=path) from error
     keys = next((named.pop(name) for name in KEY_NAMES if name in named), None)
     name = next((name for name in SNIPPET_NAMES if name in named), None) or (
         next(iter(named)) if len(named) == 1 else None
     )
+    if not named and name is None:
+        raise SourceError(f"{path} has no array at its top level: save one there, named 'snippets'", path=path)
     if name is None:
         raise SourceError(f"{path} has the arrays {sorted(named)[:8]}: name the one to take 'snippets'", path=path)
     values = named[name]
@@ -176,9 +183,27 @@ def _read_safetensors(path: Path) -> dict[str, NDArray[Any]]:
         with safe_open(path, framework="numpy") as stored:
             if "gmem" in (stored.metadata() or {}):
                 raise SourceError(f"{path} is a bank: join it with 'gmem-bank merge'", path=path)
-            return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a dictionary
+            kinds = {name: stored.get_slice(name).get_dtype() for name in stored.keys()}  # noqa: SIM118 - not a dictionary
+            odd = sorted(name for name, kind in kinds.items() if kind not in (*PLAIN_TYPES, "BF16"))
+            if odd:
+                raise SourceError(
+                    f"{path}: array {odd[0]!r} is of the type {kinds[odd[0]]}, which is not read: save it as F32, F16 or BF16",
+                    path=path, tensor=odd[0],
+                )  # fmt: skip
+            plain = {name: stored.get_tensor(name) for name, kind in kinds.items() if kind != "BF16"}
+        return plain | _read_bfloat16(path, [name for name, kind in kinds.items() if kind == "BF16"])
     except (SafetensorError, TypeError) as error:
         raise SourceError(f"could not read {path}: {error}", path=path) from error
+
+
+def _read_bfloat16(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """Return arrays of bfloat16, which NumPy does not have, as float32: the same numbers."""
+    if not names:
+        return {}
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as stored:
+        return {name: stored.get_tensor(name).float().numpy() for name in names}
 
 
 def _keys(path: Path, stored: NDArray[Any] | None, num_rows: int) -> list[str]:

@@ -176,7 +176,9 @@ def _walk(folder: Path, ignored: list[Skipped]) -> Iterator[tuple[Path, str]]:
     """Yield the files below a folder and their paths in it, links to folders followed, hidden and run folders left out."""
 
     def complain(error: OSError) -> None:
-        ignored.append(Skipped(path=printable_path(str(error.filename)), reason=f"unreadable folder: {error.strerror}"))
+        inside = os.path.relpath(error.filename, folder)
+        reason = f"unreadable folder: {error.strerror}. What it holds is missing"
+        ignored.append(Skipped(path=printable_path(inside), reason=reason, loud=True))
 
     above = {str(folder): _identities(folder)}
     """Of every folder still to be walked: it and all that it lies in, by links and by itself."""

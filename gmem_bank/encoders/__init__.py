@@ -168,6 +168,9 @@ def _load(name: str, options: EncoderOptions) -> Encoder:
         problem = _encoder_problem(encoder, None if origin == BUILT_IN else name)
     except GMemError:
         raise
+    except OSError as error:
+        where = f"could not read {error.filename}: {error.strerror}" if error.filename else str(error)
+        raise EncoderError(f"encoder {name!r}: {where}", key=name) from error
     except Exception as error:  # a plug-in may fail in any way while it is made
         raise EncoderError(
             f"encoder {name!r} of {origin} cannot be made: {type(error).__name__}: {error}", key=name

@@ -12,15 +12,12 @@ from typing import Any
 import torch
 
 from gmem_bank.encoders.pooling import TOKEN_POOLINGS
-from gmem_bank.encoders.weights import require_readable
+from gmem_bank.encoders.weights import TOKENIZER_FILES, has_tokenizer, require_readable
 from gmem_bank.errors import EncoderError, EncoderSettingError, MissingDependencyError
 
 UNUSED_WEIGHTS = ("mask_token",)  # read only while an encoder is pre-trained
-TOKENIZER_FILES = (
-    ("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",), ("spiece.model",),
-)  # fmt: skip
-"""Of which a folder must have one set, or the library makes up a tokenizer without words."""
 PROBES = ["a", "two zebras by a river"]
+"""Texts that no tokenizer with words takes for the same."""
 TEXT_LENGTHS = {"clip": 77, "siglip": 64, "siglip_model": 64}
 """Model types with a text tower → tokens that it takes, where the config says nothing."""
 Tokenize = Callable[[Sequence[str]], Mapping[str, Any]]
@@ -100,7 +97,7 @@ def tokenizer_of(transformers: Any, folder: Path, config: Mapping[str, Any]) -> 
 
 
 def _tokenizer(transformers: Any, folder: Path) -> Any:
-    if not any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         known = ", ".join(" with ".join(names) for names in TOKENIZER_FILES)
         raise EncoderError(
             f"{folder} has no tokenizer files ({known}), so texts mean nothing to it: copy them from the model's repository",

@@ -6,16 +6,23 @@ Shapes: none here.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from gmem_bank.encoders.native import PREPROCESSOR
 from gmem_bank.errors import EncoderError
 from gmem_bank.provenance import sha256_of, sha256_of_file
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+COMMIT = re.compile("[0-9a-f]{40}")
 TOKENIZER = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "spiece.model", "*.tiktoken")
+TOKENIZER_FILES = (
+    ("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",), ("spiece.model",),
+)  # fmt: skip
+"""Of which a folder must have one set, or the library makes up a tokenizer without words."""
 # Fields of config.json that name things without changing a number.
 CONFIG_LABELS = (
     "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "id2label", "label2id",
@@ -50,7 +57,11 @@ def hub_folder(repository: str, revision: str | None = None, *, or_main: bool = 
         raise EncoderError(
             f"no folder {repository} here, and no repository of the hub can be called so (OWNER/NAME)", key=repository
         ) from error
-    patterns = [CONFIG, WEIGHTS, WEIGHTS_INDEX, "model-*.safetensors", "preprocessor_config.json", *TOKENIZER]
+    if revision is not None and COMMIT.fullmatch(revision):
+        kept = _kept(repository, revision)
+        if kept is not None:
+            return kept
+    patterns = [CONFIG, WEIGHTS, WEIGHTS_INDEX, "model-*.safetensors", PREPROCESSOR, *TOKENIZER]
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises its own, its transport's and the system's errors
@@ -64,6 +75,26 @@ def hub_folder(repository: str, revision: str | None = None, *, or_main: bool = 
             "--encoder hog",
             key=repository,
         ) from error
+
+
+def _kept(repository: str, commit: str) -> Path | None:
+    """Return the folder of a commit in the cache where all is there that a model may need: it never changes, nobody is asked."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repository, revision=commit, local_files_only=True))
+        config = read_config(folder)
+        weight_files(folder)
+    except (LocalEntryNotFoundError, EncoderError):
+        return None
+    whole = (folder / PREPROCESSOR).is_file() and ("text_config" not in config or has_tokenizer(folder))
+    return folder if whole else None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Say whether a folder has the files of a tokenizer."""
+    return any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES)
 
 
 def revision_of(folder: Path) -> str | None:

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors.numpy import save_file
 
 import gmem_bank
 from gmem_bank.cli import main
-from gmem_bank.errors import EncoderError, GMemError, OutputExistsError
+from gmem_bank.errors import EncoderError, GMemError, OutputExistsError, SourceError
 
 VALUES = np.random.default_rng(0).standard_normal((30, 6)).astype(np.float32)
 
@@ -57,7 +58,7 @@ def test_by_command_and_then_an_insert_takes_arrays_too() -> None:
     assert "+4 rows" in run("merge", "bank.safetensors", "two.h5")
     assert "differ in parameters" in run("merge", "bank.safetensors", "three.h5", code=1)
     assert "no parameter 'modle'" in run(
-        "build", "x.npy", "-e", "precomputed", "--set", "modle=1", "-o", "y.h5", code=1
+        "build", "x.npy", "-e", "precomputed", "--set", "modle=1", "-o", "y.h5", code=2
     )
     with pytest.raises(EncoderError, match="encodes nothing"):
         gmem_bank.load_encoder("precomputed")
@@ -104,3 +105,35 @@ def test_another_space_is_another_bank_and_options_without_meaning_are_refused(
     ):
         assert run(*option) == 2
         assert f"{option[0]} has no meaning for --encoder precomputed" in capsys.readouterr().err
+
+
+def test_safetensors_of_every_type(tmp_path: Path) -> None:
+    """bfloat16, which NumPy lacks, is read as the numbers that it is; what nobody computes with is refused by its name."""
+    import torch
+    from safetensors.torch import save_file as save_tensors
+
+    exact = torch.from_numpy(np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32))
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        save_tensors({"snippets": exact.to(dtype)}, "x.safetensors")
+        np.testing.assert_array_equal(
+            gmem_bank.read_array(Path("x.safetensors")).snippets, exact.to(dtype).double().numpy()
+        )
+    save_tensors({"snippets": exact.to(torch.float8_e4m3fn)}, "x.safetensors")
+    with pytest.raises(
+        SourceError, match=r"^x\.safetensors: array 'snippets' is of the type F8_E4M3.*: save it as F32, F16 or BF16"
+    ):
+        gmem_bank.read_array(Path("x.safetensors"))
+
+
+def test_reasons_are_said_once(tmp_path: Path) -> None:
+    """A file cut short, and one without an array at its top level."""
+    import h5py
+
+    save_file({"snippets": np.ones((2, 3), np.float32)}, "x.safetensors")
+    Path("x.safetensors").write_bytes(Path("x.safetensors").read_bytes()[:-1])
+    with pytest.raises(SourceError, match=r"^could not read x\.safetensors: (?!could not read)"):
+        gmem_bank.read_array(Path("x.safetensors"))
+    with h5py.File("x.h5", "w") as file:
+        file["group/snippets"] = np.ones((2, 3))
+    with pytest.raises(SourceError, match="no array at its top level"):
+        gmem_bank.read_array(Path("x.h5"))

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -44,6 +45,27 @@ def test_a_bank_takes_the_commit_that_made_it(hf_cache: Path, photos: Path, new_
     again = reload_encoder(bank.encoder, bank.folder)
     np.testing.assert_array_equal(again.encode(crops), before)
     assert gmem_bank.insert_concept("bank.safetensors", [new_photos], again).num_added == 8
+
+
+def test_a_commit_that_is_whole_in_the_cache_is_taken_without_asking(
+    hf_cache: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a network the hub's client would try for half a minute; where a file is lacking, the hub is asked for it."""
+    asked: list[bool] = []
+    download = huggingface_hub.snapshot_download
+
+    def recorded(repository: str, **options: object) -> str:
+        asked.append(not options.get("local_files_only"))
+        return str(download(repository, **options))
+
+    encoder = load_encoder("dinov2")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", recorded)
+    (hf_cache / "preprocessor_config.json").write_text("{}")
+    assert reload_encoder(encoder.spec, Path()).spec.fingerprint == encoder.spec.fingerprint
+    assert asked == [False]
+    (hf_cache / "preprocessor_config.json").unlink()
+    reload_encoder(encoder.spec, Path())
+    assert asked == [False, False, True]
 
 
 @pytest.mark.parametrize("shift", [0.0, 1.0])

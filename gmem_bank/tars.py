@@ -209,7 +209,7 @@ def _listed(archive: tarfile.TarFile, stream: BinaryIO, file_size: int) -> Itera
     stream.seek(archive.offset)
     block = stream.read(tarfile.BLOCKSIZE)
     if len(block) == tarfile.BLOCKSIZE and any(block):
-        raise ValueError(f"byte {archive.offset} of {file_size} is no header: what follows is lost")
+        raise ValueError(_no_header(archive.offset, file_size, "damaged"))
     if len(block) < tarfile.BLOCKSIZE:
         yield _end(_ends_before("no end mark follows the last member", file_size))
 
@@ -226,14 +226,21 @@ def _cut(stream: BinaryIO, offset: int, file_size: int) -> str:
     """Return why no member could be read at an offset, where the file was cut there; raises ValueError for other damage."""
     while offset + tarfile.BLOCKSIZE <= file_size:
         stream.seek(offset)
-        header = tarfile.TarInfo.frombuf(stream.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+        try:
+            header = tarfile.TarInfo.frombuf(stream.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+        except tarfile.TarError as error:
+            raise ValueError(_no_header(offset, file_size, error)) from error
         end = offset + tarfile.BLOCKSIZE + header.size
         if end > file_size:
             return _ends_before(f"a header at byte {offset:,} announces {header.size:,} bytes", file_size)
         if header.type not in EXTENDING or header.size < 0:
-            raise ValueError(f"the header at byte {offset:,} of {file_size:,} cannot be read: fetch the file again")
+            raise ValueError(_no_header(offset, file_size, "damaged"))
         offset = offset + tarfile.BLOCKSIZE + -(-header.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     return _ends_before(f"a header is expected at byte {offset:,}", file_size)
+
+
+def _no_header(offset: int, file_size: int, reason: object) -> str:
+    return f"what should be a header at byte {offset:,} of {file_size:,} is none ({reason}): fetch the file again"
 
 
 def _problem(member: tarfile.TarInfo, name: str) -> str:

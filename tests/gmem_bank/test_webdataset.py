@@ -141,7 +141,9 @@ def test_a_cut_before_the_first_image_and_damage_in_the_middle_are_refused(pictu
     whole = member("good.jpg", pictures[0])
     for data, words in (
         (whole[:600], r"no images in x\.tar .*'good\.jpg' at byte 512 has"), (whole[:100], "a header is expected at byte 0"),
-        (whole + b"\xff" * 512 + whole + END, "no header: what follows is lost"),
+        (whole + b"\xff" * 512 + whole + END, rf"a header at byte {len(whole):,} of [\d,]+ is none \(damaged\): fetch"),
+        (whole + member("long", b"name\0", kind=tarfile.GNUTYPE_LONGNAME) + END, r"at byte [\d,]+ of [\d,]+ is none \(end of file"),
+        (b"\x1f\x8b" * 900, r"at byte 0 of 1,800 is none \(invalid header\)"),
     ):  # fmt: skip
         Path("x.tar").write_bytes(data)
         with pytest.raises(SourceError, match=words):

@@ -98,7 +98,7 @@ def test_our_errors_are_one_line_and_exit_1_usage_errors_exit_2(photos: Path) ->
     assert len(result.stderr.splitlines()) == 1
     bank("build", str(photos), "-e", "hog")
     assert "did you mean" in bank("build", "--encodr", "x", code=2).stderr.lower()
-    assert "'hog'" in bank("build", str(photos), "--encoder", "hogg", "-o", "x.safetensors", code=1).stderr
+    assert "'hog'" in bank("build", str(photos), "--encoder", "hogg", "-o", "x.safetensors", code=2).stderr
     assert "train.max_steps" in gen("train", "--set", "train.max_stps=3", code=1).stderr
     with pytest.raises(FileNotFoundError):
         CliRunner().invoke(bank_main, ["--traceback", "info", "none.safetensors"], catch_exceptions=False)
@@ -151,7 +151,7 @@ def test_numbers_out_of_range_are_answered_in_one_line(photos: Path) -> None:
     bank("interpolate", "hat", "dress", "--method", "mask", "--seed", "-1", code=2)
     assert (
         "unknown device"
-        in bank("build", str(photos), "-e", "hog", "-o", "x.safetensors", "--device", "banana", code=1).stderr
+        in bank("build", str(photos), "-e", "hog", "-o", "x.safetensors", "--device", "banana", code=2).stderr
     )
     assert "query is empty" in bank("search", "bank.safetensors", "", code=1).stderr
     assert (

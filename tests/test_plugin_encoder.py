@@ -254,7 +254,7 @@ def test_what_returns_nonsense_makes_no_bank(
 def test_single_rows_that_are_not_finite_are_reported(site: Path, photos: Path) -> None:
     """One NaN loses its image and says so; the other rows are those of the sound encoder."""
     report = gmem_bank.build(photos, gmem_bank.load_encoder("some-nan"), "bank.safetensors", batch_size=8)
-    assert [entry["reason"] for entry in report.skipped] == ["its snippet is not finite"] * 3
+    assert [entry["reason"] for entry in report.skipped] == ["the image is sound, but its snippet is not finite"] * 3
     gmem_bank.build(photos, gmem_bank.load_encoder("moments"), "sound.safetensors", batch_size=8)
     some, sound = gmem_bank.open("bank.safetensors"), gmem_bank.open("sound.safetensors")
     keys = some.keys(some.rows())

@@ -22,7 +22,7 @@ from gmem_bank import kinds, segments
 from gmem_bank.batch_size import AUTO, BatchSize, resumed
 from gmem_bank.columns import Columns
 from gmem_bank.contents import content_digest, list_source
-from gmem_bank.decode_worker import decode_one
+from gmem_bank.decode_pool import decode_batch
 from gmem_bank.encoders import Encoder, SupportsPrecision
 from gmem_bank.encoding import Encoded, encode_listings
 from gmem_bank.errors import ConfigError, GMemError, OutputExistsError
@@ -189,11 +189,10 @@ def with_accuracy(spec: EncoderSpec, encoder: Encoder, listing: Listing) -> Enco
     """
     if not isinstance(encoder, SupportsPrecision) or encoder.spec.parameters.get("dtype", "fp32") == "fp32":
         return spec
-    decoded = [decode_one(item, spec.preprocessing)[1] for item in listing.items[:PROBE_IMAGES]]
-    crops = [found for found in decoded if not isinstance(found, str)]
-    if not crops:
+    crops = decode_batch(listing.items[:PROBE_IMAGES], spec.preprocessing).crops
+    if not len(crops):
         return spec
-    cosine = encoder.cosine_to_fp32(np.stack(crops))
+    cosine = encoder.cosine_to_fp32(crops)
     if cosine is None or not np.isfinite(cosine):  # none of them has a direction: no reason to lose a finished build
         return spec
     return dataclasses.replace(spec, labels={**spec.labels, "cosine_to_fp32": round(float(cosine), 6)})

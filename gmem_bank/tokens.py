@@ -176,16 +176,16 @@ class _Job:
                     progress(done, len(self))
                 yield number, [key for key, _ in shard], np.concatenate(parts)
 
-    def _tokens(self, own: Sequence[Item], found: Sequence[Decoded], crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def _tokens(self, own: Sequence[Item], decoded: Decoded) -> NDArray[np.float32]:
         assert isinstance(self._encoder, SupportsPatchTokens)
-        for item, (_, pixels) in zip(own, found, strict=True):
-            if isinstance(pixels, str):
+        for item, reason in zip(own, decoded.reasons, strict=True):
+            if reason is not None:
                 raise SourceError(
-                    f"the image of row {item.key!r} cannot be used: {pixels}. It could be read when the bank was built: restore "
+                    f"the image of row {item.key!r} cannot be used: {reason}. It could be read when the bank was built: restore "
                     "it, or give another folder with --images",
                     key=item.key,
                 )
-        return run(self._encoder, self._encoder.encode_tokens, crops)
+        return run(self._encoder, self._encoder.encode_tokens, decoded.crops)
 
     def _item(self, key: str, row: int) -> Item:
         stored = key.removesuffix(FLIP_SUFFIX)

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import gmem_bank
-from gmem_bank import decode_pool
-from gmem_bank.decode_pool import DecodePool, default_workers
+from gmem_bank import decode_process
+from gmem_bank.decode_pool import Decoded, DecodePool, default_workers
 from gmem_bank.errors import ConfigError, GMemError, SourceError
 from gmem_bank.narrowing import Narrowing
 from gmem_bank.sources import list_folder
@@ -33,11 +33,8 @@ def odd_photos(photos: Path) -> Path:
     return photos
 
 
-def same(a: list, b: list) -> bool:
-    return all(
-        x[0] == y[0] and (x[1] == y[1] if isinstance(x[1], str) else np.array_equal(x[1], y[1]))
-        for x, y in zip(a, b, strict=True)
-    )
+def same(a: Decoded, b: Decoded) -> bool:
+    return a.hashes == b.hashes and a.reasons == b.reasons and np.array_equal(a.crops, b.crops)
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
@@ -51,7 +48,7 @@ def test_workers_give_what_this_process_would_in_the_same_order(odd_photos: Path
         got = list(pool.batches(batches))
     assert len(got) == len(batches)
     assert all(same(a, b) for a, b in zip(expected, got, strict=True))
-    reasons = [found for batch in got for _, found in batch if isinstance(found, str)]
+    reasons = [reason for batch in got for reason in batch.reasons if reason is not None]
     assert len(reasons) == 6
     assert "the file is empty" in reasons
 
@@ -63,16 +60,17 @@ def test_a_worker_that_is_killed_is_replaced(photos: Path) -> None:
     with DecodePool(ADM, 1) as pool:
         results = pool.batches(batches)
         first = next(results)
-        os.kill(pool._processes[0].pid, signal.SIGKILL)
+        [victim] = [worker.pid for worker in pool._workers]
+        os.kill(victim, signal.SIGKILL)
         rest = list(results)
-        assert len(pool._processes) == 2
+        assert [worker.pid for worker in pool._workers] != [victim]
     with DecodePool(ADM, 0) as pool:
         assert all(same(a, b) for a, b in zip([first, *rest], pool.batches(batches), strict=True))
 
 
 def test_a_job_that_kills_every_worker_is_named(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice dead on the same images is an error that says which they are and how to find out more."""
-    monkeypatch.setattr(decode_pool, "WORKER", ("-c", "raise SystemExit(3)"))
+    monkeypatch.setattr(decode_process, "WORKER", ("-c", "raise SystemExit(3)"))
     items = list_folder(photos).items[:5]
     with DecodePool(ADM, 1) as pool, pytest.raises(GMemError, match=f"{items[0].key}.*--workers 0"):
         list(pool.batches([items]))
@@ -83,9 +81,9 @@ def test_no_worker_outlives_its_pool(photos: Path) -> None:
     items = list_folder(photos).items
     with DecodePool(ADM, 2) as pool:
         next(pool.batches([items[:4], items[4:8], items[8:]]))
-        processes = list(pool._processes)
-        assert processes
-    assert all(process.poll() is not None for process in processes)
+        workers = list(pool._workers)
+        assert workers
+    assert not any(Path(f"/proc/{worker.pid}").exists() for worker in workers)
     assert default_workers() >= 1
 
 
@@ -151,7 +149,7 @@ def test_nothing_in_the_working_folder_is_run(photos: Path, monkeypatch: pytest.
     with DecodePool(ADM, 1) as pool:
         [found] = pool.batches([items])
     assert not Path("ran").exists()
-    assert [digest for digest, _ in found] == [hashlib.sha256(item.path.read_bytes()).hexdigest() for item in items]
+    assert found.hashes == [hashlib.sha256(item.path.read_bytes()).hexdigest() for item in items]
 
 
 def test_leaving_a_pool_early_does_not_hang(photos: Path) -> None:
@@ -167,4 +165,4 @@ def test_leaving_a_pool_early_does_not_hang(photos: Path) -> None:
 
             threading.Thread(target=ask, daemon=True).start()
             time.sleep(delay)
-        assert all(process.poll() is not None for process in pool._processes)
+        assert not pool._workers

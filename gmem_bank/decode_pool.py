@@ -179,7 +179,13 @@ class DecodePool:
         with self._changing:
             if self._closing:
                 raise ValueError("the pool is closed")
-            worker = WorkerProcess(self._preprocessing, self._job_images)
+            try:
+                worker = WorkerProcess(self._preprocessing, self._job_images)
+            except OSError as error:
+                raise GMemError(
+                    f"a process that decodes images could not be started ({error.strerror or error}): take fewer with "
+                    "--workers, or none with --workers 0"
+                ) from error
             self._workers.append(worker)
         return worker
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import gc
 import hashlib
 import os
 import signal
@@ -17,7 +19,9 @@ import pytest
 import gmem_bank
 from gmem_bank import decode_process
 from gmem_bank.decode_pool import Decoded, DecodePool, default_workers
+from gmem_bank.decode_worker import MOST_REASON
 from gmem_bank.errors import ConfigError, GMemError, SourceError
+from gmem_bank.listing import Item
 from gmem_bank.narrowing import Narrowing
 from gmem_bank.sources import list_folder
 
@@ -74,6 +78,66 @@ def test_a_job_that_kills_every_worker_is_named(photos: Path, monkeypatch: pytes
     items = list_folder(photos).items[:5]
     with DecodePool(ADM, 1) as pool, pytest.raises(GMemError, match=f"{items[0].key}.*--workers 0"):
         list(pool.batches([items]))
+
+
+def test_long_reasons_and_paths_do_not_stop_the_talk(photos: Path) -> None:
+    """Jobs and answers that fill a pipe, of a worker with a job ahead; reasons are cut alike with and without workers."""
+    folder = Path(*["é" * 120] * 8)
+    folder.mkdir(parents=True)
+    for number in range(40):
+        (folder / f"{number:02d}.jpg").write_bytes(b"no image")
+    items = list_folder(Path(folder.parts[0])).items
+    assert len(items) == 40
+    batches = [items[at : at + 16] for at in range(0, 40, 16)]
+    with DecodePool(ADM, 1) as pool, DecodePool(ADM, 0) as plain:
+        for found, expected in zip(pool.batches(batches), plain.batches(batches), strict=True):
+            assert same(found, expected)
+    absent = Item(key="absent.jpg", path=Path("x" * 5000), size=1, modified=0, inside="tar", place=0)
+    with DecodePool(ADM, 1) as pool, DecodePool(ADM, 0) as plain:
+        [found], [expected] = pool.batches([[absent] * 64]), plain.batches([[absent] * 64])
+    assert found.reasons == expected.reasons
+    assert all(len(str(reason)) <= MOST_REASON for reason in found.reasons)
+
+
+def test_memory_of_both_leaves_nothing_behind(photos: Path) -> None:
+    """No descriptor and no map of it are there afterwards; pixels are the caller's own."""
+    gc.collect()
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    items = list_folder(photos).items
+    with DecodePool(ADM, 2) as pool:
+        first, *others = pool.batches([items[at : at + 3] for at in range(0, 24, 3)])
+        before = first.crops.copy()
+        assert "gmem pixels" in Path("/proc/self/maps").read_text()
+    del pool
+    gc.collect()
+    np.testing.assert_array_equal(first.crops, before)
+    assert len(others) == 7
+    assert "gmem pixels" not in Path("/proc/self/maps").read_text()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors
+
+
+def test_no_room_for_a_worker_is_said(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that cannot be had ends with an error that says what to do, not with a signal."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with (
+        DecodePool(ADM, 2) as pool,
+        pytest.raises(GMemError, match=r"could not be started.*No space left.*--workers 0"),
+    ):
+        list(pool.batches([list_folder(photos).items[:5]]))
+
+
+def test_large_crops_are_sent_in_small_jobs(photos: Path) -> None:
+    """One image a job where it fills the memory that is set aside for eight small ones."""
+    record = {"crop": "adm", "crop_size": 1024}
+    items = list_folder(photos).items[:3]
+    with DecodePool(record, 1) as pool, DecodePool(record, 0) as plain:
+        [found], [expected] = pool.batches([items]), plain.batches([items])
+        assert pool._workers[0]._pixels.nbytes == 2 * 1024**2 * 3
+    assert same(found, expected)
 
 
 def test_no_worker_outlives_its_pool(photos: Path) -> None:

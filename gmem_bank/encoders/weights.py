@@ -88,6 +88,8 @@ def _weights_sha256(folder: Path) -> str:
         return sha256_of({name: sha256_of_file(folder / name) for name in files})
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     reason = f" (it has {pickles[0]}, a pickle, which can run code and is never read)" if pickles else ""
+    if revision_of(folder):
+        reason = " (pickles such as pytorch_model.bin can run code and are never fetched)"
     raise EncoderError(f"{folder} has no {WEIGHTS}{reason}: convert the weights to safetensors", path=folder)
 
 

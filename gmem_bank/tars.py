@@ -64,7 +64,7 @@ def list_tars(pattern: str | Path, *, prefix: str = "") -> Listing:
         first, second = (items[place] for place in twice)
         raise SourceError(
             f"the image {second.key!r} is twice in the source, in {first.path} and in {second.path}: keys must differ within a "
-            "bank, so rename or remove one, or build two banks and merge them",
+            "bank, so rename or remove one",
             path=second.path,
             key=second.key,
         )

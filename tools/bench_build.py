@@ -1,8 +1,10 @@
 """How fast a bank is built, beside a plain loop over the same steps in the same run, as JSON.
 
-python -m tools.bench_build [--images 600] [--encoder-images 192] [--memory-images 2000 20000] [--runs 3] [--photos DIR]
+python -m tools.bench_build [--images 3000] [--encoder-images 640] [--memory-images 2000 20000] [--runs 3] [--encoder-runs 1]
+    [--photos DIR]
 
-decode: no encoder, JPEG to crop; the peer decodes one image after the other in this process.
+decode: no encoder, JPEG to crop, the workers' start included; the peer decodes one image after the other in this process. What
+    two such loops at once reach in two processes is the most that two cores can; CPU time says the same where others take turns.
 encode: a ViT-S/14 with random weights; the peers are its bare forward, and a plain fp32 loop of decoding and forward.
 memory: the peak of whole builds of two sizes.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -34,6 +37,21 @@ from gmem_bank.sources import list_folder
 BATCH = 32
 SIZE = (500, 375)
 PHOTOS = Path(__file__).parents[1] / "tests" / "data" / "photos"
+LOOP = """
+import sys
+from pathlib import Path
+from gmem_bank.decode_worker import decode_one
+from gmem_bank.encoders.preprocess import gmem_preprocessing
+from gmem_bank.sources import list_folder
+items, record = list_folder(sys.argv[1]).items[int(sys.argv[2])::2], gmem_preprocessing()
+decode_one(items[0], record)
+print("ready", flush=True)
+sys.stdin.readline()
+for item in items:
+    decode_one(item, record)
+print("done", flush=True)
+"""
+"""Every second image, after a line on stdin."""
 PROGRAM = """
 import pathlib, re, sys
 import gmem_bank
@@ -52,6 +70,31 @@ def make_images(folder: Path, count: int, photos: Path) -> list[Item]:
         cut = pictures[number % len(pictures)].crop((left, top, left + SIZE[0], top + SIZE[1]))
         cut.save(folder / f"{number:06d}.jpg", quality=90)
     return list(list_folder(folder).items)
+
+
+def two_loops(folder: Path) -> float:
+    """Return the seconds that two processes at once take for half of the images each, their start not counted."""
+    command = [sys.executable, "-c", LOOP, str(folder)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    loops = [subprocess.Popen([*command, str(part)], **pipes) for part in range(2)]  # type: ignore[call-overload]
+    for loop in loops:
+        loop.stdout.readline()
+    started = time.perf_counter()
+    for loop in loops:
+        loop.stdin.write("go\n")
+        loop.stdin.flush()
+    for loop in loops:
+        loop.stdout.readline()
+    taken = time.perf_counter() - started
+    for loop in loops:
+        loop.communicate()
+    return taken
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time of this process and of those that it has seen the end of."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
 
 
 def seconds(work: Callable[..., Any], *arguments: Any) -> float:
@@ -79,17 +122,27 @@ def decode(items: list[Item], runs: int) -> dict[str, Any]:
         for item in items:
             decode_one(item, record)
 
-    times: dict[str, list[float]] = {"pool": [], "plain loop": []}
+    times: dict[str, list[float]] = {"plain loop": [], "pool": [], "two loops at once": []}
+    cpu: dict[str, list[float]] = {"plain loop": [], "pool": []}
     for _ in range(runs):
-        times["plain loop"].append(seconds(plain))
-        times["pool"].append(seconds(pooled))
+        for name, work in (("plain loop", plain), ("pool", pooled)):
+            before = cpu_seconds()
+            times[name].append(seconds(work))
+            cpu[name].append(cpu_seconds() - before)
+        times["two loops at once"].append(two_loops(items[0].path.parent))
+    against = lambda name, others: round(  # noqa: E731
+        statistics.median(p / o for o, p in zip(others[name], others["plain loop"], strict=True)), 3
+    )
     return {
         "images": len(items),
         "workers": default_workers(),
         "images_per_second": {name: round(len(items) / statistics.median(t), 1) for name, t in times.items()},
-        "times_plain_loop": round(
-            statistics.median(p / o for o, p in zip(times["pool"], times["plain loop"], strict=True)), 3
-        ),
+        "times_plain_loop": against("pool", times),
+        "two_loops_times_plain_loop": against("two loops at once", times),
+        "cpu_milliseconds_an_image": {
+            name: round(1000 * statistics.median(t) / len(items), 3) for name, t in cpu.items()
+        },
+        "times_plain_loop_by_cpu_time": round(default_workers() * against("pool", cpu), 3),
     }
 
 
@@ -150,10 +203,11 @@ def memory(folder: Path, counts: Sequence[int], photos: Path) -> dict[str, float
 def main() -> int:
     """Measure all, and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=600)
-    parser.add_argument("--encoder-images", type=int, default=192)
+    parser.add_argument("--images", type=int, default=3000)
+    parser.add_argument("--encoder-images", type=int, default=640)
     parser.add_argument("--memory-images", type=int, nargs="*", default=[2000, 20000])
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--encoder-runs", type=int, default=1)
     parser.add_argument("--photos", type=Path, default=PHOTOS)
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
@@ -163,7 +217,7 @@ def main() -> int:
             result["decode"] = decode(make_images(folder / "decode", given.images, given.photos), given.runs)
         if given.encoder_images:
             result["encode"] = encode(
-                folder, make_images(folder / "encode", given.encoder_images, given.photos), given.runs
+                folder, make_images(folder / "encode", given.encoder_images, given.photos), given.encoder_runs
             )
         if given.memory_images:
             result["peak_megabytes"] = memory(folder, given.memory_images, given.photos)

@@ -53,22 +53,25 @@ print("done", flush=True)
 """
 """Every second image, after a line on stdin."""
 PROGRAM = """
-import pathlib, re, sys
+import pathlib, re, resource, sys
 import gmem_bank
 gmem_bank.build(sys.argv[1], gmem_bank.load_encoder("pixels"), sys.argv[2])
 print(re.search(r"VmHWM:\\s*(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 
 
-def make_images(folder: Path, count: int, photos: Path) -> list[Item]:
-    """Write JPEGs of 500×375 pixels, each another cut of a real photo, and list them."""
+def make_images(folder: Path, count: int, photos: Path, distinct: int = 1000) -> list[Item]:
+    """Write JPEGs of 500×375 pixels, cuts of real photos, and list them; the first ones come again under other names."""
     pictures = [Image.open(path).convert("RGB").resize((640, 480)) for path in sorted(photos.rglob("*.jpg"))[:24]]
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
-    for number in range(count):
+    for number in range(min(count, distinct)):
         left, top = rng.integers(0, 640 - SIZE[0]), rng.integers(0, 480 - SIZE[1])
         cut = pictures[number % len(pictures)].crop((left, top, left + SIZE[0], top + SIZE[1]))
         cut.save(folder / f"{number:06d}.jpg", quality=90)
+    for number in range(distinct, count):
+        (folder / f"{number:06d}.jpg").hardlink_to(folder / f"{number % distinct:06d}.jpg")
     return list(list_folder(folder).items)
 
 
@@ -188,14 +191,15 @@ def encode(folder: Path, items: list[Item], runs: int) -> dict[str, Any]:
     return result
 
 
-def memory(folder: Path, counts: Sequence[int], photos: Path) -> dict[str, float]:
-    """Return the peak memory in MB of builds of these sizes (the program that builds, without its workers)."""
+def memory(folder: Path, counts: Sequence[int], photos: Path) -> dict[str, dict[str, float]]:
+    """Return the peak memory in MB of builds of these sizes: of the program that builds, and of its largest worker."""
     peaks = {}
     for count in counts:
         make_images(folder / str(count), count, photos)
         command = [sys.executable, "-c", PROGRAM, str(folder / str(count)), str(folder / f"{count}.safetensors")]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        peaks[str(count)] = round(int(done.stdout) / 1024, 1)
+        own, worker = (round(int(line) / 1024, 1) for line in done.stdout.split())
+        peaks[str(count)] = {"program": own, "worker": worker}
         shutil.rmtree(folder / str(count))
     return peaks
 

@@ -78,9 +78,11 @@ class _Job:
 class DecodePool:
     """Decodes batches ahead; a context manager.
 
+    There is one worker at first, and another whenever a batch has to be waited for: none idles beside an encoder that is slower.
+
     Args:
         preprocessing: an encoder's record, with crop_size S.
-        num_workers: processes; 0 decodes in this one, without looking ahead.
+        num_workers: processes at most; 0 decodes in this one, without looking ahead.
     """
 
     def __init__(self, preprocessing: Mapping[str, Json], num_workers: int) -> None:
@@ -89,6 +91,7 @@ class DecodePool:
         self._job_images = max(1, min(JOB_IMAGES, JOB_BYTES // int(np.prod(self._crop))))
         self._closing = False
         self._changing = threading.Lock()
+        self._wanted = threading.Semaphore(1)
         self._workers: list[WorkerProcess] = []
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._threads = [
@@ -106,6 +109,7 @@ class DecodePool:
             for worker in self._workers:
                 worker.kill()
         for _thread in self._threads:
+            self._wanted.release()
             self._jobs.put(None)
         for thread in self._threads:
             thread.join()
@@ -123,9 +127,9 @@ class DecodePool:
         for batch in batches:
             waiting.append(self._begin(batch))
             if len(waiting) >= max(2, min(MOST_AHEAD, AHEAD_BYTES // max(1, waiting[-1][0].nbytes))):
-                yield _collected(*waiting.popleft())
+                yield self._collected(*waiting.popleft())
         while waiting:
-            yield _collected(*waiting.popleft())
+            yield self._collected(*waiting.popleft())
 
     def _begin(self, batch: Sequence[Item]) -> tuple[NDArray[np.uint8], list[_Job]]:
         """Hand out the jobs of a batch, whose crops go into one array."""
@@ -138,10 +142,21 @@ class DecodePool:
                 self._jobs.put(job)
         return crops, jobs
 
+    def _collected(self, crops: NDArray[np.uint8], jobs: Sequence[_Job]) -> Decoded:
+        if not all(job.facts.done() for job in jobs):
+            self._wanted.release()
+        parts = [job.facts.result() for job in jobs]
+        facts = [fact for part in parts for fact in part]
+        if any(reason is not None for _, reason in facts):  # close the gaps
+            counts = [sum(reason is None for _, reason in part) for part in parts]
+            crops = np.concatenate([job.crops[:count] for job, count in zip(jobs, counts, strict=True)])
+        return Decoded([digest for digest, _ in facts], [reason for _, reason in facts], crops)
+
     def _serve(self) -> None:
         """Keep one worker busy, with a job ahead of the one that it does, until the pool is closed."""
         worker: WorkerProcess | None = None
         sent: deque[_Job] = deque()
+        self._wanted.acquire()
         while self._take_jobs(sent):
             job = sent[0]
             try:
@@ -164,11 +179,14 @@ class DecodePool:
             job.facts.cancel()
 
     def _take_jobs(self, sent: deque[_Job]) -> bool:
-        """Add what a worker may be sent; False: the pool is closed. Waits only where there is nothing else to wait for."""
-        while len(sent) < JOBS_AHEAD and not self._closing:
+        """Add what a worker may be sent; False: the pool is closed. Waits only where there is nothing else to wait for.
+
+        A job ahead is taken where there is one for every other worker too.
+        """
+        while not self._closing and (not sent or (len(sent) < JOBS_AHEAD and self._jobs.qsize() >= len(self._threads))):
             try:
                 job = self._jobs.get(block=not sent)
-            except queue.Empty:
+            except queue.Empty:  # another was faster
                 break
             if job is None:
                 return False
@@ -205,12 +223,3 @@ def _died_twice(job: _Job, error: Exception) -> GMemError:
     )
     found.__cause__ = error
     return found
-
-
-def _collected(crops: NDArray[np.uint8], jobs: Sequence[_Job]) -> Decoded:
-    parts = [job.facts.result() for job in jobs]
-    facts = [fact for part in parts for fact in part]
-    if any(reason is not None for _, reason in facts):  # close the gaps
-        counts = [sum(reason is None for _, reason in part) for part in parts]
-        crops = np.concatenate([job.crops[:count] for job, count in zip(jobs, counts, strict=True)])
-    return Decoded([digest for digest, _ in facts], [reason for _, reason in facts], crops)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import gc
 import hashlib
+import itertools
 import os
 import signal
 import threading
@@ -138,6 +139,21 @@ def test_large_crops_are_sent_in_small_jobs(photos: Path) -> None:
         [found], [expected] = pool.batches([items]), plain.batches([items])
         assert pool._workers[0]._pixels.nbytes == 2 * 1024**2 * 3
     assert same(found, expected)
+
+
+def test_no_more_workers_than_are_needed(photos: Path) -> None:
+    """Beside a caller who is slower than one worker there are one or two; one who waits for each batch gets all."""
+    items = list_folder(photos).items[:8]
+    with DecodePool(ADM, 6) as pool:
+        for _ in pool.batches([items[at : at + 1] for at in range(8)]):
+            while pool._jobs.qsize() or any(worker.num_waiting for worker in pool._workers):
+                time.sleep(0.01)
+            time.sleep(0.05)
+        assert len(pool._workers) <= 2
+    with DecodePool(ADM, 6) as pool:
+        for _ in pool.batches(itertools.repeat(items)):
+            if len(pool._workers) == 6:
+                break
 
 
 def test_no_worker_outlives_its_pool(photos: Path) -> None:

@@ -64,6 +64,8 @@ if TYPE_CHECKING:
     from gmem_bank.kinds import open as open  # noqa: A004
     from gmem_bank.legacy import import_official as import_official
     from gmem_bank.legacy_export import export_official as export_official
+    from gmem_bank.mixing import compose_snippet as compose_snippet
+    from gmem_bank.mixing import interpolate_snippets as interpolate_snippets
     from gmem_bank.narrowing import Narrowing as Narrowing
     from gmem_bank.ops import mask as mask
     from gmem_bank.ops import remove as remove
@@ -77,7 +79,11 @@ if TYPE_CHECKING:
     from gmem_bank.progress import ProgressBar as ProgressBar
     from gmem_bank.provenance import EncoderSpec as EncoderSpec
     from gmem_bank.query import QueryHits as QueryHits
+    from gmem_bank.query import image_snippets as image_snippets
     from gmem_bank.query import search as search
+    from gmem_bank.query import snippet_of as snippet_of
+    from gmem_bank.query import snippet_or_image as snippet_or_image
+    from gmem_bank.query import text_snippets as text_snippets
     from gmem_bank.reduce import coreset as coreset
     from gmem_bank.reduce import dedup as dedup
     from gmem_bank.results_page import write_results_page as write_results_page
@@ -137,6 +143,7 @@ _DOOR = {
     "kinds": ("open",),
     "legacy": ("import_official",),
     "legacy_export": ("export_official",),
+    "mixing": ("compose_snippet", "interpolate_snippets"),
     "narrowing": ("Narrowing",),
     "ops": ("mask", "remove", "remove_concept", "rename", "select", "unmask"),
     "parquet": ("export_parquet",),
@@ -144,7 +151,7 @@ _DOOR = {
     "precomputed": ("build_precomputed",),
     "progress": ("ProgressBar",),
     "provenance": ("EncoderSpec",),
-    "query": ("QueryHits", "search"),
+    "query": ("QueryHits", "image_snippets", "search", "snippet_of", "snippet_or_image", "text_snippets"),
     "reduce": ("coreset", "dedup"),
     "results_page": ("write_results_page",),
     "rewrite": ("compact", "save", "shard"),

@@ -96,7 +96,9 @@ def read_terms(terms: str | Mapping[str, float]) -> tuple[dict[str, float], str]
     """Return item → weight of a sum, and the sum as text; raises ConfigError."""
     weights = parse_terms(terms) if isinstance(terms, str) else dict(terms)
     if not weights or not all(np.isfinite(weight) for weight in weights.values()):
-        raise ConfigError("give at least one item, with finite weights", key="terms")
+        raise ConfigError(
+            'the sum has no item, or a weight that is not finite: write it as "cat + 0.5*neon - dog"', key="terms"
+        )
     return weights, terms if isinstance(terms, str) else " + ".join(f"{w}*{item}" for item, w in weights.items())
 
 

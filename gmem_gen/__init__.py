@@ -14,8 +14,13 @@ from gmem_bank import __version__ as __version__
 if TYPE_CHECKING:
     from gmem_gen.checkpoint import LoadedCheckpoint as LoadedCheckpoint
     from gmem_gen.checkpoint import load_checkpoint as load_checkpoint
-    from gmem_gen.conditioning import Conditions as Conditions
-    from gmem_gen.conditioning import choose_conditions as choose_conditions
+    from gmem_gen.conditions import Conditions as Conditions
+    from gmem_gen.conditions import choose_conditions as choose_conditions
+    from gmem_gen.conditions import composition_conditions as composition_conditions
+    from gmem_gen.conditions import image_conditions as image_conditions
+    from gmem_gen.conditions import interpolation_conditions as interpolation_conditions
+    from gmem_gen.conditions import snippet_conditions as snippet_conditions
+    from gmem_gen.conditions import text_conditions as text_conditions
     from gmem_gen.config import Config as Config
     from gmem_gen.config import DataConfig as DataConfig
     from gmem_gen.config import FlowConfig as FlowConfig
@@ -33,6 +38,9 @@ if TYPE_CHECKING:
     from gmem_gen.presets import preset as preset
     from gmem_gen.presets import sit as sit
     from gmem_gen.presets import unconditional as unconditional
+    from gmem_gen.sample_files import SampleFiles as SampleFiles
+    from gmem_gen.sample_files import SampleReport as SampleReport
+    from gmem_gen.sample_files import sample_to as sample_to
     from gmem_gen.sampling import Samples as Samples
     from gmem_gen.sampling import sample as sample
     from gmem_gen.trainer import TrainReport as TrainReport
@@ -40,7 +48,15 @@ if TYPE_CHECKING:
 
 _DOOR = {
     "checkpoint": ("LoadedCheckpoint", "load_checkpoint"),
-    "conditioning": ("Conditions", "choose_conditions"),
+    "conditions": (
+        "Conditions",
+        "choose_conditions",
+        "composition_conditions",
+        "image_conditions",
+        "interpolation_conditions",
+        "snippet_conditions",
+        "text_conditions",
+    ),
     "config": (
         "Config",
         "DataConfig",
@@ -54,6 +70,7 @@ _DOOR = {
     "images": ("make_grid",),
     "model": ("Generator", "LatentShape"),
     "presets": ("MODEL_PRESETS", "class_conditional", "lightningdit", "preset", "sit", "unconditional"),
+    "sample_files": ("SampleFiles", "SampleReport", "sample_to"),
     "sampling": ("Samples", "sample"),
     "trainer": ("TrainReport", "train"),
 }

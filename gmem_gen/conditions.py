@@ -145,7 +145,7 @@ def snippet_conditions(
     total = num if num is not None else len(snippets) * per_snippet
     rows = np.resize(np.repeat(np.arange(len(snippets)), per_snippet), total)
     return Conditions(
-        rows=rows, keys=[names[row] for row in rows], label=_label(label), snippets=snippets,
+        rows=rows, keys=[names[row] for row in rows.tolist()], label=_label(label), snippets=snippets,
         streams=_streams(total, per_snippet, same_noise), made=dict(made or {}),
     )  # fmt: skip
 

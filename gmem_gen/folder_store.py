@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ class FolderStore:
         """Keep (b, H, W, C) samples."""
         with writing(self.path):
             for place, pixels in zip(places.tolist(), images, strict=True):
-                replace_file(self._file(place), lambda path, own=pixels: to_image(own).save(path, format="PNG"))
+                image = to_image(pixels)
+                replace_file(self._file(place), partial(image.save, format="PNG"))
 
     def read(self, place: int) -> NDArray[np.uint8]:
         """Return the (H, W, C) pixels of a kept sample."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -78,6 +79,7 @@ def sample_to(
     num_shards: int = 1,
     shard: int = 0,
     overwrite: bool = False,
+    facts: Mapping[str, Any] | None = None,
     progress: Progress = _silent_progress,
     say: Say = _silent,
 ) -> SampleReport:
@@ -89,6 +91,7 @@ def sample_to(
         num_shards: processes that share the work, each with the same folder or .npz; sample i is drawn by process i mod it.
         shard: which of them this is, from 0.
         overwrite: replace samples of another plan in the folder or .npz, instead of refusing.
+        facts: what the record says besides.
         progress: told samples of this process that are there and are to be.
         say: told remarks.
 
@@ -108,13 +111,131 @@ def sample_to(
     stores = _stores(files, plan, checkpoint, len(conditions), labels, overwrite)
     mine = np.arange(shard, len(conditions), num_shards)
     pending = mine[~_done(stores, len(conditions))[mine]]
-    shown: list[NDArray[np.uint8]] = []
+    tally = _Tally(f"{shard}-of-{num_shards}")
     progress(len(mine) - len(pending), len(mine))
-    counts, drawn = {"images": 0, "evaluations": 0, "nfe": 0}, 0
     for batch in draw(bank, checkpoint, conditions, wanted, pending):
-        counts = _keep(batch, stores, f"{shard}-of-{num_shards}")
-        drawn += len(batch.places)
-        if not stores:
-            shown.extend(batch.images)
-        progress(len(mine) - len(pending) + drawn, len(mine))
+        tally.keep(batch, stores)
+        progress(len(mine) - len(pending) + tally.images, len(mine))
     seconds = round(time.perf_counter() - began, 2)
+    complete = not stores or bool(_done(stores, len(conditions)).all())
+    record = json_in(stores[0].record) if stores and not tally.images else None
+    if not isinstance(record, dict) or not complete:
+        record = describe(bank, checkpoint, conditions, wanted) | tally.cost(stores)
+        record |= {"remarks": remarks, "classes": classes, "plan": plan, "seconds": seconds, "num_shards": num_shards}
+        record |= facts or {}
+    outputs = _finish(files, stores, tally, record, len(conditions)) if complete else []
+    return SampleReport(
+        outputs=[str(path) for path in outputs], num_images=len(conditions), num_drawn=tally.images, complete=complete,
+        seconds=seconds, record=record,
+    )  # fmt: skip
+
+
+class _Tally:
+    """What a call has drawn, and at which cost; the pixels only where no store has them."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.images, self.evaluations, self.nfe = name, 0, 0, 0
+        self.pixels: list[NDArray[np.uint8]] = []
+
+    def keep(self, batch: Drawn, stores: Sequence[Store]) -> None:
+        """Put a batch into all stores, and what it cost beside it."""
+        for store in stores:
+            store.write(batch.places, batch.images)
+            store.tally(self.name, {"images": len(batch.places), "evaluations": batch.evaluations, "nfe": batch.nfe})
+        if not stores:
+            self.pixels.extend(batch.images)
+        self.images += len(batch.places)
+        self.evaluations += batch.evaluations
+        self.nfe = max(self.nfe, batch.nfe)
+
+    def cost(self, stores: Sequence[Store]) -> dict[str, Any]:
+        """Return what all samples cost, those of other processes and of earlier calls included."""
+        own = {"images": self.images, "evaluations": self.evaluations, "nfe": self.nfe}
+        total = stores[0].tally("", {}) if stores else own
+        return cost(total["nfe"], total["evaluations"], max(1, total["images"]))
+
+
+def _finish(
+    files: SampleFiles, stores: Sequence[Store], tally: _Tally, record: dict[str, Any], num_images: int
+) -> list[Path]:
+    outputs = [path for store in stores for path in store.finish(record)]
+    if files.grid is None:
+        return outputs
+    images = tally.pixels or [stores[0].read(place) for place in range(min(num_images, GRID_SHOWN))]
+    return [*write_grid(np.stack(images), record, files.grid, columns=files.columns), *outputs]
+
+
+def plan_of(bank: Bank, checkpoint: LoadedCheckpoint, conditions: Conditions, config: SampleConfig) -> dict[str, Any]:
+    """Return all that decides the pixels, as a flat JSON object: samples with another one never lie among these."""
+    settings = {f"sample.{name}": value for name, value in dataclasses.asdict(config).items() if name != "batch_size"}
+    return {
+        "num_images": len(conditions),
+        "label": conditions.label,
+        "conditions": conditions.digest(),
+        "bank": bank.fingerprint,
+        "weights": weights_digest(checkpoint.model),
+        "tokenizer": checkpoint.tokenizer,
+        **settings,
+    }
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return the sha256 of a model's tensors and their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        plain = tensor.detach().to("cpu").contiguous()
+        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}\n".encode())
+        digest.update(memoryview(plain.view(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _check_files(files: SampleFiles, num_images: int, num_shards: int, shard: int) -> None:
+    kept = files.folder is not None or files.npz is not None
+    if files.grid is not None:
+        require_own(files.grid)
+    elif not kept:
+        raise ConfigError("there is nowhere to put samples: give a grid, a folder or an .npz", key="output")
+    if not 0 <= shard < num_shards:
+        raise ConfigError(f"shard must be 0 to num_shards - 1, got {shard} of {num_shards}", key="shard")
+    if num_shards > 1 and not kept:
+        raise ConfigError("several processes need a folder or an .npz that they fill together", key="num_shards")
+    if num_images > GRID_MOST and not kept:
+        raise ConfigError(
+            f"a grid holds at most {GRID_MOST} samples, {num_images} are wanted: keep them with --save-images or --npz",
+            key="num",
+        )
+
+
+def _stores(
+    files: SampleFiles, plan: dict[str, Any], checkpoint: LoadedCheckpoint, num_images: int,
+    labels: NDArray[np.int64] | None, overwrite: bool,
+) -> list[Store]:  # fmt: skip
+    stores: list[Store] = []
+    if files.folder is not None:
+        stores.append(FolderStore(files.folder, plan, num_images, overwrite=overwrite))
+    if files.npz is not None:
+        size, channels = image_shape(checkpoint)
+        shape = (num_images, size, size, channels)
+        stores.append(ArrayStore(files.npz, plan, shape, labels, overwrite=overwrite))
+    return stores
+
+
+def image_shape(checkpoint: LoadedCheckpoint) -> tuple[int, int]:
+    """Return side and channels of the images that a checkpoint's tokenizer decodes to."""
+    return checkpoint.model.latent.size, checkpoint.model.latent.channels
+
+
+def _labels(
+    bank: Bank, checkpoint: LoadedCheckpoint, conditions: Conditions
+) -> tuple[NDArray[np.int64] | None, list[str]]:
+    """Return (B,) labels and the names they stand for: a model's classes, or the concepts of the rows where each has one."""
+    if checkpoint.model.config.condition == "class":
+        labels = conditioning.labels(bank, conditions.rows, checkpoint.classes)
+        return labels.numpy(), list(checkpoint.classes)
+    found = None if conditions.snippets is not None else conditioning.concept_labels(bank, conditions.rows)
+    return (None, []) if found is None else (found[0], list(found[1]))
+
+
+def _done(stores: Sequence[Store], num_images: int) -> NDArray[np.bool_]:
+    """Return (B,) which samples every store has; none where there is no store."""
+    return np.logical_and.reduce([store.done() for store in stores]) if stores else np.zeros(num_images, np.bool_)

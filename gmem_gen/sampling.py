@@ -180,6 +180,16 @@ def cost(nfe: int, evaluations: int, num_images: int) -> dict[str, Any]:
     return {"nfe": nfe, "evaluations_per_image": round(evaluations / num_images, 3)}
 
 
+def expected_nfe(config: SampleConfig) -> int | None:
+    """Return how often a sample asks the network for a prediction; None where the solver decides on its way."""
+    if config.method == "dopri5":
+        return None
+    if not config.is_sde:
+        return config.num_steps * len(ode.TABLEAUX[config.method].b)
+    last = config.last_step != "none"
+    return (config.num_steps - last) * (2 if config.method == "sde-heun" else 1) + last
+
+
 def _reader(bank: Bank, checkpoint: LoadedCheckpoint, conditions: Conditions) -> conditioning.Reader:
     if conditions.snippets is not None:
         return conditioning.snippet_reader(checkpoint.model, conditions.snippets)

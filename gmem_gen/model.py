@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gmem_bank.errors import ConfigError
 from gmem_gen.config import ModelConfig
@@ -141,6 +142,8 @@ class Generator(nn.Module):
         if config.projection_dim:
             self.projector = nn.ModuleList([projection_head(config.width, config.projection_dim)])
         self.final_layer = FinalLayer(config, self.patch_size**2 * latent.channels)
+        self.recompute = False
+        """Whether the backward pass computes each block again instead of keeping what is in it."""
         self._initialise()
 
     def _initialise(self) -> None:
@@ -195,7 +198,10 @@ class Generator(nn.Module):
         condition = self._condition(t, conditions)
         tokens, projected = self.x_embedder(x_t) + self.pos_embed, None
         for number, block in enumerate(self.blocks, start=1):
-            tokens = block(tokens, condition, self.feat_rope)
+            if self.recompute and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, condition, self.feat_rope, use_reentrant=False)
+            else:
+                tokens = block(tokens, condition, self.feat_rope)
             if project and number == self.config.encoder_depth:
                 projected = self.projector[0](tokens)
         output = self._unpatchify(self.final_layer(tokens, condition))

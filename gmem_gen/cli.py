@@ -55,7 +55,20 @@ def _resolved(preset: str, config_file: str | None, settings: tuple[str, ...]) -
 @click.option("--out", "-o", default=None, metavar="RUN", help="The run's folder; default: runs/<bank stem>.")
 @click.option("--seed", type=click.IntRange(min=0), default=None, help="Short for --set train.seed=N.")
 @click.option("--device", default=None, help="Short for --set train.device=NAME: auto, cpu, cuda, …")
-@click.option("--allow-missing", is_flag=True, help="Leave out rows whose image is gone.")
+@click.option("--tokenizer", default=None, metavar="NAME", help="Short for --set data.tokenizer=NAME: what is drawn.")
+@click.option(
+    "--tokenizer-weights",
+    default=None,
+    metavar="PLACE",
+    help="Short for --set data.tokenizer_weights=PLACE: a folder or file, or OWNER/NAME on the hub.",
+)
+@click.option(
+    "--latents",
+    default=None,
+    metavar="FOLDER",
+    help="Short for --set data.latents=FOLDER: what 'gmem-gen encode' wrote; images are not read.",
+)
+@click.option("--allow-missing", is_flag=True, help="Leave out rows whose image or latent is gone.")
 @click.option(
     "--accept-bank-change", is_flag=True, help="Go on although the bank was edited since the training stopped."
 )
@@ -64,7 +77,8 @@ def _resolved(preset: str, config_file: str | None, settings: tuple[str, ...]) -
 @quiet_option
 def train(
     bank: str, images: tuple[str, ...], preset: str, config_file: str | None, settings: tuple[str, ...], out: str | None,
-    seed: int | None, device: str | None, allow_missing: bool, accept_bank_change: bool, dry_run: bool, as_json: bool,
+    seed: int | None, device: str | None, tokenizer: str | None, tokenizer_weights: str | None, latents: str | None,
+    allow_missing: bool, accept_bank_change: bool, dry_run: bool, as_json: bool,
     quiet: bool,
 ) -> None:  # fmt: skip
     """Train a generator on the images of a bank. The same command again resumes.
@@ -75,6 +89,8 @@ def train(
     import gmem_gen
 
     extra = [f"train.seed={seed}"] * (seed is not None) + [f"train.device={device!r}"] * (device is not None)
+    places = {"tokenizer": tokenizer, "tokenizer_weights": tokenizer_weights, "latents": latents}
+    extra += [f"data.{name}={json.dumps(value)}" for name, value in places.items() if value is not None]
     extra += ["data.allow_missing=true"] * allow_missing
     config = _resolved(preset, config_file, (*settings, *extra))
     if dry_run:

@@ -35,7 +35,12 @@ FREE_SETTINGS = frozenset(
         "device",
         "num_threads",
     )
-) | {"data.allow_missing", *(f"sample.{field.name}" for field in dataclasses.fields(SampleConfig))}
+) | {
+    "data.allow_missing",
+    # where the same weights and latents lie; that they are the same is seen from the checkpoint's record of its tokenizer
+    *("data.tokenizer_weights", "data.tokenizer_revision", "data.latents"),
+    *(f"sample.{field.name}" for field in dataclasses.fields(SampleConfig)),
+}
 BUDGET_SETTINGS = frozenset({"train.epochs", "train.max_steps"})
 
 
@@ -110,7 +115,7 @@ def find_resumption(run: Path, config: Config, bank: Bank, *, keys_digest: str, 
         return Resumption(checkpoint=None, step=0, elapsed=0.0)
     state = checkpoints.read_state(found[-1])
     conditioning.require_same_memory(bank, state["bank"], f"the training in {run}")
-    _require_same_settings(run, Config.from_mapping(state["config"]), config)
+    _require_same_settings(run, _config_in(state), config)
     before, now = state["bank"], conditioning.record_of(bank)
     same_bank = before["fingerprint"] == now["fingerprint"] and state["keys_digest"] == keys_digest
     if not (same_bank or accept_bank_change):
@@ -134,9 +139,23 @@ def stored_config(run: Path) -> Config | None:
     if not found:
         return None
     try:
-        return Config.from_mapping(checkpoints.read_state(found[-1])["config"])
+        return _config_in(checkpoints.read_state(found[-1]))
     except ConfigError as error:
         raise CheckpointError(f"the configuration in {found[-1]} cannot be used: {error}", path=found[-1]) from error
+
+
+def _config_in(state: dict[str, Any]) -> Config:
+    """Return the configuration that a checkpoint's state holds; before there were tokenizers, they were pixels."""
+    config = Config.from_mapping(state["config"])
+    data = dataclasses.replace(config.data, tokenizer=config.data.tokenizer or "pixels")
+    return dataclasses.replace(config, data=data)
+
+
+def stored_tokenizer(run: Path) -> dict[str, Any] | str | None:
+    """Return the record of the tokenizer of the training that began in a folder, None where none did; raises CheckpointError."""
+    found = checkpoints.list_checkpoints(run)
+    record: dict[str, Any] | str | None = checkpoints.read_state(found[-1])["tokenizer"] if found else None
+    return record
 
 
 def _require_same_settings(run: Path, stored: Config, config: Config) -> None:

@@ -48,20 +48,38 @@ def _choose_all(config: Any, section: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which pixels are learned."""
+    """Which images are learned, and as what."""
 
     image_size: int = 0
-    """Side in pixels; 0: 64, or the short side of the smallest image where that is smaller."""
+    """Side in pixels; 0: 64 (256 with an autoencoder), or the short side of the smallest image where that is smaller."""
     channels: int = 3
-    """3: RGB; 1: grey."""
+    """3: RGB; 1: grey, for pixels only."""
     allow_missing: bool = False
-    """Train without the rows whose image is gone, instead of stopping."""
+    """Train without the rows whose image or latent is gone, instead of stopping."""
+    tokenizer: str = ""
+    """pixels, sd-vae, taesd, dc-ae, taef2 or va-vae; "": what `latents` were made with, else pixels."""
+    tokenizer_weights: str = ""
+    """Folder or file with the tokenizer's weights, or OWNER/NAME on the hub; "": the tokenizer's own repository there."""
+    tokenizer_revision: str = ""
+    """Branch, tag or commit on the hub; "": its main branch. Checkpoints record the commit."""
+    posterior: Literal["mean", "sample"] = "mean"
+    """Of a variational autoencoder: the mean of each latent's distribution, or a sample that the image decides."""
+    latents: str = ""
+    """Folder that 'gmem-gen encode' wrote; "": the images are encoded into the run's cache before training starts."""
+    encode_on_the_fly: bool = False
+    """Encode the images of every batch as it is read, and keep no latents."""
+    statistics_images: int = 4096
+    """Of encoding on the fly: images whose latents decide mean and standard deviation of each channel, spread evenly over all."""
 
     def __post_init__(self) -> None:
         _require(
             0 <= self.image_size <= 4096, "data", "image_size", self.image_size, "0 or a number of pixels up to 4096"
         )
+        _choose_all(self, "data")
         _require(self.channels in (1, 3), "data", "channels", self.channels, "1 or 3")
+        _require(self.statistics_images >= 1, "data", "statistics_images", self.statistics_images, "at least 1")
+        _require(not (self.latents and self.encode_on_the_fly), "data", "encode_on_the_fly", self.encode_on_the_fly,
+                 "false with data.latents, which are encoded already")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

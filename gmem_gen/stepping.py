@@ -23,11 +23,10 @@ from gmem_gen import checkpoint as checkpoints
 from gmem_gen import conditioning, losses, optim, paths, times
 from gmem_gen.conditioning import Bank
 from gmem_gen.config import Config
-from gmem_gen.data import Order, PixelCache
+from gmem_gen.data import Order, TrainingImages
 from gmem_gen.model import Generator
 from gmem_gen.run import Resumption
 from gmem_gen.runtime import versions
-from gmem_gen.tokenizers import make_tokenizer
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -41,8 +40,8 @@ class Trainer:
 
     Args:
         bank: read through the interface.
-        config: with image_size and patch_size resolved.
-        cache: the training images.
+        config: resolved.
+        images: what is learned, by place among the rows of `join`.
         join: the rows they belong to.
         device: where the model lives.
         tokens: places among the training images → (B, T, P) patch tokens of the encoder, for a model with a projection head.
@@ -52,18 +51,17 @@ class Trainer:
     """
 
     def __init__(
-        self, bank: Bank, config: Config, cache: PixelCache, join: conditioning.Join, device: torch.device,
+        self, bank: Bank, config: Config, images: TrainingImages, join: conditioning.Join, device: torch.device,
         *, tokens: Callable[[NDArray[np.int64]], Tensor] | None = None,
     ) -> None:  # fmt: skip
         self.tokens = tokens
         self.classes = conditioning.class_names(bank) if config.model.condition == "class" else ()
         self.labels = conditioning.labels(bank, join.rows, self.classes) if self.classes else None
-        self.bank, self.config, self.cache, self.join, self.device = bank, config, cache, join, device
-        self.tokenizer = make_tokenizer("pixels", config.data.image_size, config.data.channels)
+        self.bank, self.config, self.images, self.join, self.device = bank, config, images, join, device
         dim = int(conditioning.record_of(bank)["dim"])
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not ours to change
             torch.manual_seed(config.train.seed)
-            self.model: Generator = checkpoints.make_model(config, self.tokenizer.latent, dim).to(device)
+            self.model: Generator = checkpoints.make_model(config, images.latent, dim).to(device)
         self.average = optim.make_average(self.model, config.train.ema_decay, warmup=config.train.ema_warmup)
         self.optimizer = optim.make_optimizer(self.model, config.train)
         self.order = Order(len(join.rows), config.train.batch_size, config.train.seed)
@@ -97,7 +95,7 @@ class Trainer:
         """Make one optimizer step, keep its loss, return its gradient norm; raises GMemError where they are not finite."""
         config, generator = self.config.train, step_generator(self.config.train.seed, self.step)
         places = self.order.batch(self.step)
-        x_1 = self.tokenizer.encode(self.cache.read(places)).to(self.device)
+        x_1 = self.images.read(places).to(self.device)
         x_0 = torch.randn(x_1.shape, generator=generator).to(self.device)
         t = times.draw_times(self.config.flow, len(places), generator).to(self.device)
         conditions = self._conditions(places, generator)
@@ -150,8 +148,8 @@ class Trainer:
             "elapsed": self.elapsed,
             "losses": list(self.losses),
             "config": self.config.to_json(),
-            "latent": dataclasses.asdict(self.tokenizer.latent),
-            "tokenizer": self.tokenizer.name,
+            "latent": dataclasses.asdict(self.images.latent),
+            "tokenizer": self.images.tokenizer.record(),
             "bank": conditioning.record_of(self.bank),
             "keys_digest": keys_digest,
             "classes": list(self.classes),

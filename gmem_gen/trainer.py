@@ -28,13 +28,12 @@ from gmem_gen import checkpoint as checkpoints
 from gmem_gen import conditioning, optim
 from gmem_gen.conditioning import Bank, ImagesFrom
 from gmem_gen.config import Config
-from gmem_gen.data import PixelCache, resolve_image_size
+from gmem_gen.image_plan import ImagePlan, plan_images
 from gmem_gen.model import auto_patch_size
-from gmem_gen.run import Log, default_run, find_resumption, occupied, stored_config, writing
+from gmem_gen.run import Log, default_run, find_resumption, occupied, stored_config, stored_tokenizer, writing
 from gmem_gen.runtime import StopRequest, cpu_threads, pick_device
 from gmem_gen.sizes import num_parameters
 from gmem_gen.stepping import Trainer
-from gmem_gen.tokenizers import make_tokenizer
 
 CPU_MINUTES = 10.0
 Progress = Callable[[int, int], None]
@@ -116,17 +115,16 @@ def train(
         if out is None:
             raise ConfigError("training on a bank that is not a file needs a folder for the run: out", key="out")
         run = Path(out)
-    wanted = config or Config()
+    wanted, stored = config or Config(), stored_config(run)
     device = pick_device(wanted.train.device)
-    join = conditioning.join_images(opened, images, allow_missing=wanted.data.allow_missing)
-    digest = hashlib.sha256(json.dumps(join.keys).encode()).hexdigest()
+    planned = plan_images(opened, images, wanted, stored=stored, record=stored_tokenizer(run), device=str(device))
+    digest = hashlib.sha256(json.dumps(planned.join.keys).encode()).hexdigest()
     with occupied(run):
-        resolved = resolve(wanted, opened, join, images, stored_config(run))
+        resolved = resolve(wanted, opened, planned, stored)
         resumption = find_resumption(run, resolved, opened, keys_digest=digest, accept_bank_change=accept_bank_change)
-        size, channels = resolved.data.image_size, resolved.data.channels
-        cache = PixelCache(run / "cache", opened, join, images, size=size, channels=channels, progress=read_progress)
         with cpu_threads(resolved.train.num_threads), writing(run):
-            trainer = Trainer(opened, resolved, cache, join, device)
+            ready = planned.open(run / "cache", read_progress)
+            trainer = Trainer(opened, resolved, ready, planned.join, device)
             trainer.restore(resumption)
             _introduce(trainer, run, say)
             (run / "config.toml").write_text(resolved.to_toml(), encoding="utf-8")
@@ -136,20 +134,17 @@ def train(
 def plan(bank: str | os.PathLike[str], config: Config, *, images: ImagesFrom = None) -> Config:
     """Return the configuration that `train` would use, having checked bank, images and device; trains nothing."""
     opened = conditioning.open_bank(bank)
-    pick_device(config.train.device)
-    join = conditioning.join_images(opened, images, allow_missing=config.data.allow_missing)
-    resolved = resolve(config, opened, join, images, None)
-    latent = make_tokenizer("pixels", resolved.data.image_size, resolved.data.channels).latent
+    planned = plan_images(opened, images, config, device=str(pick_device(config.train.device)))
+    resolved = resolve(config, opened, planned, None)
     with torch.device("meta"):
-        checkpoints.make_model(resolved, latent, int(conditioning.record_of(opened)["dim"]))
+        checkpoints.make_model(resolved, planned.latent, int(conditioning.record_of(opened)["dim"]))
     return resolved
 
 
 def resolve(
     config: Config,
     bank: Bank,
-    join: conditioning.Join,
-    images: ImagesFrom,
+    planned: ImagePlan,
     stored: Config | None,
 ) -> Config:
     """Return the configuration with everything that was left to us filled in.
@@ -157,19 +152,16 @@ def resolve(
     Args:
         config: as asked for.
         bank: what is trained on.
-        join: its rows with images.
-        images: override of the recorded folders.
+        planned: its rows with images, and what is made of these.
         stored: of the training that goes on: it keeps what was chosen when it began; None for a new one.
     """
     facts = conditioning.record_of(bank)
-    size = config.data.image_size or (stored.data.image_size if stored else 0)
-    size = size or resolve_image_size(bank, join, images, config.data, config.model)
-    patch = config.model.patch_size or (stored.model.patch_size if stored else auto_patch_size(size))
+    patch = config.model.patch_size or (stored.model.patch_size if stored else auto_patch_size(planned.latent.size))
     scale = config.model.snippet_scale or (stored.model.snippet_scale if stored else 0.0)
     scale = scale or (math.sqrt(facts["dim"]) if facts["space"] == "unit" else 1.0)
     prediction = config.flow.prediction
     if prediction == "auto":
-        fits = 2 * patch**2 * config.data.channels <= config.model.width
+        fits = 2 * patch**2 * planned.latent.channels <= config.model.width
         prediction = stored.flow.prediction if stored else ("velocity" if fits else "data")
     if config.model.projection_dim:
         raise ConfigError(
@@ -187,7 +179,7 @@ def resolve(
         classes = present
     return dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, image_size=size),
+        data=planned.data,
         model=dataclasses.replace(config.model, patch_size=patch, snippet_scale=scale, num_classes=classes),
         flow=dataclasses.replace(config.flow, prediction=prediction),
     )

@@ -422,7 +422,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(bank: str) -> None:
 def test_a_projection_head_learns_from_patch_tokens(bank: str) -> None:
     """A step with tokens moves the head; the command, which has none, refuses."""
     from gmem_gen import conditioning, stepping
-    from gmem_gen.data import PixelCache
+    from gmem_gen.data import PixelCache, PixelImages
+    from gmem_gen.tokenizers import PixelTokenizer
 
     opened = gmem_bank.open(bank)
     whole = gmem_gen.apply_settings(
@@ -436,7 +437,8 @@ def test_a_projection_head_learns_from_patch_tokens(bank: str) -> None:
         seen.append(places)
         return torch.ones(len(places), 16, 6)
 
-    trainer = stepping.Trainer(opened, whole, cache, join, torch.device("cpu"), tokens=tokens)
+    images = PixelImages(cache, PixelTokenizer(8, 3))
+    trainer = stepping.Trainer(opened, whole, images, join, torch.device("cpu"), tokens=tokens)
     before = trainer.model.projector[0][4].weight.detach().clone()
     assert trainer.make_step() > 0
     assert trainer.losses[-1] < np.inf

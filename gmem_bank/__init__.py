@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from gmem_bank.encoders import load_encoder as load_encoder
     from gmem_bank.encoders import reload_encoder as reload_encoder
     from gmem_bank.encoders.preprocess import center_crop as center_crop
+    from gmem_bank.encoders.weights import ModelFiles as ModelFiles
+    from gmem_bank.encoders.weights import find_model as find_model
     from gmem_bank.errors import BankNotFoundError as BankNotFoundError
     from gmem_bank.errors import CheckpointError as CheckpointError
     from gmem_bank.errors import ConceptExistsError as ConceptExistsError
@@ -53,6 +55,9 @@ if TYPE_CHECKING:
     from gmem_bank.errors import StaleIndexError as StaleIndexError
     from gmem_bank.errors import UnknownKeyError as UnknownKeyError
     from gmem_bank.errors import WriteError as WriteError
+    from gmem_bank.image_shards import ImageWork as ImageWork
+    from gmem_bank.image_shards import ShardsReport as ShardsReport
+    from gmem_bank.image_shards import write_image_shards as write_image_shards
     from gmem_bank.index_build import IndexReport as IndexReport
     from gmem_bank.index_build import build_index as build_index
     from gmem_bank.index_update import update_index as update_index
@@ -76,6 +81,7 @@ if TYPE_CHECKING:
     from gmem_bank.precomputed import build_precomputed as build_precomputed
     from gmem_bank.progress import ProgressBar as ProgressBar
     from gmem_bank.provenance import EncoderSpec as EncoderSpec
+    from gmem_bank.provenance import sha256_of_file as sha256_of_file
     from gmem_bank.query import QueryHits as QueryHits
     from gmem_bank.query import search as search
     from gmem_bank.reduce import coreset as coreset
@@ -109,6 +115,7 @@ _DOOR = {
     "editing": ("EditReport",),
     "encoders": ("Encoder", "EncoderInfo", "EncoderOptions", "available_encoders", "load_encoder", "reload_encoder"),
     "encoders.preprocess": ("center_crop",),
+    "encoders.weights": ("ModelFiles", "find_model"),
     "errors": (
         "BankNotFoundError",
         "CheckpointError",
@@ -129,6 +136,7 @@ _DOOR = {
         "UnknownKeyError",
         "WriteError",
     ),
+    "image_shards": ("ImageWork", "ShardsReport", "write_image_shards"),
     "index_build": ("IndexReport", "build_index"),
     "index_update": ("update_index",),
     "indexed": ("BankIndex", "find_index", "open_index"),
@@ -143,7 +151,7 @@ _DOOR = {
     "plotting": ("plot",),
     "precomputed": ("build_precomputed",),
     "progress": ("ProgressBar",),
-    "provenance": ("EncoderSpec",),
+    "provenance": ("EncoderSpec", "sha256_of_file"),
     "query": ("QueryHits", "search"),
     "reduce": ("coreset", "dedup"),
     "results_page": ("write_results_page",),

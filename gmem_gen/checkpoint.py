@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gmem_bank.errors import CheckpointError, ConfigError, GMemError, WriteError
+from gmem_gen import tokenizers
 from gmem_gen.config import Config
 from gmem_gen.model import Generator, LatentShape
 
@@ -213,8 +214,8 @@ class LoadedCheckpoint:
     """What it was trained on, from `conditioning.record_of`."""
     step: int
     run: Path
-    tokenizer: str
-    """Name of what turns its latents into pixels."""
+    tokenizer: dict[str, Any]
+    """Record of what turns its latents into pixels, the statistics of its latents included; `make_tokenizer` reads it."""
     classes: tuple[str, ...] = ()
     """Of a class-conditional model: the concepts that its labels stand for."""
 
@@ -268,7 +269,7 @@ def load_checkpoint(path: str | os.PathLike[str], *, weights: str = "ema", devic
         bank=state["bank"],
         step=int(state["step"]),
         run=run,
-        tokenizer=str(state["tokenizer"]),
+        tokenizer=tokenizers.upgraded(state["tokenizer"], model.latent),
         classes=tuple(state.get("classes", ())),
     )
 

@@ -26,7 +26,7 @@ from gmem_gen.snippets import absorbed_projection, regularise
 # The rest of the generator has the type of a bank from here, and nothing else of its interface.
 __all__ = [
     "Bank", "Conditions", "ImagesFrom", "Join", "Reader", "absorb", "choose_conditions", "class_names", "concept_keys", "gather",
-    "join_images", "labels", "open_bank", "read_image", "reader", "record_of", "regularise", "require_interface",
+    "join_images", "join_keys", "labels", "open_bank", "read_image", "reader", "record_of", "regularise", "require_interface",
     "require_same_memory",
 ]  # fmt: skip
 
@@ -122,6 +122,38 @@ def join_images(bank: Bank, images: ImagesFrom, *, allow_missing: bool) -> Join:
     if not len(kept):
         raise SourceError("no active row of the bank came from an image: there is nothing to train on")
     return Join(rows=kept, keys=bank.keys(kept), num_derived=len(bank.rows()) - len(rows), missing=missing)
+
+
+def join_keys(
+    bank: Bank, holds: Callable[[Sequence[str]], NDArray[np.bool_]], *, allow_missing: bool, what: str, advice: str
+) -> Join:
+    """Return the rows to train on where what is learned lies ready by key: every active row that has it.
+
+    Args:
+        bank: must offer SupportsImages.
+        holds: keys → which of them are there.
+        allow_missing: leave out rows that have an image and nothing there, instead of stopping.
+        what: is looked for, and where, for messages.
+        advice: what to do about missing ones.
+
+    Raises:
+        SourceError: some are missing (how many, which, what to do), or all.
+    """
+    if not isinstance(bank, SupportsImages):
+        raise SourceError(f"this bank does not know the keys of its rows, so there are no {what} to be found")
+    rows = bank.rows()
+    there = holds(bank.keys(rows))
+    missing = bank.keys(np.setdiff1d(bank.image_rows(), rows[there]))
+    if not there.any():
+        examples = first_three(bank.keys(rows[:3]))
+        raise SourceError(f"there are no {what} for any row of this bank, whose keys are such as {examples}: {advice}")
+    if missing and not allow_missing:
+        raise SourceError(
+            f"there are no {what} for {len(missing)} of {len(missing) + int(there.sum())} rows, such as {first_three(missing)}: "
+            f"{advice}, or leave these rows out with --allow-missing"
+        )
+    kept = rows[there]
+    return Join(rows=kept, keys=bank.keys(kept), num_derived=len(rows) - len(kept) - len(missing), missing=missing)
 
 
 def read_image(bank: Bank, row: int, images: ImagesFrom) -> NDArray[np.uint8]:

@@ -70,7 +70,7 @@ class PatchTokens:
         side = math.isqrt(self.num_tokens)
         if side == self._grid:
             return tokens
-        image = tokens.transpose(1, 2).unflatten(2, (side, side))
+        image = tokens.transpose(1, 2).reshape(len(tokens), self.dim, side, side)
         size = (self._grid, self._grid)
         resized = functional.interpolate(image, size, mode=self._resampling, antialias=self._grid < side)
         return resized.flatten(2).transpose(1, 2).contiguous()

@@ -47,6 +47,8 @@ FREE_SETTINGS = frozenset(
     "data.allow_missing",
     "data.tokens",
     "data.validation_keys",
+    # where the same weights and latents lie; that they are the same is seen from the checkpoint's record of its tokenizer
+    *("data.tokenizer_weights", "data.tokenizer_revision", "data.latents"),
     *(f"sample.{field.name}" for field in dataclasses.fields(SampleConfig)),
 }
 BUDGET_SETTINGS = frozenset({"train.epochs", "train.max_steps"})
@@ -153,7 +155,7 @@ def find_resumption(
         return Resumption(checkpoint=None, step=0, elapsed=0.0)
     state = checkpoints.read_state(checkpoint)
     conditioning.require_same_memory(bank, state["bank"], f"the training in {run}")
-    _require_same_settings(run, Config.from_mapping(state["config"]), config)
+    _require_same_settings(run, _config_in(state), config)
     before, now = state["bank"], conditioning.record_of(bank)
     same_bank = before["fingerprint"] == now["fingerprint"] and state["keys_digest"] == keys_digest
     if not (same_bank or accept_bank_change):
@@ -176,9 +178,22 @@ def stored_config(checkpoint: Path | None) -> Config | None:
     if checkpoint is None:
         return None
     try:
-        return Config.from_mapping(checkpoints.read_state(checkpoint)["config"])
+        return _config_in(checkpoints.read_state(checkpoint))
     except ConfigError as error:
         raise CheckpointError(f"the configuration in {checkpoint} cannot be used: {error}", path=checkpoint) from error
+
+
+def _config_in(state: dict[str, Any]) -> Config:
+    """Return the configuration that a checkpoint's state holds; before there were tokenizers, they were pixels."""
+    config = Config.from_mapping(state["config"])
+    data = dataclasses.replace(config.data, tokenizer=config.data.tokenizer or "pixels")
+    return dataclasses.replace(config, data=data)
+
+
+def stored_tokenizer(checkpoint: Path | None) -> dict[str, Any] | str | None:
+    """Return the record of the tokenizer of the training that goes on, None of a new one; raises CheckpointError."""
+    record: dict[str, Any] | str | None = checkpoints.read_state(checkpoint)["tokenizer"] if checkpoint else None
+    return record
 
 
 def _require_same_settings(run: Path, stored: Config, config: Config) -> None:

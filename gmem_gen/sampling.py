@@ -155,7 +155,7 @@ def _draw(
 ) -> tuple[NDArray[np.uint8], int, int]:
     """Return the (B, H, W, C) images of rows, batch by batch, the NFE of each, and all evaluations of the network together."""
     latent, device = checkpoint.model.latent, next(checkpoint.model.parameters()).device
-    tokenizer = make_tokenizer(checkpoint.tokenizer, latent.size, latent.channels)
+    tokenizer = make_tokenizer(checkpoint.tokenizer, device=str(device))
     reader = conditioning.reader(bank, checkpoint.model, checkpoint.classes)
     shape = (latent.channels, latent.size, latent.size)
     # an adaptive solver chooses its steps by the whole batch, so with it each image is a batch

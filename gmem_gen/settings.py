@@ -48,14 +48,28 @@ def _choose_all(config: Any, section: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which pixels are learned."""
+    """Which images are learned, and as what."""
 
     image_size: int = 0
-    """Side in pixels; 0: 64, or the short side of the smallest image where that is smaller."""
+    """Side in pixels; 0: 64 (256 with an autoencoder), or the short side of the smallest image where that is smaller."""
     channels: int = 3
-    """3: RGB; 1: grey."""
+    """3: RGB; 1: grey, for pixels only."""
     allow_missing: bool = False
-    """Train without the rows whose image is gone, instead of stopping."""
+    """Train without the rows whose image or latent is gone, instead of stopping."""
+    tokenizer: str = ""
+    """pixels, sd-vae, taesd, dc-ae, taef2 or va-vae; "": what `latents` were made with, else pixels."""
+    tokenizer_weights: str = ""
+    """Folder or file with the tokenizer's weights, or OWNER/NAME on the hub; "": the tokenizer's own repository there."""
+    tokenizer_revision: str = ""
+    """Branch, tag or commit on the hub; "": its main branch. Checkpoints record the commit."""
+    posterior: Literal["mean", "sample"] = "mean"
+    """Of a variational autoencoder: the mean of each latent's distribution, or a sample that the image decides."""
+    latents: str = ""
+    """Folder that 'gmem-gen encode' wrote; "": the images are encoded into the run's cache before training starts."""
+    encode_on_the_fly: bool = False
+    """Encode the images of every batch as it is read, and keep no latents."""
+    statistics_images: int = 4096
+    """Of encoding on the fly: images whose latents decide mean and standard deviation of each channel, spread evenly over all."""
     flip: Literal["rows", "random", "none"] = "rows"
     """Mirrored twins of a bank ("#flip" rows). rows: each is a sample of its own; random: a picture and its twin are one
     sample, and a coin decides at every step for latent, snippet and patch tokens together; none: twins are left out."""
@@ -79,6 +93,9 @@ class DataConfig:
             0 <= self.image_size <= 4096, "data", "image_size", self.image_size, "0 or a number of pixels up to 4096"
         )
         _require(self.channels in (1, 3), "data", "channels", self.channels, "1 or 3")
+        _require(self.statistics_images >= 1, "data", "statistics_images", self.statistics_images, "at least 1")
+        _require(not (self.latents and self.encode_on_the_fly), "data", "encode_on_the_fly", self.encode_on_the_fly,
+                 "false with data.latents, which are encoded already")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,8 +271,10 @@ class TrainConfig:
                             ("num_workers", 0)):  # fmt: skip
             value = getattr(self, name)
             _require(value >= least, "train", name, value, f"at least {least}")
-        if isinstance(self.ema_decay, (int, float)):
-            object.__setattr__(self, "ema_decay", (float(self.ema_decay),))
+        several: Any = self.ema_decay  # one number is one decay
+        object.__setattr__(
+            self, "ema_decay", tuple(several) if isinstance(several, (tuple, list)) else (float(several),)
+        )
         _require(len(set(self.ema_decay)) == len(self.ema_decay) > 0 and all(0 <= decay < 1 for decay in self.ema_decay),
                  "train", "ema_decay", self.ema_decay, "one or several different numbers in [0, 1)")  # fmt: skip
         for name in ("null_probability", "snippet_dropout", "beta1", "beta2"):

@@ -119,7 +119,8 @@ class Trainer:
     @property
     def average(self) -> Generator:
         """The averaged weights that are validated and drawn with: those of the first decay."""
-        module: Generator = self.averages["ema"].module
+        module: Any = self.averages["ema"].module
+        assert isinstance(module, Generator)
         return module
 
     def restore(self, resumption: Resumption) -> None:

@@ -27,19 +27,26 @@ from gmem_gen import checkpoint as checkpoints
 from gmem_gen import conditioning
 from gmem_gen.conditioning import Bank, ImagesFrom
 from gmem_gen.config import Config
-from gmem_gen.data import PixelCache, resolve_image_size
 from gmem_gen.distributed import Processes
+from gmem_gen.image_plan import ImagePlan, plan_images
 from gmem_gen.journal import Journal, require_tensorboard
 from gmem_gen.loop import Loop
 from gmem_gen.model import auto_patch_size
 from gmem_gen.patch_tokens import PatchTokens
 from gmem_gen.previews import preview_conditions, require_drawable
-from gmem_gen.run import choose_checkpoint, default_run, find_resumption, occupied, stored_config, writing
-from gmem_gen.runtime import StopRequest, cpu_threads
+from gmem_gen.run import (
+    choose_checkpoint,
+    default_run,
+    find_resumption,
+    occupied,
+    stored_config,
+    stored_tokenizer,
+    writing,
+)
+from gmem_gen.runtime import StopRequest, cpu_threads, pick_device
 from gmem_gen.sizes import num_parameters
 from gmem_gen.splits import Split, split_rows
 from gmem_gen.stepping import Trainer
-from gmem_gen.tokenizers import make_tokenizer
 
 CPU_MINUTES = 10.0
 HELD_OUT = "validation_keys.txt"
@@ -136,9 +143,12 @@ def train(
     with contextlib.closing(Processes(wanted.train.device)) as processes, _entered(run, processes):
         checkpoint = choose_checkpoint(run, resume_from)
         stored = stored_config(checkpoint)
-        join = conditioning.join_images(opened, images, allow_missing=wanted.data.allow_missing)
+        planned = plan_images(
+            opened, images, wanted, stored=stored, record=stored_tokenizer(checkpoint), device=str(processes.device)
+        )
+        join = planned.join
         tokens = _patch_tokens(wanted, join.keys)
-        resolved = resolve(wanted, opened, join, images, stored, tokens)
+        resolved = resolve(wanted, opened, planned, stored, tokens)
         digest = hashlib.sha256(json.dumps(join.keys).encode()).hexdigest()
         resumption = find_resumption(
             run, checkpoint, resolved, opened, keys_digest=digest, accept_bank_change=accept_bank_change
@@ -147,7 +157,7 @@ def train(
         _require_still_held(run, checkpoint, join.keys, split)
         with cpu_threads(resolved.train.num_threads), writing(run):
             with processes.first_goes_first():
-                ready = _open_images(run, opened, join, images, resolved, read_progress)
+                ready = planned.open(run / "cache", read_progress)
             trainer = Trainer(opened, resolved, ready, join, processes, split=split, tokens=tokens, facts=facts)
             with contextlib.closing(trainer):
                 if tokens is not None:
@@ -216,23 +226,6 @@ def _require_still_held(run: Path, checkpoint: Path | None, keys: list[str], spl
         )  # fmt: skip
 
 
-def _open_images(
-    run: Path, bank: Bank, join: conditioning.Join, images: ImagesFrom, config: Config, progress: Progress
-) -> Any:
-    size, channels = config.data.image_size, config.data.channels
-    cache = PixelCache(run / "cache", bank, join, images, size=size, channels=channels, progress=progress)
-    return _Pixels(cache, make_tokenizer("pixels", size, channels))
-
-
-class _Pixels:
-    def __init__(self, cache, tokenizer):
-        self.cache, self.tokenizer, self.latent = cache, tokenizer, tokenizer.latent
-        tokenizer.record = lambda: "pixels"
-
-    def read(self, places):
-        return self.tokenizer.encode(self.cache.read(places))
-
-
 def _begin(trainer: Trainer, run: Path, checkpoint: Path | None, say: Say, tensorboard: bool) -> Journal:
     """Write what a run's folder has from the beginning, and say what comes; only in the first process."""
     if checkpoint is not None and checkpoint.resolve().parent == checkpoints.checkpoints_folder(run).resolve():
@@ -268,47 +261,37 @@ def _ended(loop: Loop, reason: str) -> TrainReport:
 def plan(bank: str | os.PathLike[str], config: Config, *, images: ImagesFrom = None) -> Config:
     """Return the configuration that `train` would use, having checked bank, images and device; trains nothing."""
     opened = conditioning.open_bank(bank)
-    with contextlib.closing(Processes(config.train.device)):
-        join = conditioning.join_images(opened, images, allow_missing=config.data.allow_missing)
-        tokens = _patch_tokens(config, join.keys)
-        resolved = resolve(config, opened, join, images, None, tokens)
-        _split(opened, join, resolved)
-    latent = make_tokenizer("pixels", resolved.data.image_size, resolved.data.channels).latent
+    planned = plan_images(opened, images, config, device=str(pick_device(config.train.device)))
+    tokens = _patch_tokens(config, planned.join.keys)
+    resolved = resolve(config, opened, planned, None, tokens)
+    _split(opened, planned.join, resolved)
     with torch.device("meta"):
-        model = checkpoints.make_model(resolved, latent, int(conditioning.record_of(opened)["dim"]))
+        model = checkpoints.make_model(resolved, planned.latent, int(conditioning.record_of(opened)["dim"]))
     if tokens is not None:
         tokens.fit(model.grid)
     return resolved
 
 
 def resolve(
-    config: Config,
-    bank: Bank,
-    join: conditioning.Join,
-    images: ImagesFrom,
-    stored: Config | None,
-    tokens: PatchTokens | None = None,
+    config: Config, bank: Bank, planned: ImagePlan, stored: Config | None, tokens: PatchTokens | None = None
 ) -> Config:
     """Return the configuration with everything that was left to us filled in.
 
     Args:
         config: as asked for.
         bank: what is trained on.
-        join: its rows with images.
-        images: override of the recorded folders.
+        planned: its rows with images, and what is made of these.
         stored: of the training that goes on: it keeps what was chosen when it began; None for a new one.
         tokens: patch tokens to learn from; None: none.
     """
     require_drawable(config)
     facts = conditioning.record_of(bank)
-    size = config.data.image_size or (stored.data.image_size if stored else 0)
-    size = size or resolve_image_size(bank, join, images, config.data, config.model)
-    patch = config.model.patch_size or (stored.model.patch_size if stored else auto_patch_size(size))
+    patch = config.model.patch_size or (stored.model.patch_size if stored else auto_patch_size(planned.latent.size))
     scale = config.model.snippet_scale or (stored.model.snippet_scale if stored else 0.0)
     scale = scale or (math.sqrt(facts["dim"]) if facts["space"] == "unit" else 1.0)
     prediction = config.flow.prediction
     if prediction == "auto":
-        fits = 2 * patch**2 * config.data.channels <= config.model.width
+        fits = 2 * patch**2 * planned.latent.channels <= config.model.width
         prediction = stored.flow.prediction if stored else ("velocity" if fits else "data")
     projection = _projection_dim(config, tokens)
     classes = config.model.num_classes
@@ -321,7 +304,7 @@ def resolve(
         classes = present
     return dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, image_size=size),
+        data=planned.data,
         model=dataclasses.replace(
             config.model, patch_size=patch, snippet_scale=scale, num_classes=classes, projection_dim=projection
         ),

@@ -25,7 +25,9 @@ def regularised(**options: float) -> torch.Tensor:
         "kept": torch.rand(SNIPPETS.shape, generator=generator),
         "normals": torch.randn(SNIPPETS.shape, generator=generator),
     }
-    return conditioning.regularise(SNIPPETS, **{"null_probability": 0.0, "dropout": 0.0, "noise": 0.0, **options}, **draws)
+    return conditioning.regularise(
+        SNIPPETS, **{"null_probability": 0.0, "dropout": 0.0, "noise": 0.0, **options}, **draws
+    )
 
 
 def test_without_regularisation_snippets_are_unchanged() -> None:

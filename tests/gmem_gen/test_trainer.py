@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -23,6 +24,7 @@ from gmem_gen import checkpoint as checkpoints
 from gmem_gen import optim
 from gmem_gen.config import Config, DataConfig, ModelConfig, TrainConfig
 from gmem_gen.data import Order
+from gmem_gen.distributed import Processes
 
 TINY = ModelConfig(width=16, depth=1, num_heads=2)
 
@@ -56,7 +58,9 @@ def tensors(run: str) -> dict[str, torch.Tensor]:
 def lines(run: str) -> list[dict]:
     """The lines of a run's log, without the times."""
     whole = [json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in ("elapsed", "images_per_second")} for line in whole]
+    return [
+        {name: value for name, value in line.items() if name not in ("elapsed", "images_per_second")} for line in whole
+    ]
 
 
 def losses(run: str) -> list[tuple[int, float]]:
@@ -421,7 +425,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(bank: str) -> None:
 def test_a_projection_head_learns_from_patch_tokens(bank: str) -> None:
     """A step with tokens moves the head; the command, which has none, refuses."""
     from gmem_gen import conditioning, stepping
-    from gmem_gen.data import PixelCache
+    from gmem_gen.data import PixelCache, PixelImages
+    from gmem_gen.tokenizers import PixelTokenizer
 
     opened = gmem_bank.open(bank)
     whole = gmem_gen.apply_settings(
@@ -435,11 +440,14 @@ def test_a_projection_head_learns_from_patch_tokens(bank: str) -> None:
         seen.append(places)
         return torch.ones(len(places), 16, 6)
 
+    images = PixelImages(cache, PixelTokenizer(8, 3))
     with contextlib.closing(Processes("cpu")) as processes:
         trainer = stepping.Trainer(opened, whole, images, join, processes, tokens=tokens)
-    before = trainer.model.projector[0][4].weight.detach().clone()
-    assert trainer.make_step() > 0
-    assert trainer.losses[-1] < np.inf
+        before = trainer.model.projector[0][4].weight.detach().clone()
+        step = trainer.make_step()
+        trainer.close()
+    assert step.norm > 0
+    assert step.terms["loss"] == pytest.approx(step.terms["mse"] + 0.5 * step.terms["projection"], rel=1e-5)
     assert len(seen[0]) == 8
     assert not torch.equal(trainer.model.projector[0][4].weight, before)
     with pytest.raises(ConfigError, match="patch tokens"):

@@ -58,6 +58,7 @@ def sample(
     _check_places(options)
     opened = open_bank(bank)
     loaded = gmem_gen.load_checkpoint(checkpoint or default_run(bank), weights=weights, device=str(pick_device(device)))
+    loaded = _with_tokenizer_weights(loaded, options["tokenizer_weights"])
     config = _sample_settings(loaded.config, given, settings)
     conditions = _conditions(opened, kind, way, options, config.seed, device)
     files = _files(options, loaded.run, conditions, way)
@@ -171,6 +172,15 @@ def _sample_settings(config: Any, given: dict[str, Any], settings: tuple[str, ..
             raise click.UsageError(f"--set {setting}: sampling takes settings of the section 'sample' only")
     words = [*settings, *(f"sample.{name}={value}" for name, value in given.items())]
     return gmem_gen.apply_settings(config, words).sample
+
+
+def _with_tokenizer_weights(checkpoint: Any, place: str | None) -> Any:
+    """Return a checkpoint whose tokenizer's weights are looked for elsewhere; they must be the same."""
+    import dataclasses
+
+    if place is None:
+        return checkpoint
+    return dataclasses.replace(checkpoint, tokenizer={**checkpoint.tokenizer, "weights": place, "revision": ""})
 
 
 def _conditions(

@@ -106,14 +106,18 @@ def drawing_options(command: Command) -> Command:
             ),
             click.option("--precision", default=None, help="What the network computes in: fp32, bf16 or fp16. [fp32]"),
             click.option(
-                "--weights", type=click.Choice(["ema", "model"]), default="ema", show_default=True,
-                help="Averaged or last weights.",
+                "--weights", default="ema", show_default=True,
+                help="Averaged weights; ema-0.999: those of another train.ema_decay; model: the last ones.",
             ),
             click.option(
                 "--seed", type=click.IntRange(min=0), default=None,
                 help="Sample i depends on it and i, not on the batch. [0]",
             ),
             click.option("--batch-size", type=int, default=None, help="Samples computed together. [64]"),
+            click.option(
+                "--tokenizer-weights", default=None, metavar="FOLDER",
+                help="The tokenizer's weights, where the recorded place is gone.",
+            ),
         ),
         command,
     )  # fmt: skip

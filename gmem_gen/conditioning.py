@@ -25,9 +25,9 @@ from gmem_gen.snippets import absorbed_projection, regularise
 
 # The rest of the generator has the type of a bank from here, and nothing else of its interface.
 __all__ = [
-    "Bank", "ImagesFrom", "Join", "Reader", "absorb", "class_names", "concept_labels", "concept_rows", "gather",
-    "join_images", "labels", "names_of", "open_bank", "read_image", "reader", "record_of", "regularise",
-    "require_interface", "require_same_memory", "snippet_reader",
+    "Bank", "ImagesFrom", "Join", "Reader", "absorb", "class_names", "concept_keys", "concept_labels", "concept_rows",
+    "gather", "join_images", "join_keys", "labels", "names_of", "open_bank", "read_image", "reader", "record_of",
+    "record_of_encoder", "regularise", "require_interface", "require_same_memory", "snippet_reader",
 ]  # fmt: skip
 
 
@@ -49,14 +49,20 @@ def require_interface(bank: Bank) -> Bank:
 
 def record_of(bank: Bank) -> dict[str, Any]:
     """Return what a checkpoint or a result remembers of a bank."""
+    numbers = {"fingerprint": bank.fingerprint, "num_rows": len(bank), "num_active": len(bank.rows())}
+    return record_of_encoder(bank.encoder) | {"dim": bank.dim, "space": bank.space, **numbers}
+
+
+def record_of_encoder(encoder: gmem_bank.EncoderSpec) -> dict[str, Any]:
+    """Return the like of `record_of` for snippets of an encoder, where no bank of them is at hand."""
     return {
-        "fingerprint": bank.fingerprint,
-        "dim": bank.dim,
-        "space": bank.space,
-        "encoder": bank.encoder.name,
-        "encoder_fingerprint": bank.encoder.fingerprint,
-        "num_rows": len(bank),
-        "num_active": len(bank.rows()),
+        "fingerprint": "",
+        "dim": encoder.dim,
+        "space": encoder.space,
+        "encoder": encoder.name,
+        "encoder_fingerprint": encoder.fingerprint,
+        "num_rows": 0,
+        "num_active": 0,
     }
 
 
@@ -120,6 +126,38 @@ def join_images(bank: Bank, images: ImagesFrom, *, allow_missing: bool) -> Join:
     if not len(kept):
         raise SourceError("no active row of the bank came from an image: there is nothing to train on")
     return Join(rows=kept, keys=bank.keys(kept), num_derived=len(bank.rows()) - len(rows), missing=missing)
+
+
+def join_keys(
+    bank: Bank, holds: Callable[[Sequence[str]], NDArray[np.bool_]], *, allow_missing: bool, what: str, advice: str
+) -> Join:
+    """Return the rows to train on where what is learned lies ready by key: every active row that has it.
+
+    Args:
+        bank: must offer SupportsImages.
+        holds: keys → which of them are there.
+        allow_missing: leave out rows that have an image and nothing there, instead of stopping.
+        what: is looked for, and where, for messages.
+        advice: what to do about missing ones.
+
+    Raises:
+        SourceError: some are missing (how many, which, what to do), or all.
+    """
+    if not isinstance(bank, SupportsImages):
+        raise SourceError(f"this bank does not know the keys of its rows, so there are no {what} to be found")
+    rows = bank.rows()
+    there = holds(bank.keys(rows))
+    missing = bank.keys(np.setdiff1d(bank.image_rows(), rows[there]))
+    if not there.any():
+        examples = first_three(bank.keys(rows[:3]))
+        raise SourceError(f"there are no {what} for any row of this bank, whose keys are such as {examples}: {advice}")
+    if missing and not allow_missing:
+        raise SourceError(
+            f"there are no {what} for {len(missing)} of {len(missing) + int(there.sum())} rows, such as {first_three(missing)}: "
+            f"{advice}, or leave these rows out with --allow-missing"
+        )
+    kept = rows[there]
+    return Join(rows=kept, keys=bank.keys(kept), num_derived=len(rows) - len(kept) - len(missing), missing=missing)
 
 
 def read_image(bank: Bank, row: int, images: ImagesFrom) -> NDArray[np.uint8]:
@@ -220,6 +258,13 @@ def class_names(bank: Bank) -> tuple[str, ...]:
             "a class-conditional model needs a bank with concepts, such as one of class folders", key="model.condition"
         )
     return bank.names
+
+
+def concept_keys(bank: Bank, name: str) -> frozenset[str]:
+    """Return the keys of a concept's active rows; raises UnknownKeyError for a concept that there is not."""
+    if not isinstance(bank, SupportsConcepts) or not isinstance(bank, SupportsImages):
+        raise UnknownKeyError("this bank has no concepts", key=name)
+    return frozenset(bank.keys(bank.rows_of(name)))
 
 
 def labels(bank: Bank, rows: NDArray[np.int64], classes: Sequence[str]) -> Tensor:

@@ -32,6 +32,8 @@ from gmem_gen.images import require_own, write_grid
 from gmem_gen.sampling import Drawn, Progress, Say, _silent, _silent_progress, check_request, cost, describe, draw
 from gmem_gen.stores import Store, json_in
 
+PLACES = ("weights", "revision", "software")
+"""Of a tokenizer's record: where its weights are and what reads them, which decide no pixel; their hash does."""
 GRID_MOST = 1024
 """Samples that a grid may have when they are kept nowhere else."""
 GRID_SHOWN = 100
@@ -174,7 +176,7 @@ def plan_of(bank: Bank, checkpoint: LoadedCheckpoint, conditions: Conditions, co
         "conditions": conditions.digest(),
         "bank": bank.fingerprint,
         "weights": weights_digest(checkpoint.model),
-        "tokenizer": checkpoint.tokenizer,
+        "tokenizer": {name: fact for name, fact in checkpoint.tokenizer.items() if name not in PLACES},
         **settings,
     }
 
@@ -222,7 +224,8 @@ def _stores(
 
 def image_shape(checkpoint: LoadedCheckpoint) -> tuple[int, int]:
     """Return side and channels of the images that a checkpoint's tokenizer decodes to."""
-    return checkpoint.model.latent.size, checkpoint.model.latent.channels
+    facts = checkpoint.tokenizer
+    return int(facts["image_size"]), int(facts["channels"])
 
 
 def _labels(

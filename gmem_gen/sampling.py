@@ -209,7 +209,7 @@ def draw(
         places: which samples; each is the same image whichever others are drawn.
     """
     latent, device = checkpoint.model.latent, next(checkpoint.model.parameters()).device
-    tokenizer = make_tokenizer(checkpoint.tokenizer, latent.size, latent.channels)
+    tokenizer = make_tokenizer(checkpoint.tokenizer, device=str(device))
     reader = _reader(bank, checkpoint, conditions)
     streams = np.arange(len(conditions)) if conditions.streams is None else conditions.streams
     # an adaptive solver chooses its steps by the whole batch, so with it each image is a batch

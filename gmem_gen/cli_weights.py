@@ -31,7 +31,7 @@ from gmem_gen.cli_shared import json_option, print_json, set_option
     "--tokenizer",
     default="",
     metavar="NAME",
-    help="What turns its latents into pixels. [pixels, or va-vae for 32 channels]",
+    help="What turns its latents into pixels. [by channels: 3 pixels, 4 sd-vae, 32 va-vae]",
 )
 @click.option(
     "--tokenizer-weights",

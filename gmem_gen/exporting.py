@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import gmem_bank
 from gmem_bank.errors import CheckpointError, GMemError, OutputExistsError, WriteError
 from gmem_gen import checkpoint as checkpoints
 from gmem_gen.checkpoint import LoadedCheckpoint

@@ -29,6 +29,8 @@ from gmem_gen.tokenizers import PIXELS, check_name, make_tokenizer, new_tokenize
 
 FACTORS = {"sd-vae": 8, "taesd": 8, "taef2": 8, "dc-ae": 32, "va-vae": 16}
 """Pixels on a side of one latent pixel, for tokenizers whose weights are not at hand."""
+USUAL = {1: PIXELS, 3: PIXELS, 4: "sd-vae", 32: "va-vae"}
+"""Channels → tokenizer, where none is named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,7 @@ class LatentSource:
     """What turns the model's latents into pixels; the file does not say."""
 
     tokenizer: str = ""
-    """A tokenizer's name; "": pixels for models of 1 or 3 channels, va-vae for those of 32."""
+    """A tokenizer's name; "": pixels for models of 1 or 3 channels, sd-vae for 4, va-vae for 32."""
     weights: str = ""
     """Where its weights are; "": they are given when sampling."""
     stats: Path | None = None
@@ -190,7 +192,7 @@ def _memory_of(memory: Memory, layout: Layout) -> tuple[dict[str, Any], tuple[st
 
 def _tokenizer_of(latents: LatentSource, shape: LatentShape) -> dict[str, Any]:
     """Return the record of a tokenizer; without its weights at hand it names no hash of them."""
-    name = latents.tokenizer or (PIXELS if shape.channels in (1, 3) else "va-vae" if shape.channels == 32 else "")
+    name = latents.tokenizer or USUAL.get(shape.channels, "")
     if not name:
         raise ConfigError(f"nothing says what its {shape.channels} channels are: give --tokenizer", key="tokenizer")
     if check_name(name) == PIXELS:

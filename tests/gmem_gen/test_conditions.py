@@ -207,6 +207,28 @@ def test_a_text_on_a_bank_of_dinov2_is_refused_before_its_weights_are_looked_for
         gmem_gen.text_conditions(dino, ["a hat"])
 
 
+def test_texts_of_a_clip_bank_are_its_text_towers_embeddings(tmp_path: Path, photos: Path) -> None:
+    """In the bank's space, by the function and by the command, whose --encoder-weights may name another place."""
+    from tests.gmem_bank.test_hub_models import make_model, save_tokenizer
+
+    make_model(tmp_path / "clip", "clip")
+    save_tokenizer(tmp_path / "clip")
+    encoder = gmem_bank.load_encoder("clip", weights=tmp_path / "clip")
+    gmem_bank.build(photos, encoder, "bank.safetensors")
+    opened = gmem_bank.open("bank.safetensors")
+    conditions = gmem_gen.text_conditions(opened, ["a cat", "a dog"], per_snippet=2)
+    expected = encoder.encode_texts(["a cat", "a dog"])
+    np.testing.assert_allclose(
+        conditions.snippets, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-6
+    )
+    assert conditions.keys == ["a cat", "a cat", "a dog", "a dog"]
+    train()
+    shutil.move(tmp_path / "clip", tmp_path / "moved")
+    words = ("sample", "--text", "a cat", "--steps", "1", "-q", "--json")
+    assert "clip" in gen(*words, code=1).stderr
+    assert json.loads(gen(*words, "--encoder-weights", str(tmp_path / "moved")).stdout)["keys"] == ["a cat"]
+
+
 def test_the_commands_words(bank: gmem_bank.MemoryBank) -> None:
     """Each kind of condition by the command; --steps and --method of a way as in gmem-bank interpolate; usage errors."""
     train()

@@ -29,7 +29,7 @@ from gmem_gen.layers import (
     SwiGLU,
     TimestepEmbedder,
     make_norm,
-    modulate,
+    normalise,
     position_table,
     projection_head,
 )
@@ -74,8 +74,8 @@ class Block(nn.Module):
             parts = [None, *parts[:2], None, *parts[2:]]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = parts
         assert scale_1 is not None and gate_1 is not None and scale_2 is not None and gate_2 is not None
-        x = x + gate_1[:, None] * self.attn(modulate(self.norm1(x), shift_1, scale_1), rope)
-        mixed: Tensor = x + gate_2[:, None] * self.mlp(modulate(self.norm2(x), shift_2, scale_2))
+        x = x + gate_1[:, None] * self.attn(normalise(self.norm1, x, shift_1, scale_1), rope)
+        mixed: Tensor = x + gate_2[:, None] * self.mlp(normalise(self.norm2, x, shift_2, scale_2))
         return mixed
 
 
@@ -91,7 +91,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """Return (B, T, P·P·C)."""
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
-        output: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
+        output: Tensor = self.linear(normalise(self.norm_final, x, shift, scale))
         return output
 
 

@@ -65,12 +65,17 @@ def sample(
     if dry_run:
         _print_plan(opened, loaded, conditions, config, files, as_json)
         return
-    with gmem_bank.ProgressBar("sample", "image", quiet=quiet) as progress:
-        report = gmem_gen.sample_to(
-            files, opened, loaded, conditions, config, num_shards=options["num_shards"], shard=options["shard"],
-            overwrite=options["overwrite"], progress=progress, say=lambda text: click.echo(text, err=True),
-            facts={"weights": weights, "bank_path": bank},
-        )  # fmt: skip
+    try:
+        with gmem_bank.ProgressBar("sample", "image", quiet=quiet) as progress:
+            report = gmem_gen.sample_to(
+                files, opened, loaded, conditions, config, num_shards=options["num_shards"], shard=options["shard"],
+                overwrite=options["overwrite"], progress=progress, say=lambda text: click.echo(text, err=True),
+                facts={"weights": weights, "bank_path": bank},
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        if files.folder is not None or files.npz is not None:
+            click.echo("What was drawn stands; the same command goes on from here.", err=True)
+        raise
     _print_report(report, conditions.label, files, as_json)
 
 

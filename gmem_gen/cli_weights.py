@@ -117,6 +117,9 @@ def export(
         return
     if target == "official":
         click.echo(f"{report['output']}: {report['num_tensors']} tensors each of {' and '.join(report['parts'])}")
+        click.echo(f"its transport: path_type {report['path_type']}, prediction {report['prediction']}")
         click.echo(f"a .pt of it: {report['to_pt']}")
+        for remark in report["remarks"]:
+            click.echo(remark, err=True)
         return
     click.echo(f"{report['output']}: {report['weights']} weights of step {report['step']}, with a model card")

@@ -42,7 +42,7 @@ def export_folder(
         OutputExistsError: something is in the folder.
         WriteError: no room.
     """
-    target, title = Path(folder), name or checkpoint.run.name
+    target, title = Path(folder), name or checkpoint.run.name or checkpoint.path.name
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OutputExistsError(f"{target} is not empty: choose a new folder, or delete it first", path=target)
     facts = {
@@ -168,7 +168,7 @@ def load_exported(folder: Path, *, weights: str, device: str) -> LoadedCheckpoin
         held = str(facts["weights"])
         loaded = LoadedCheckpoint(
             path=folder, model=Generator.from_pretrained(folder).to(device), config=config, bank=facts["bank"],
-            step=int(facts["step"]), run=folder, tokenizer=facts["tokenizer"], classes=tuple(facts["classes"]),
+            step=int(facts["step"]), run=Path(), tokenizer=facts["tokenizer"], classes=tuple(facts["classes"]),
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, CheckpointError):

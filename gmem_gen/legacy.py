@@ -126,7 +126,7 @@ def import_checkpoint(
     bank, classes, layout = _memory_of(memory, layout)
     layout_latents = latents or LatentSource()
     tokenizer = _tokenizer_of(layout_latents, layout.latent)
-    config = apply_settings(published_config(layout, tokenizer), settings)
+    config = apply_settings(published_config(layout, tokenizer), [*official.settings, *settings])
     if config.model != layout.model:
         raise ConfigError("model.* settings are read off the file, and cannot be set beside it", key="model")
     state = {

@@ -26,6 +26,9 @@ ONE_LINE = (
     "torch.save({{p: {{n: f.get_tensor(p + '.' + n) for n in o}} for p in {parts!r}}}, {target!r})\""
 )
 """What makes the .pt of the published code from an export."""
+PATH_TYPES = {"linear": "Linear", "gvp": "GVP", "vp": "VP"}
+"""What the published configurations call the paths."""
+NO_DATA = "the published code has no prediction of data: it can load this, not use it"
 
 
 def export_official(
@@ -62,7 +65,10 @@ def export_official(
     tensors: dict[str, Tensor] = {}
     for part in parts:
         tensors |= {f"{part}.{name}": tensor for name, tensor in _official(loaded.path, state, part, order).items()}
-    metadata = {"gmem": json.dumps({"order": order, "step": loaded.step, "checkpoint": str(loaded.path)})}
+    flow = loaded.config.flow
+    settings = [f"flow.{name}={getattr(flow, name)}" for name in ("path", "prediction")]
+    settings.append(f"train.null_probability={loaded.config.train.null_probability}")
+    metadata = {"gmem": json.dumps({"order": order, "step": loaded.step, "settings": settings})}
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +78,11 @@ def export_official(
         temporary.unlink(missing_ok=True)
         raise WriteError(f"could not write {target}: {error}. Free some space", path=target) from error
     line = ONE_LINE.format(source=str(target), parts=parts, target=str(target.with_suffix(".pt")))
-    return {"output": str(target), "parts": list(parts), "num_tensors": len(order), "step": loaded.step, "to_pt": line}
+    return {
+        "output": str(target), "parts": list(parts), "num_tensors": len(order), "step": loaded.step, "to_pt": line,
+        "path_type": PATH_TYPES[flow.path], "prediction": flow.prediction,
+        "remarks": [NO_DATA] if flow.prediction == "data" else [],
+    }  # fmt: skip
 
 
 def _require_published(config: Config) -> None:

@@ -6,13 +6,14 @@ Shapes: c channels of a latent.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -36,6 +37,8 @@ class OfficialFile:
     """"model", "ema" or both → name → tensor, in the file's order where it has one."""
     step: int
     """0 where the file does not say."""
+    settings: tuple[str, ...] = ()
+    """SECTION.FIELD=VALUE of our own exports, whose path and prediction need not be the published ones."""
 
 
 def read_official(path: Path) -> OfficialFile:
@@ -52,7 +55,17 @@ def read_official(path: Path) -> OfficialFile:
         parts = {name: _plain(table, path.stat().st_size) for name, table in tables.items()}
     except GMemError as error:
         raise CheckpointError(f"{path} cannot be imported: {error}", path=path, tensor=error.tensor) from error
-    return OfficialFile(parts=parts, step=step)
+    own = _own_settings(path) if path.suffix == ".safetensors" else ()
+    return OfficialFile(parts=parts, step=step, settings=own)
+
+
+def _own_settings(path: Path) -> tuple[str, ...]:
+    with safe_open(path, "pt") as stored:
+        text = (stored.metadata() or {}).get("gmem", "{}")
+    try:
+        return tuple(str(setting) for setting in json.loads(text).get("settings", ()))
+    except (ValueError, AttributeError, TypeError):
+        return ()  # somebody else's entry of that name
 
 
 def _safetensors(path: Path) -> tuple[dict[str, Mapping[str, Any]], int]:

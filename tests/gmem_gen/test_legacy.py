@@ -300,5 +300,32 @@ def test_an_imported_run_samples_and_trains_on(photos: Path) -> None:
     first = gmem_gen.load_checkpoint("run", weights="ema").model.state_dict()
     nearly = [torch.allclose(first[name], value, atol=1e-3) for name, value in model.state_dict().items()]
     assert all(nearly)  # 0.9999 of the imported average is still there
+    exported = json.loads(gen("export", "-c", "run", "--to", "official", "-o", "mine.safetensors", "--json").stdout)
+    assert (exported["path_type"], exported["prediction"], exported["remarks"]) == ("Linear", "velocity", [])
     assert "--encoder dinov2" in gen("import-checkpoint", "official.pt", "-o", "x", code=1).stderr
     assert "no file at none.pt" in gen("import-checkpoint", "none.pt", "-o", "x", "-e", "hog", code=1).stderr
+
+
+def test_an_export_of_our_own_keeps_its_transport_and_the_factor_on_snippets(photos: Path) -> None:
+    """A model that predicts data, with snippets scaled: brought back it draws what it drew, up to rounding of one level."""
+    import numpy as np
+
+    gmem_bank.build(photos, gmem_bank.load_encoder("hog"), "bank.safetensors")
+    settings = ["model.width=16", "model.depth=1", "model.num_heads=2", "data.image_size=8", "train.max_steps=8",
+                "train.batch_size=8", "train.num_threads=1", "flow.path=gvp", "flow.prediction=data"]  # fmt: skip
+    gmem_gen.train("bank.safetensors", gmem_gen.apply_settings(gmem_gen.preset("nano"), settings), out="mine")
+    report = gmem_gen.export_official("mine", "mine.safetensors")
+    assert "no prediction of data" in report["remarks"][0]
+    bring_in(Path("mine.safetensors"), out="back", memory=Memory(bank="bank.safetensors"))
+    mine, back = gmem_gen.load_checkpoint("mine"), gmem_gen.load_checkpoint("back")
+    assert mine.model.config.snippet_scale > 10 and back.model.config.snippet_scale == 1
+    assert (back.config.flow.path, back.config.flow.prediction) == ("gvp", "data")
+    bank = gmem_bank.open("bank.safetensors")
+    conditions = gmem_gen.choose_conditions(bank, concept="hat", keys=(), num=3, per_snippet=1, seed=0)
+    drawn = [
+        gmem_gen.sample(bank, each, conditions, gmem_gen.SampleConfig(num_steps=3)).images for each in (mine, back)
+    ]
+    assert np.abs(drawn[0].astype(int) - drawn[1]).max() <= 1
+    with pytest.raises(ConfigError, match="models with a memory only"):
+        gmem_gen.train("bank.safetensors", gmem_gen.apply_settings(gmem_gen.preset("nano:none"), settings), out="none")
+        gmem_gen.export_official("none", "none.safetensors")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from gmem_gen.config import apply_settings as apply_settings
     from gmem_gen.config import load_config as load_config
     from gmem_gen.images import make_grid as make_grid
+    from gmem_gen.latents import encode as encode
     from gmem_gen.model import Generator as Generator
     from gmem_gen.model import LatentShape as LatentShape
     from gmem_gen.presets import MODEL_PRESETS as MODEL_PRESETS
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from gmem_gen.presets import unconditional as unconditional
     from gmem_gen.sampling import Samples as Samples
     from gmem_gen.sampling import sample as sample
+    from gmem_gen.tokenizers import Tokenizer as Tokenizer
+    from gmem_gen.tokenizers import make_tokenizer as make_tokenizer
     from gmem_gen.trainer import TrainReport as TrainReport
     from gmem_gen.trainer import train as train
 
@@ -52,9 +55,11 @@ _DOOR = {
         "load_config",
     ),
     "images": ("make_grid",),
+    "latents": ("encode",),
     "model": ("Generator", "LatentShape"),
     "presets": ("MODEL_PRESETS", "class_conditional", "lightningdit", "preset", "sit", "unconditional"),
     "sampling": ("Samples", "sample"),
+    "tokenizers": ("Tokenizer", "make_tokenizer"),
     "trainer": ("TrainReport", "train"),
 }
 """Module → the public names that live there."""

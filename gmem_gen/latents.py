@@ -17,14 +17,16 @@ from torch import Tensor
 
 import gmem_bank
 from gmem_bank.errors import ConfigError, SourceError
-from gmem_gen import conditioning
+from gmem_gen import conditioning, tokenizers
+from gmem_gen.autoencoders import Weights
 from gmem_gen.conditioning import Bank, ImagesFrom, Join
 from gmem_gen.config import DataConfig
-from gmem_gen.data import to_pixels
+from gmem_gen.data import default_image_size, to_pixels
 from gmem_gen.moments import Moments
 from gmem_gen.tokenizers import AutoencoderTokenizer, Record, Tokenizer, make_tokenizer, with_statistics
 
 HOLDS = "latents"
+DEFAULT_SIDE = 256
 SHARD_BYTES = 64 << 20
 """Most that a shard's latents take as f32."""
 SHARD_ROWS = 1024
@@ -36,6 +38,57 @@ Progress = Callable[[int, int], None]
 
 def _silent(done: int, total: int) -> None:
     pass
+
+
+def encode(
+    bank: str | os.PathLike[str],
+    tokenizer: str,
+    output: str | os.PathLike[str],
+    *,
+    weights: str = "",
+    revision: str = "",
+    posterior: str = "mean",
+    image_size: int | None = None,
+    images: ImagesFrom = None,
+    allow_missing: bool = False,
+    flip: bool = False,
+    dtype: str = "f16",
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+    overwrite: bool = False,
+    device: str = "cpu",
+    progress: Progress = _silent,
+) -> gmem_bank.ShardsReport:
+    """Encode the images of a bank by a tokenizer's name; see `encode_latents`.
+
+    Args:
+        bank: where it is.
+        tokenizer: sd-vae, taesd, dc-ae, taef2 or va-vae.
+        output: folder for the shards.
+        weights: folder or file, or "OWNER/NAME" on the hub; "": the tokenizer's own repository there.
+        revision: of the hub.
+        posterior: "mean" or "sample".
+        image_size: S; None: 256, or the short side of the smallest image where that is smaller.
+        images: as there, and so is what follows.
+        allow_missing: …
+        flip: …
+        dtype: …
+        batch_size: …
+        num_workers: …
+        overwrite: …
+        device: where the autoencoder computes.
+        progress: …
+    """
+    opened = conditioning.open_bank(bank)
+    where = Weights(place=weights, revision=revision, posterior=posterior)
+    factor = tokenizers.factor_of(tokenizer, where, device)
+    join = conditioning.join_images(opened, images, allow_missing=allow_missing)
+    size = image_size or default_image_size(opened, join, images, most=DEFAULT_SIDE, multiple=factor)
+    return encode_latents(
+        opened, tokenizers.new_tokenizer(tokenizer, size, 3, weights=where, device=device), output, join=join,
+        images=images, flip=flip, dtype=dtype, batch_size=batch_size, num_workers=num_workers, overwrite=overwrite,
+        progress=progress,
+    )  # fmt: skip
 
 
 def encode_latents(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import click
@@ -69,28 +70,46 @@ def _resolved(preset: str, config_file: str | None, settings: tuple[str, ...]) -
     metavar="FOLDER",
     help="Short for --set data.latents=FOLDER: what 'gmem-gen encode' wrote; images are not read.",
 )
+@click.option(
+    "--tokens",
+    default=None,
+    metavar="FOLDER",
+    help="Short for --set data.tokens=FOLDER: what 'gmem-bank tokens' wrote; a projection head learns them (REPA).",
+)
 @click.option("--allow-missing", is_flag=True, help="Leave out rows whose image or latent is gone.")
 @click.option(
     "--accept-bank-change", is_flag=True, help="Go on although the bank was edited since the training stopped."
 )
+@click.option(
+    "--resume-from",
+    default="latest",
+    show_default=True,
+    metavar="WHICH",
+    help="latest, previous (the checkpoint before it), or a checkpoint's folder; later checkpoints are set aside.",
+)
+@click.option("--tensorboard", is_flag=True, help="Also write RUN/tensorboard.")
 @click.option("--dry-run", is_flag=True, help="Check bank, images and settings, print the settings, train nothing.")
 @json_option
 @quiet_option
 def train(
     bank: str, images: tuple[str, ...], preset: str, config_file: str | None, settings: tuple[str, ...], out: str | None,
     seed: int | None, device: str | None, tokenizer: str | None, tokenizer_weights: str | None, latents: str | None,
-    allow_missing: bool, accept_bank_change: bool, dry_run: bool, as_json: bool,
-    quiet: bool,
+    tokens: str | None, allow_missing: bool, accept_bank_change: bool, resume_from: str, tensorboard: bool, dry_run: bool,
+    as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Train a generator on the images of a bank. The same command again resumes.
 
     Pixels at 64 px (less where the images are smaller), a small model, and a budget of epochs bounded to about ten minutes
-    on a CPU; all of it are settings, see 'gmem-gen config'. Inserted concepts are trained on too.
+    on a CPU; all of it are settings, see 'gmem-gen config'. Inserted concepts are trained on too. On several GPUs or
+    processes: 'torchrun --nproc-per-node N -m gmem_gen train …', the same training as with one.
     """
     import gmem_gen
 
+    leads = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one speaks
+    quiet = quiet or not leads
+
     extra = [f"train.seed={seed}"] * (seed is not None) + [f"train.device={device!r}"] * (device is not None)
-    places = {"tokenizer": tokenizer, "tokenizer_weights": tokenizer_weights, "latents": latents}
+    places = {"tokenizer": tokenizer, "tokenizer_weights": tokenizer_weights, "latents": latents, "tokens": tokens}
     extra += [f"data.{name}={json.dumps(value)}" for name, value in places.items() if value is not None]
     extra += ["data.allow_missing=true"] * allow_missing
     config = _resolved(preset, config_file, (*settings, *extra))
@@ -105,13 +124,13 @@ def train(
         gmem_bank.ProgressBar("train", "step", quiet=quiet) as bar,
     ):
         report = gmem_gen.train(
-            bank, config, images=images or None, out=out, accept_bank_change=accept_bank_change, handle_signals=True,
-            say=lambda text: None if quiet else click.echo(text, err=True),
-            read_progress=reading, progress=bar,
+            bank, config, images=images or None, out=out, resume_from=resume_from, accept_bank_change=accept_bank_change,
+            tensorboard=tensorboard, handle_signals=True, say=lambda text: None if quiet else bar.say(text),
+            status=bar.note, read_progress=reading, progress=bar,
         )  # fmt: skip
-    if as_json:
+    if leads and as_json:
         print_json(report.to_json())
-    else:
+    elif leads:
         click.echo(_ended(report))
     if report.stopped == "signal":
         raise click.exceptions.Exit(130)
@@ -126,7 +145,8 @@ def _ended(report: Any) -> str:
         "time": "stopped at train.max_minutes; a larger one goes on from here",
         "signal": "interrupted; the same command goes on from here",
     }
-    return f"{done}{loss}, {report.seconds:.0f} s of training: {remarks[report.stopped]}"
+    best = "" if report.best is None else f", best validation loss {report.best[1]:.4f} at step {report.best[0]}"
+    return f"{done}{loss}{best}, {report.seconds:.0f} s of training: {remarks[report.stopped]}"
 
 
 main.add_command(encode)

@@ -25,7 +25,7 @@ from gmem_gen.snippets import absorbed_projection, regularise
 
 # The rest of the generator has the type of a bank from here, and nothing else of its interface.
 __all__ = [
-    "Bank", "Conditions", "ImagesFrom", "Join", "Reader", "absorb", "choose_conditions", "class_names", "gather",
+    "Bank", "Conditions", "ImagesFrom", "Join", "Reader", "absorb", "choose_conditions", "class_names", "concept_keys", "gather",
     "join_images", "join_keys", "labels", "open_bank", "read_image", "reader", "record_of", "regularise", "require_interface",
     "require_same_memory",
 ]  # fmt: skip
@@ -230,6 +230,13 @@ def class_names(bank: Bank) -> tuple[str, ...]:
             "a class-conditional model needs a bank with concepts, such as one of class folders", key="model.condition"
         )
     return bank.names
+
+
+def concept_keys(bank: Bank, name: str) -> frozenset[str]:
+    """Return the keys of a concept's active rows; raises UnknownKeyError for a concept that there is not."""
+    if not isinstance(bank, SupportsConcepts) or not isinstance(bank, SupportsImages):
+        raise UnknownKeyError("this bank has no concepts", key=name)
+    return frozenset(bank.keys(bank.rows_of(name)))
 
 
 def labels(bank: Bank, rows: NDArray[np.int64], classes: Sequence[str]) -> Tensor:

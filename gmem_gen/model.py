@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gmem_bank.errors import ConfigError
 from gmem_gen.config import ModelConfig
@@ -25,7 +26,7 @@ from gmem_gen.layers import (
     SwiGLU,
     TimestepEmbedder,
     make_norm,
-    modulate,
+    normalise,
     position_table,
     projection_head,
 )
@@ -69,8 +70,8 @@ class Block(nn.Module):
             parts = [None, *parts[:2], None, *parts[2:]]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = parts
         assert scale_1 is not None and gate_1 is not None and scale_2 is not None and gate_2 is not None
-        x = x + gate_1[:, None] * self.attn(modulate(self.norm1(x), shift_1, scale_1), rope)
-        mixed: Tensor = x + gate_2[:, None] * self.mlp(modulate(self.norm2(x), shift_2, scale_2))
+        x = x + gate_1[:, None] * self.attn(normalise(self.norm1, x, shift_1, scale_1), rope)
+        mixed: Tensor = x + gate_2[:, None] * self.mlp(normalise(self.norm2, x, shift_2, scale_2))
         return mixed
 
 
@@ -86,7 +87,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """Return (B, T, P·P·C)."""
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
-        output: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
+        output: Tensor = self.linear(normalise(self.norm_final, x, shift, scale))
         return output
 
 
@@ -141,6 +142,8 @@ class Generator(nn.Module):
         if config.projection_dim:
             self.projector = nn.ModuleList([projection_head(config.width, config.projection_dim)])
         self.final_layer = FinalLayer(config, self.patch_size**2 * latent.channels)
+        self.recompute = False
+        """Whether the backward pass computes each block again instead of keeping what is in it."""
         self._initialise()
 
     def _initialise(self) -> None:
@@ -195,7 +198,10 @@ class Generator(nn.Module):
         condition = self._condition(t, conditions)
         tokens, projected = self.x_embedder(x_t) + self.pos_embed, None
         for number, block in enumerate(self.blocks, start=1):
-            tokens = block(tokens, condition, self.feat_rope)
+            if self.recompute and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, condition, self.feat_rope, use_reentrant=False)
+            else:
+                tokens = block(tokens, condition, self.feat_rope)
             if project and number == self.config.encoder_depth:
                 projected = self.projector[0](tokens)
         output = self._unpatchify(self.final_layer(tokens, condition))

@@ -12,7 +12,14 @@ from gmem_gen.layers import ConditionProjection
 
 
 def regularise(
-    snippets: Tensor, *, null_probability: float, dropout: float, noise: float, generator: torch.Generator
+    snippets: Tensor,
+    *,
+    null_probability: float,
+    dropout: float,
+    noise: float,
+    null: Tensor,
+    kept: Tensor,
+    normals: Tensor,
 ) -> Tensor:
     """Return snippets as training sees them.
 
@@ -25,18 +32,16 @@ def regularise(
         null_probability: 0 to 1.
         dropout: share of elements set to zero; the rest is divided by 1 − dropout.
         noise: standard deviation relative to each snippet's root mean square.
-        generator: CPU generator; every number drawn comes from it.
+        null: (B, 1) uniform in [0, 1), each sample's own.
+        kept: (B, D) uniform in [0, 1), not looked at without dropout.
+        normals: (B, D) standard normal, not looked at without noise.
     """
-    count = len(snippets)
-    known = torch.rand(count, 1, generator=generator) >= null_probability
     result = snippets
     if noise:
-        draws = torch.randn(snippets.shape, generator=generator).to(snippets.device)
-        result = result + noise * snippets.square().mean(1, keepdim=True).sqrt() * draws
+        result = result + noise * snippets.square().mean(1, keepdim=True).sqrt() * normals
     if dropout:
-        kept = (torch.rand(snippets.shape, generator=generator) >= dropout).to(snippets.device)
-        result = result * kept / (1 - dropout)
-    return result * known.to(snippets.device)
+        result = result * (kept >= dropout) / (1 - dropout)
+    return result * (null >= null_probability)
 
 
 def absorbed_projection(projection: ConditionProjection, basis: Tensor, mean: Tensor) -> ConditionProjection:

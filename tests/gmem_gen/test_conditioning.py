@@ -19,8 +19,15 @@ SNIPPETS = torch.randn(4000, 16, generator=torch.Generator().manual_seed(0))
 
 
 def regularised(**options: float) -> torch.Tensor:
-    defaults = {"null_probability": 0.0, "dropout": 0.0, "noise": 0.0}
-    return conditioning.regularise(SNIPPETS, **{**defaults, **options}, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    draws = {
+        "null": torch.rand(len(SNIPPETS), 1, generator=generator),
+        "kept": torch.rand(SNIPPETS.shape, generator=generator),
+        "normals": torch.randn(SNIPPETS.shape, generator=generator),
+    }
+    return conditioning.regularise(
+        SNIPPETS, **{"null_probability": 0.0, "dropout": 0.0, "noise": 0.0, **options}, **draws
+    )
 
 
 def test_without_regularisation_snippets_are_unchanged() -> None:

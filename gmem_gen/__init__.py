@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from gmem_bank import __version__ as __version__
 
 if TYPE_CHECKING:
+    from gmem_gen.autoencoders import Weights as Weights
     from gmem_gen.checkpoint import LoadedCheckpoint as LoadedCheckpoint
     from gmem_gen.checkpoint import load_checkpoint as load_checkpoint
     from gmem_gen.conditioning import Conditions as Conditions
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from gmem_gen.trainer import train as train
 
 _DOOR = {
+    "autoencoders": ("Weights",),
     "checkpoint": ("LoadedCheckpoint", "load_checkpoint"),
     "conditioning": ("Conditions", "choose_conditions"),
     "config": (

@@ -56,11 +56,13 @@ def encode(
     continues.
     """
     import gmem_gen
+    from gmem_gen.autoencoders import Weights
     from gmem_gen.runtime import pick_device
 
+    where = Weights(place=weights, revision=revision, posterior=posterior)
     with gmem_bank.ProgressBar("encode", "image", quiet=quiet) as progress:
         report = gmem_gen.encode(
-            bank, tokenizer, output, weights=weights, revision=revision, posterior=posterior, image_size=image_size, flip=flip,
+            bank, tokenizer, output, weights=where, image_size=image_size, flip=flip,
             dtype=dtype, images=images or None, allow_missing=allow_missing, batch_size=batch_size, num_workers=workers,
             overwrite=overwrite, device=str(pick_device(device)), progress=progress,
         )  # fmt: skip

@@ -17,7 +17,7 @@ from gmem_gen.autoencoders import Weights
 from gmem_gen.conditioning import Bank, ImagesFrom, Join
 from gmem_gen.config import Config, DataConfig
 from gmem_gen.data import DEFAULT_SIZE, PixelCache, PixelImages, Progress, TrainingImages, default_image_size
-from gmem_gen.latents import DEFAULT_SIDE, encode_latents, join_latents, open_latent_images, open_latents
+from gmem_gen.latents import DEFAULT_SIDE, encode, join_latents, open_latent_images, open_latents
 from gmem_gen.model import LatentShape
 from gmem_gen.moments import Moments
 from gmem_gen.tokenizers import PIXELS, AutoencoderTokenizer, Normalisation, Record, Tokenizer, with_statistics
@@ -111,7 +111,7 @@ def _of_images(
     def open_images(folder: Path, progress: Progress) -> TrainingImages:
         if isinstance(tokenizer, AutoencoderTokenizer) and not data.encode_on_the_fly:
             place = folder / "latents"
-            encode_latents(bank, tokenizer, place, join=join, images=images, overwrite=True, progress=progress)
+            encode(bank, tokenizer, place, join=join, images=images, overwrite=True, progress=progress)
             shards, ready = open_latents(dataclasses.replace(data, latents=str(place)), device=device)
             return open_latent_images(shards, join, ready, record)
         cache = PixelCache(folder, bank, join, images, size=size, channels=data.channels, progress=progress)

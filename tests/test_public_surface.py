@@ -116,6 +116,7 @@ GEN_DOOR = [
     "Tokenizer",
     "TrainConfig",
     "TrainReport",
+    "Weights",
     "__version__",
     "apply_settings",
     "choose_conditions",

@@ -67,7 +67,7 @@ def test_every_output_holds_the_samples_and_a_record_beside_it(setting) -> None:
         np.testing.assert_array_equal(arrays["arr_1"], [1] * 8)
     grid = np.asarray(Image.open("g.png"))
     np.testing.assert_array_equal(grid[2 : 2 + 64 : 8, 2 + 66 : 2 + 66 + 64 : 8], setting.expected[1])
-    for place in ("g.json", "all/samples.json", "a.json"):
+    for place in ("g.json", "all/samples.json", "a.npz.json"):
         record = json.loads(Path(place).read_text())
         for name in ("method", "num_steps", "guidance", "seed", "precision", "bank", "trained_on", "tokenizer", "versions",
                      "weights_step", "device"):  # fmt: skip
@@ -108,6 +108,17 @@ def test_the_same_call_draws_only_what_is_missing(setting, monkeypatch, what: st
     assert (again.num_drawn, again.complete, again.record["nfe"]) == (0, True, 4)
 
 
+def test_what_is_complete_in_one_place_is_drawn_again_for_another(setting) -> None:
+    """An .npz that is whole stays as it is while a folder is filled; a grid of its name never touches its record."""
+    setting(SampleFiles(npz=Path("a.npz")))
+    before, record = Path("a.npz").read_bytes(), Path("a.npz.json").read_bytes()
+    assert setting(SampleFiles(npz=Path("a.npz"), folder=Path("all"))).num_drawn == 8
+    np.testing.assert_array_equal(kept("all"), setting.expected)
+    setting(SampleFiles(grid=Path("a.png")), {"seed": 9})
+    assert (Path("a.npz").read_bytes(), Path("a.npz.json").read_bytes()) == (before, record)
+    assert json.loads(Path("a.json").read_text())["seed"] == 9
+
+
 def test_processes_share_a_folder_and_an_npz(setting) -> None:
     """Each draws its own samples; whoever is last finishes; the images are those of one process."""
     files = SampleFiles(folder=Path("all"), npz=Path("a.npz"), grid=Path("g.png"))
@@ -136,7 +147,7 @@ def test_samples_made_otherwise_never_mix(setting) -> None:
     assert report.num_drawn == 8
     assert np.abs(kept("all").astype(int) - setting.expected).max() > 10
     np.testing.assert_array_equal(np.load("a.npz")["arr_0"], kept("all"))
-    assert json.loads(Path("a.json").read_text())["seed"] == 5
+    assert json.loads(Path("a.npz.json").read_text())["seed"] == 5
 
 
 def test_what_is_not_ours_is_never_replaced(setting) -> None:
@@ -144,7 +155,7 @@ def test_what_is_not_ours_is_never_replaced(setting) -> None:
     Path("mine").mkdir()
     Path("mine/000000.png").write_text("precious")
     np.savez("theirs.npz", arr_0=np.zeros(3))
-    Path("a.json").write_text("{}")
+    Path("a.npz.json").write_text("{}")
     for files, answer in (
         (SampleFiles(folder=Path("mine")), "--save-images"),
         (SampleFiles(npz=Path("theirs.npz")), "no samples of ours"),

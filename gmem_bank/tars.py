@@ -164,10 +164,12 @@ def _require_unique(items: Items) -> None:
     twice = KeyPlaces(items).repeated()
     if twice:
         first, second = (items[place] for place in twice)
-        where = f"{first.path} has" if first.path == second.path else f"{second.path} and {first.path} both have"
-        often = " twice" if first.path == second.path else ""
+        where = f"{first.path} itself" if first.path == second.path else f"{first.path} and in {second.path}"
         raise SourceError(
-            f"{where} an image {second.key!r}{often}: keys must differ within a bank", path=second.path, key=second.key
+            f"the image {second.key!r} is twice in the source, in {where}: keys must differ within a bank, so rename or remove "
+            "one",
+            path=second.path,
+            key=second.key,
         )
 
 
@@ -185,7 +187,9 @@ def _members(path: Path) -> Iterator[_Member]:
                     raise ValueError(_cut(stream, 0, file_size)) from None
                 yield _end(_cut(stream, archive.offset, file_size))
     except (OSError, tarfile.TarError, ValueError, EOFError, MemoryError, OverflowError) as error:
-        raise SourceError(f"{path} is not a readable tar file: {error or type(error).__name__}", path=path) from error
+        raise SourceError(
+            f"{path} is not a readable tar file: {error or type(error).__name__}. Fetch it or pack it anew", path=path
+        ) from error
 
 
 def _listed(archive: tarfile.TarFile, stream: BinaryIO, file_size: int) -> Iterator[_Member]:
@@ -215,11 +219,11 @@ def _listed(archive: tarfile.TarFile, stream: BinaryIO, file_size: int) -> Itera
 
 
 def _end(problem: str) -> _Member:
-    return _Member(name="", problem=f"{problem}. Only the images before that are taken")
+    return _Member(name="", problem=f"{problem}. Only the images before that are taken: fetch or pack the file anew")
 
 
 def _ends_before(claims: str, file_size: int) -> str:
-    return f"{claims}, and the file ends at {file_size:,}: it was cut short or damaged, fetch it again"
+    return f"{claims}, and the file ends at {file_size:,}: it was cut short or damaged"
 
 
 def _cut(stream: BinaryIO, offset: int, file_size: int) -> str:
@@ -240,7 +244,7 @@ def _cut(stream: BinaryIO, offset: int, file_size: int) -> str:
 
 
 def _no_header(offset: int, file_size: int, reason: object) -> str:
-    return f"what should be a header at byte {offset:,} of {file_size:,} is none ({reason}): fetch the file again"
+    return f"what should be a header at byte {offset:,} of {file_size:,} is none ({reason})"
 
 
 def _problem(member: tarfile.TarInfo, name: str) -> str:

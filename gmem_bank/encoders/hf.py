@@ -226,11 +226,14 @@ def _require_type(name: str, folder: Path, config: Mapping[str, Any], facts: Hub
     found = config.get("model_type")
     if facts.model_types and found not in facts.model_types:
         raise EncoderError(
-            f"{folder} holds a {found!r} model, encoder {name!r} needs {' or '.join(facts.model_types)}", path=folder
+            f"{folder} holds a {found!r} model, encoder {name!r} needs {' or '.join(facts.model_types)}: hf:FOLDER takes any",
+            path=folder,
         )
     vision = config.get("vision_config", config)
     if not isinstance(vision, dict) or not {"patch_size", "image_size", "num_channels"} & set(vision):
-        raise EncoderError(f"{folder} holds a {found!r} model, which does not look at images", path=folder)
+        raise EncoderError(
+            f"{folder} holds a {found!r} model, which does not look at images: a vision model is needed", path=folder
+        )
 
 
 def _resolved(name: str, facts: HubModel, parameters: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def test_the_images_before_a_cut_are_taken_and_the_cut_is_said_first(pictures: l
     first = report.skipped[0]
     assert first["path"] == "cut.tar"
     assert re.search(words, first["reason"]), first
-    assert f"the file ends at {len(data):,}: it was cut short or damaged, fetch it again" in first["reason"]
+    assert f"the file ends at {len(data):,}: it was cut short or damaged. Only the images before" in first["reason"]
     said = CliRunner().invoke(main, ["build", "cut.tar", "-e", "pixels", "-o", "again.safetensors", "-q"])
     assert said.exit_code == 0
     assert "skipped cut.tar:" in said.stderr.splitlines()[0]
@@ -141,7 +141,7 @@ def test_a_cut_before_the_first_image_and_damage_in_the_middle_are_refused(pictu
     whole = member("good.jpg", pictures[0])
     for data, words in (
         (whole[:600], r"no images in x\.tar .*'good\.jpg' at byte 512 has"), (whole[:100], "a header is expected at byte 0"),
-        (whole + b"\xff" * 512 + whole + END, rf"a header at byte {len(whole):,} of [\d,]+ is none \(damaged\): fetch"),
+        (whole + b"\xff" * 512 + whole + END, rf"a header at byte {len(whole):,} of [\d,]+ is none \(damaged\)"),
         (whole + member("long", b"name\0", kind=tarfile.GNUTYPE_LONGNAME) + END, r"at byte [\d,]+ of [\d,]+ is none \(end of file"),
         (b"\x1f\x8b" * 900, r"at byte 0 of 1,800 is none \(invalid header\)"),
     ):  # fmt: skip
@@ -154,5 +154,5 @@ def test_a_cut_before_the_first_image_and_damage_in_the_middle_are_refused(pictu
 def test_an_image_twice_in_one_file_is_said_of_that_file(pictures: list[bytes]) -> None:
     """Of two files both are named."""
     pack(Path("two.tar"), [("a.jpg", pictures[0]), ("a.jpg", pictures[1])])
-    with pytest.raises(SourceError, match=r"^two\.tar has an image 'a\.jpg' twice"):
+    with pytest.raises(SourceError, match=r"'a\.jpg' is twice in the source, in two\.tar itself: "):
         list_tars("two.tar")

@@ -156,7 +156,7 @@ def test_numbers_out_of_range_are_answered_in_one_line(photos: Path) -> None:
     assert "query is empty" in bank("search", "bank.safetensors", "", code=1).stderr
     assert (
         "up to 4096"
-        in bank("build", str(photos), "-e", "hog", "--set", "size=1000000", "-o", "x.safetensors", code=1).stderr
+        in bank("build", str(photos), "-e", "hog", "--set", "size=1000000", "-o", "x.safetensors", code=2).stderr
     )
     Path("folder.safetensors").mkdir()
     assert "is a folder" in bank("build", str(photos), "-e", "hog", "-o", "folder.safetensors", code=1).stderr

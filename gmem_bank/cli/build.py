@@ -83,7 +83,6 @@ def build(
     """
     import gmem_bank
     from gmem_bank.contents import require_source
-    from gmem_bank.encoders import SupportsPrecision
     from gmem_bank.narrowing import Narrowing
     from gmem_bank.progress import ProgressBar
 
@@ -104,18 +103,7 @@ def build(
             columns=columns_from(image_column, label_column, key_column),
             overwrite=overwrite, progress=progress,
         )  # fmt: skip
-    if report.num_outdated:
-        note(
-            f"{source} does not list the images that it had when a build of it was interrupted: {report.num_outdated} finished "
-            "batches of that build were not used"
-        )
-    list_skipped(report.skipped)
-    dtype_used = loaded.spec.parameters.get("dtype", "fp32")
-    cosine = gmem_bank.open(report.bank).encoder.labels.get("cosine_to_fp32")
-    if cosine is not None:
-        note(f"computed in {dtype_used}: cosine to float32 {cosine} on the first eight images (--set dtype=fp32)")
-    elif isinstance(loaded, SupportsPrecision) and dtype_used != "fp32":
-        note(f"computed in {dtype_used}: none of the first eight images says how far from float32 (--set dtype=fp32)")
+    _remark(source, report, loaded)
     if as_json:
         print_json(report.to_json())
         return
@@ -130,6 +118,25 @@ def build(
     click.echo(
         f"skipped: {report.num_unreadable} unusable images, {num_others} other files ({report.bank}.report.json)"
     )
+
+
+def _remark(source: str, report: Any, encoder: Any) -> None:
+    """Print on stderr what a build passed over, and what its precision cost."""
+    import gmem_bank
+    from gmem_bank.encoders import SupportsPrecision
+
+    if report.num_outdated:
+        note(
+            f"{source} does not list the images that it had when a build of it was interrupted: {report.num_outdated} finished "
+            "batches of that build were not used"
+        )
+    list_skipped(report.skipped)
+    dtype_used = encoder.spec.parameters.get("dtype", "fp32")
+    cosine = gmem_bank.open(report.bank).encoder.labels.get("cosine_to_fp32")
+    if cosine is not None:
+        note(f"computed in {dtype_used}: cosine to float32 {cosine} on the first eight images (--set dtype=fp32)")
+    elif isinstance(encoder, SupportsPrecision) and dtype_used != "fp32":
+        note(f"computed in {dtype_used}: none of the first eight images says how far from float32 (--set dtype=fp32)")
 
 
 FOR_PRECOMPUTED = {"source", "encoder", "pairs", "output", "space", "dtype", "overwrite", "as_json", "quiet"}

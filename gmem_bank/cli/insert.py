@@ -66,23 +66,12 @@ def insert_concept(
     --pattern and so on make a concept of rows that are in the bank already. Rows that are there stay byte for byte.
     """
     import gmem_bank
-    from gmem_bank.ops import check_concept_name
 
     chosen = selection_from(**selection)
-    with usage_errors():
-        if name is not None:
-            check_concept_name(name)
+    _require_sense(images, name, chosen)
     edit: dict[str, Any] = {"output": output, "dry_run": dry_run, "undo": not no_undo}
-    if images and not chosen.empty:
-        raise click.UsageError("give IMAGES, or rows of the bank (--key, --keys, --pattern, …), not both")
-    if not images and chosen.empty:
-        raise click.UsageError("give IMAGES, or rows of the bank by --key, --keys, --pattern, …")
-    if name is None and len(images) > 1:
-        raise click.UsageError("several folders or images need a --name for the concept")
     if not images:
-        if name is None:
-            raise click.UsageError("a concept of rows in the bank needs a --name")
-        result = gmem_bank.concept_of_rows(bank, name, chosen, **edit)
+        result = gmem_bank.concept_of_rows(bank, str(name), chosen, **edit)
     elif _are_arrays(images):
         if flip:
             raise click.UsageError("--flip is for images: an array has no pictures to mirror")
@@ -109,6 +98,23 @@ def insert_concept(
             f"basis: +{result.details['grown_directions']} directions, rank {result.details['rank']} now; cosine of new rows: "
             f"median {after['median']:.3f}, min {after['min']:.3f}; projection alone {before['median']:.3f}, {before['min']:.3f}"
         )
+
+
+def _require_sense(images: tuple[str, ...], name: str | None, chosen: Any) -> None:
+    """Raise UsageError where it is not said what to insert, or the name is lacking or can be none."""
+    from gmem_bank.ops import check_concept_name
+
+    if images and not chosen.empty:
+        raise click.UsageError("give IMAGES, or rows of the bank (--key, --keys, --pattern, …), not both")
+    if not images and chosen.empty:
+        raise click.UsageError("give IMAGES, or rows of the bank by --key, --keys, --pattern, …")
+    if name is None and not images:
+        raise click.UsageError("a concept of rows in the bank needs a --name")
+    if name is None and len(images) > 1:
+        raise click.UsageError("several folders or images need a --name for the concept")
+    if name is not None:
+        with usage_errors():
+            check_concept_name(name)
 
 
 def _are_arrays(images: tuple[str, ...]) -> bool:

@@ -22,6 +22,7 @@ from gmem_bank.encoders.loading import (
     load_network,
     require_complete,
     require_transformers,
+    require_type,
     tokenizer_of,
 )  # fmt: skip
 from gmem_bank.encoders.names import PRESETS, HubModel, model_named
@@ -197,7 +198,7 @@ def make_hub_model(name: str, options: EncoderOptions) -> TransformersEncoder:
     else:
         folder = hub_folder(model_facts.repository, revision, or_main=options.reloading)
     config = read_config(folder)
-    _require_type(name, folder, config, model_facts)
+    require_type(name, folder, config, model_facts)
     weight_files(folder)  # what has none, or pickles, need not have anything else
     vision = config.get("vision_config", config)
     parameters = _resolved(name, model_facts, parameters, config)
@@ -220,20 +221,6 @@ def make_hub_model(name: str, options: EncoderOptions) -> TransformersEncoder:
         software=f"transformers {transformers.__version__}", labels=labels,
     )  # fmt: skip
     return TransformersEncoder(model, spec, layout, tokenizer_of(transformers, folder, config))
-
-
-def _require_type(name: str, folder: Path, config: Mapping[str, Any], facts: HubModel) -> None:
-    found = config.get("model_type")
-    if facts.model_types and found not in facts.model_types:
-        raise EncoderError(
-            f"{folder} holds a {found!r} model, encoder {name!r} needs {' or '.join(facts.model_types)}: hf:FOLDER takes any",
-            path=folder,
-        )
-    vision = config.get("vision_config", config)
-    if not isinstance(vision, dict) or not {"patch_size", "image_size", "num_channels"} & set(vision):
-        raise EncoderError(
-            f"{folder} holds a {found!r} model, which does not look at images: a vision model is needed", path=folder
-        )
 
 
 def _resolved(name: str, facts: HubModel, parameters: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from gmem_bank.encoders.names import HubModel
 from gmem_bank.encoders.pooling import TOKEN_POOLINGS
 from gmem_bank.encoders.weights import TOKENIZER_FILES, has_tokenizer, require_readable
 from gmem_bank.errors import EncoderError, EncoderSettingError, MissingDependencyError
@@ -60,6 +61,21 @@ def load_network(transformers: Any, folder: Path) -> tuple[torch.nn.Module, list
             tensor=name,
         )
     return model, sorted(info["missing_keys"])
+
+
+def require_type(name: str, folder: Path, config: Mapping[str, Any], facts: HubModel) -> None:
+    """Raise EncoderError where the model is none of the types of the name, or does not look at images."""
+    found = config.get("model_type")
+    if facts.model_types and found not in facts.model_types:
+        raise EncoderError(
+            f"{folder} holds a {found!r} model, encoder {name!r} needs {' or '.join(facts.model_types)}: hf:FOLDER takes any",
+            path=folder,
+        )
+    vision = config.get("vision_config", config)
+    if not isinstance(vision, dict) or not {"patch_size", "image_size", "num_channels"} & set(vision):
+        raise EncoderError(
+            f"{folder} holds a {found!r} model, which does not look at images: a vision model is needed", path=folder
+        )
 
 
 def require_complete(folder: Path, missing: Sequence[str], pooling: str) -> None:

@@ -159,7 +159,7 @@ def test_numbers_out_of_range_are_answered_in_one_line(photos: Path) -> None:
         in bank("build", str(photos), "-e", "hog", "--set", "size=1000000", "-o", "x.safetensors", code=2).stderr
     )
     Path("folder.safetensors").mkdir()
-    assert "is a folder" in bank("build", str(photos), "-e", "hog", "-o", "folder.safetensors", code=1).stderr
+    assert "is a folder" in bank("build", str(photos), "-e", "hog", "-o", "folder.safetensors", code=2).stderr
 
 
 def test_sampling_takes_the_runs_settings_and_the_command_lines_over_them(photos: Path) -> None:

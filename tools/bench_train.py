@@ -3,7 +3,7 @@
 python -m tools.bench_train [--preset LightningDiT-S/1 --size 16 --channels 32 --batch 8] [--threads 2] [--pairs 3] [--compile]
 [--projection] [--device cpu]
 
-- `ours`: the trainer's whole step: random numbers, batch, transfers, forward, backward, clipping, AdamW, averaged weights, checks.
+- `ours`: the trainer's whole step: random numbers, batch, transfers, forward, backward, clipping, AdamW, averages, checks.
   `bare`: the same module, loss, optimizer and averaged weights in a loop over a batch that lies ready, and nothing else. They are
   timed in turn; `ratio` is the median of bare/ours over the pairs (asked: 0.95).
 - `products`: each product of a matrix with a matrix that the step has, forward and both of its derivatives, one after the other;
@@ -37,6 +37,7 @@ from gmem_gen.config import Config, FlowConfig, TrainConfig
 from gmem_gen.distributed import Processes
 from gmem_gen.model import LatentShape
 from gmem_gen.presets import MODEL_PRESETS
+from gmem_gen.runtime import kept_memory
 from gmem_gen.sizes import flops_per_image
 from gmem_gen.stepping import AUTOCAST, Trainer
 
@@ -180,7 +181,7 @@ def snippet_seconds(trainer: Trainer, steps: int) -> float:
 
 def measure(bank: Any, options: argparse.Namespace, precision: str) -> dict[str, Any]:
     """Return the figures of one precision."""
-    with contextlib.closing(Processes(options.device)) as processes:
+    with contextlib.closing(Processes(options.device)) as processes, kept_memory(processes.device):
         torch.manual_seed(0)
         trainer = make_trainer(bank, options, precision, processes)
         bare = bare_step(trainer)

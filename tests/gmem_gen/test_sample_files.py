@@ -194,10 +194,10 @@ def test_a_full_disk_keeps_what_was_drawn(setting, monkeypatch: pytest.MonkeyPat
         def open(self, *arguments: object, **options: object) -> object:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(array_store.zipfile, "ZipFile", Full)
-    with pytest.raises(WriteError, match="No space left"):
-        setting(SampleFiles(npz=Path("a.npz")))
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(array_store.zipfile, "ZipFile", Full)
+        with pytest.raises(WriteError, match="No space left"):
+            setting(SampleFiles(npz=Path("a.npz")))
     assert setting(SampleFiles(npz=Path("a.npz"))).complete
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from gmem_bank import __version__ as __version__
 
 if TYPE_CHECKING:
+    from gmem_gen.autoencoders import Weights as Weights
     from gmem_gen.checkpoint import LoadedCheckpoint as LoadedCheckpoint
     from gmem_gen.conditions import Conditions as Conditions
     from gmem_gen.conditions import choose_conditions as choose_conditions
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from gmem_gen.exporting import export_folder as export_folder
     from gmem_gen.exporting import load_checkpoint as load_checkpoint
     from gmem_gen.images import make_grid as make_grid
+    from gmem_gen.latents import encode as encode
     from gmem_gen.legacy import ImportReport as ImportReport
     from gmem_gen.legacy import LatentSource as LatentSource
     from gmem_gen.legacy import Memory as Memory
@@ -49,10 +51,13 @@ if TYPE_CHECKING:
     from gmem_gen.sample_files import sample_to as sample_to
     from gmem_gen.sampling import Samples as Samples
     from gmem_gen.sampling import sample as sample
+    from gmem_gen.tokenizers import Tokenizer as Tokenizer
+    from gmem_gen.tokenizers import make_tokenizer as make_tokenizer
     from gmem_gen.trainer import TrainReport as TrainReport
     from gmem_gen.trainer import train as train
 
 _DOOR = {
+    "autoencoders": ("Weights",),
     "checkpoint": ("LoadedCheckpoint",),
     "conditions": (
         "Conditions",
@@ -75,12 +80,14 @@ _DOOR = {
     ),
     "exporting": ("export_folder", "load_checkpoint"),
     "images": ("make_grid",),
+    "latents": ("encode",),
     "legacy": ("ImportReport", "LatentSource", "Memory", "import_checkpoint"),
     "legacy_export": ("export_official",),
     "model": ("Generator", "LatentShape"),
     "presets": ("MODEL_PRESETS", "class_conditional", "lightningdit", "preset", "sit", "unconditional"),
     "sample_files": ("SampleFiles", "SampleReport", "sample_to"),
     "sampling": ("Samples", "sample"),
+    "tokenizers": ("Tokenizer", "make_tokenizer"),
     "trainer": ("TrainReport", "train"),
 }
 """Module → the public names that live there."""

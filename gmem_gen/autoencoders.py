@@ -108,7 +108,8 @@ class LazyAutoencoder:
                     )
                 loaded = self._read(module, place)
                 _require_same_weights(self.name, loaded, self._weights.sha256)
-                loaded.module.requires_grad_(False).eval().to(self.device)
+                # convolutions are a third faster with channels last
+                loaded.module.requires_grad_(False).eval().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
                 self._loaded = loaded
         return self._loaded
 
@@ -142,7 +143,7 @@ class LazyAutoencoder:
         """
         loaded = self._load()
         with torch.inference_mode():
-            mean, std = loaded.posterior(values.to(self.device))
+            mean, std = loaded.posterior(values.to(self.device).contiguous(memory_format=torch.channels_last))
             if self._weights.posterior == "mean" or std is None:
                 return mean
             return mean + std * torch.stack([_noise(image, tuple(mean.shape[1:])) for image in images]).to(mean)
@@ -151,7 +152,7 @@ class LazyAutoencoder:
         """Return (B, 3, H, W) values, about [−1, 1], for (B, c, h, w) latents."""
         loaded = self._load()
         with torch.inference_mode():
-            return loaded.decode(latents.to(self.device))
+            return loaded.decode(latents.to(self.device).contiguous(memory_format=torch.channels_last))
 
     def record(self) -> dict[str, Any]:
         """Return what tells this autoencoder from others, and where its weights are, as JSON."""

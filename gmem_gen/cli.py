@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 import gmem_bank
+from gmem_gen.cli_encode import encode
 from gmem_gen.cli_sample import sample
 from gmem_gen.cli_shared import (
     bank_option,
@@ -149,6 +150,7 @@ def _ended(report: Any) -> str:
     return f"{done}{loss}{best}, {report.seconds:.0f} s of training: {remarks[report.stopped]}"
 
 
+main.add_command(encode)
 main.add_command(sample)
 main.add_command(import_checkpoint)
 main.add_command(export)

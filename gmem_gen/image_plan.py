@@ -17,12 +17,11 @@ from gmem_gen.autoencoders import Weights
 from gmem_gen.conditioning import Bank, ImagesFrom, Join
 from gmem_gen.config import Config, DataConfig
 from gmem_gen.data import DEFAULT_SIZE, PixelCache, PixelImages, Progress, TrainingImages, default_image_size
-from gmem_gen.latents import encode_latents, join_latents, open_latent_images, open_latents
+from gmem_gen.latents import DEFAULT_SIDE, encode, join_latents, open_latent_images, open_latents
 from gmem_gen.model import LatentShape
 from gmem_gen.moments import Moments
 from gmem_gen.tokenizers import PIXELS, AutoencoderTokenizer, Normalisation, Record, Tokenizer, with_statistics
 
-AUTOENCODER_SIZE = 256
 STATISTICS_BATCH = 32
 
 
@@ -104,7 +103,7 @@ def _of_images(
     weights = Weights(place=data.tokenizer_weights, revision=data.tokenizer_revision, posterior=data.posterior)
     join = conditioning.join_images(bank, images, allow_missing=data.allow_missing)
     multiple = tokenizers.factor_of(name, weights, device) * max(1, config.model.patch_size)
-    most = DEFAULT_SIZE if name == PIXELS else AUTOENCODER_SIZE
+    most = DEFAULT_SIZE if name == PIXELS else DEFAULT_SIDE
     size = data.image_size or default_image_size(bank, join, images, most=most, multiple=multiple)
     tokenizer = tokenizers.new_tokenizer(name, size, data.channels, weights=weights, device=device)
     data = dataclasses.replace(data, tokenizer=name, image_size=size)
@@ -112,7 +111,7 @@ def _of_images(
     def open_images(folder: Path, progress: Progress) -> TrainingImages:
         if isinstance(tokenizer, AutoencoderTokenizer) and not data.encode_on_the_fly:
             place = folder / "latents"
-            encode_latents(bank, tokenizer, place, join=join, images=images, overwrite=True, progress=progress)
+            encode(bank, tokenizer, place, join=join, images=images, overwrite=True, progress=progress)
             shards, ready = open_latents(dataclasses.replace(data, latents=str(place)), device=device)
             return open_latent_images(shards, join, ready, record)
         cache = PixelCache(folder, bank, join, images, size=size, channels=data.channels, progress=progress)

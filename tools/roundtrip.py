@@ -18,7 +18,7 @@ from PIL import Image
 
 import gmem_bank
 from gmem_gen.autoencoders import Weights
-from gmem_gen.tokenizers import new_tokenizer
+from gmem_gen.tokenizers import TokenizerMaker
 
 BATCH = 10
 
@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--num", type=int, default=50)
     given = parser.parse_args()
-    tokenizer = new_tokenizer(given.tokenizer, given.size, 3, weights=Weights(place=given.weights))
+    tokenizer = TokenizerMaker(given.tokenizer, Weights(place=given.weights)).make(given.size)
     paths = sorted(path for path in given.images.rglob("*.jpg"))[: given.num]
     factor = given.size // tokenizer.latent.size
     decoded, small = [], []

@@ -27,7 +27,7 @@ from gmem_gen.config import Config
 from gmem_gen.data import to_pixels
 from gmem_gen.image_plan import plan_images
 from gmem_gen.moments import Moments
-from gmem_gen.tokenizers import make_tokenizer, new_tokenizer
+from gmem_gen.tokenizers import TokenizerMaker, make_tokenizer
 from tests.gmem_gen.test_tokenizers import make_taef2
 
 TINY = ["model.width=16", "model.depth=1", "model.num_heads=2", "train.max_steps=3", "train.batch_size=8",
@@ -63,7 +63,7 @@ def direct(bank: str, weights: Path, key: str) -> torch.Tensor:
     pixels = to_pixels(image, 16, 3)
     if key.endswith("#flip"):
         pixels = np.ascontiguousarray(pixels[:, ::-1])
-    return new_tokenizer("taef2", 16, 3, weights=Weights(place=str(weights))).encode(pixels[None])[0]
+    return TokenizerMaker("taef2", Weights(place=str(weights))).make(16).encode(pixels[None])[0]
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])

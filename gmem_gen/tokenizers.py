@@ -221,6 +221,13 @@ class TokenizerMaker:
         return AutoencoderTokenizer(self._autoencoder, image_size, latent, Normalisation.none(latent_channels))
 
 
+def new_tokenizer(
+    name: str, image_size: int, channels: int, *, weights: Weights | None = None, device: str = "cpu"
+) -> Tokenizer:
+    """Return a tokenizer for a new training in one call; see `TokenizerMaker`."""
+    return TokenizerMaker(name, weights, device).make(image_size, channels)
+
+
 def make_tokenizer(
     record: Record | str, latent: LatentShape | None = None, *, weights: str = "", device: str = "cpu"
 ) -> Tokenizer:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gmem_bank.compare import diff as diff
     from gmem_bank.compression import compress as compress
     from gmem_bank.console import CommandGroup as CommandGroup
+    from gmem_bank.console import parse_parameters as parse_parameters
     from gmem_bank.decoding import read_image as read_image
     from gmem_bank.derive import compose as compose
     from gmem_bank.derive import interpolate as interpolate
@@ -69,7 +70,10 @@ if TYPE_CHECKING:
     from gmem_bank.kinds import open as open  # noqa: A004
     from gmem_bank.legacy import import_official as import_official
     from gmem_bank.legacy_export import export_official as export_official
+    from gmem_bank.mixing import compose_snippet as compose_snippet
+    from gmem_bank.mixing import interpolate_snippets as interpolate_snippets
     from gmem_bank.narrowing import Narrowing as Narrowing
+    from gmem_bank.official import check_torch_archive as check_torch_archive
     from gmem_bank.ops import mask as mask
     from gmem_bank.ops import remove as remove
     from gmem_bank.ops import remove_concept as remove_concept
@@ -83,7 +87,11 @@ if TYPE_CHECKING:
     from gmem_bank.provenance import EncoderSpec as EncoderSpec
     from gmem_bank.provenance import sha256_of_file as sha256_of_file
     from gmem_bank.query import QueryHits as QueryHits
+    from gmem_bank.query import image_snippets as image_snippets
     from gmem_bank.query import search as search
+    from gmem_bank.query import snippet_of as snippet_of
+    from gmem_bank.query import snippet_or_image as snippet_or_image
+    from gmem_bank.query import text_snippets as text_snippets
     from gmem_bank.reduce import coreset as coreset
     from gmem_bank.reduce import dedup as dedup
     from gmem_bank.results_page import write_results_page as write_results_page
@@ -109,7 +117,7 @@ _DOOR = {
     "combine": ("merge",),
     "compare": ("DiffReport", "diff"),
     "compression": ("compress",),
-    "console": ("CommandGroup",),
+    "console": ("CommandGroup", "parse_parameters"),
     "decoding": ("read_image",),
     "derive": ("compose", "interpolate"),
     "editing": ("EditReport",),
@@ -145,14 +153,16 @@ _DOOR = {
     "kinds": ("open",),
     "legacy": ("import_official",),
     "legacy_export": ("export_official",),
+    "mixing": ("compose_snippet", "interpolate_snippets"),
     "narrowing": ("Narrowing",),
+    "official": ("check_torch_archive",),
     "ops": ("mask", "remove", "remove_concept", "rename", "select", "unmask"),
     "parquet": ("export_parquet",),
     "plotting": ("plot",),
     "precomputed": ("build_precomputed",),
     "progress": ("ProgressBar",),
     "provenance": ("EncoderSpec", "sha256_of_file"),
-    "query": ("QueryHits", "search"),
+    "query": ("QueryHits", "image_snippets", "search", "snippet_of", "snippet_or_image", "text_snippets"),
     "reduce": ("coreset", "dedup"),
     "results_page": ("write_results_page",),
     "rewrite": ("compact", "save", "shard"),

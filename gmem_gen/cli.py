@@ -20,6 +20,7 @@ from gmem_gen.cli_shared import (
     quiet_option,
     set_option,
 )
+from gmem_gen.cli_weights import export, import_checkpoint
 
 
 @click.group(cls=gmem_bank.CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -151,6 +152,8 @@ def _ended(report: Any) -> str:
 
 main.add_command(encode)
 main.add_command(sample)
+main.add_command(import_checkpoint)
+main.add_command(export)
 
 
 @main.command()

@@ -25,12 +25,10 @@ from gmem_gen.snippets import absorbed_projection, regularise
 
 # The rest of the generator has the type of a bank from here, and nothing else of its interface.
 __all__ = [
-    "Bank", "Conditions", "ImagesFrom", "Join", "Reader", "absorb", "choose_conditions", "class_names", "concept_keys", "gather",
-    "join_images", "join_keys", "labels", "open_bank", "read_image", "reader", "record_of", "regularise", "require_interface",
-    "require_same_memory",
+    "Bank", "ImagesFrom", "Join", "Reader", "absorb", "class_names", "concept_keys", "concept_labels", "concept_rows",
+    "gather", "join_images", "join_keys", "labels", "names_of", "open_bank", "read_image", "reader", "record_of",
+    "record_of_encoder", "regularise", "require_interface", "require_same_memory", "snippet_reader",
 ]  # fmt: skip
-
-DEFAULT_SAMPLES = 16
 
 
 def open_bank(path: str | os.PathLike[str]) -> Bank:
@@ -51,14 +49,20 @@ def require_interface(bank: Bank) -> Bank:
 
 def record_of(bank: Bank) -> dict[str, Any]:
     """Return what a checkpoint or a result remembers of a bank."""
+    numbers = {"fingerprint": bank.fingerprint, "num_rows": len(bank), "num_active": len(bank.rows())}
+    return record_of_encoder(bank.encoder) | {"dim": bank.dim, "space": bank.space, **numbers}
+
+
+def record_of_encoder(encoder: gmem_bank.EncoderSpec) -> dict[str, Any]:
+    """Return the like of `record_of` for snippets of an encoder, where no bank of them is at hand."""
     return {
-        "fingerprint": bank.fingerprint,
-        "dim": bank.dim,
-        "space": bank.space,
-        "encoder": bank.encoder.name,
-        "encoder_fingerprint": bank.encoder.fingerprint,
-        "num_rows": len(bank),
-        "num_active": len(bank.rows()),
+        "fingerprint": "",
+        "dim": encoder.dim,
+        "space": encoder.space,
+        "encoder": encoder.name,
+        "encoder_fingerprint": encoder.fingerprint,
+        "num_rows": 0,
+        "num_active": 0,
     }
 
 
@@ -198,6 +202,30 @@ def reader(bank: Bank, model: Generator, classes: Sequence[str] = ()) -> Reader:
     return Reader(network=model, read=lambda rows, device: gather(bank, rows, device), numbers_per_row=bank.dim)
 
 
+def snippet_reader(model: Generator, snippets: NDArray[np.float32]) -> Reader:
+    """Return how a model reads snippets that are in no bank: as they are, whatever kind of bank it was trained on.
+
+    Args:
+        model: with a memory.
+        snippets: (K, D) in the space of that bank; rows are numbers of these.
+
+    Raises:
+        ConfigError: a model without memory, or snippets of another dimension.
+    """
+    if model.config.condition != "memory":
+        raise ConfigError(
+            f"this model has no memory (model.condition={model.config.condition!r}): it is drawn from by --concept or --key, not "
+            "by an image, a text or arithmetic",
+            key="model.condition",
+        )
+    if snippets.shape[1] != model.snippet_dim:
+        raise ConfigError(f"the snippets have dimension {snippets.shape[1]}, the model takes {model.snippet_dim}")
+    return Reader(
+        network=model, read=lambda rows, device: torch.from_numpy(snippets[rows]).to(device),
+        numbers_per_row=snippets.shape[1],
+    )  # fmt: skip
+
+
 def absorb(bank: Bank, factors: SupportsFactors, model: Generator) -> Reader:
     """Return a model that takes a factored bank's coefficients, with the basis multiplied into its first linear layer.
 
@@ -271,57 +299,25 @@ def labels(bank: Bank, rows: NDArray[np.int64], classes: Sequence[str]) -> Tenso
     return torch.from_numpy(result)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Conditions:
-    """What a batch of samples is conditioned on."""
-
-    rows: NDArray[np.int64]
-    """(B,) one row a sample."""
-    keys: list[str]
-    label: str
-    """A short name for files."""
+def concept_rows(bank: Bank, concept: str) -> NDArray[np.int64]:
+    """Return the active rows of a concept, ascending; raises UnknownKeyError with the nearest names."""
+    if not isinstance(bank, SupportsConcepts):
+        raise UnknownKeyError("this bank has no concepts", key=concept)
+    return bank.rows_of(concept)
 
 
-def choose_conditions(
-    bank: Bank, *, concept: str | None, keys: Sequence[str], num: int | None, per_snippet: int, seed: int
-) -> Conditions:
-    """Return the rows to sample from.
+def names_of(bank: Bank, rows: NDArray[np.int64]) -> list[str]:
+    """Return the keys of rows, or their numbers where the bank keeps no keys."""
+    return bank.keys(rows) if isinstance(bank, SupportsImages) else [str(row) for row in rows]
 
-    Args:
-        bank: where from.
-        concept: take its rows, in the bank's order, over and over where more are wanted; of more rows than are wanted, a
-            choice drawn by `seed`.
-        keys: or take exactly these rows, in this order.
-        num: samples wanted; None: of every key, or of 16 rows (fewer where the concept has fewer).
-        per_snippet: samples of each row, one after the other.
-        seed: for the choice; 0 or more.
 
-    Raises:
-        UnknownKeyError: no such concept or key, or all its rows are masked.
-        ConfigError: both a concept and keys, or counts below 1.
-    """
-    if concept is not None and keys:
-        raise ConfigError("give either a concept or keys, not both")
-    if seed < 0:
-        raise ConfigError(f"seed must be 0 or more, got {seed}", key="seed")
-    if per_snippet < 1 or (num is not None and num < 1):
-        raise ConfigError("the number of samples must be at least 1")
-    if keys:
-        pool, label = bank.rows_for(keys), "keys"
-    elif concept is not None:
-        if not isinstance(bank, SupportsConcepts):
-            raise UnknownKeyError("this bank has no concepts", key=concept)
-        pool, label = bank.rows_of(concept), concept
-        if not len(pool):
-            raise UnknownKeyError(f"every row of concept {concept!r} is masked", key=concept)
-    else:
-        pool, label = bank.rows(), "random"
-    total = num if num is not None else (len(pool) if keys else min(len(pool), DEFAULT_SAMPLES)) * per_snippet
-    wanted = -(-total // per_snippet)
-    if not keys and wanted < len(pool):
-        # Asking for more then only adds to what was drawn; a concept that fits whole keeps its order, so that an
-        # interpolation reads as the way it is.
-        pool = np.random.Generator(np.random.PCG64(seed)).permutation(pool)[:wanted]
-    rows = np.resize(np.repeat(pool, per_snippet), total)
-    names = bank.keys(rows) if isinstance(bank, SupportsImages) else [str(row) for row in rows]
-    return Conditions(rows=rows, keys=names, label=label)
+def concept_labels(bank: Bank, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], tuple[str, ...]] | None:
+    """Return the (B,) numbers of the concepts that rows belong to, and the concepts; None unless each row has exactly one."""
+    if not isinstance(bank, SupportsConcepts) or not bank.names:
+        return None
+    found = np.full(len(bank), -1, np.int64)
+    for number, name in enumerate(bank.names):
+        members = bank.rows_of(name)
+        found[members] = np.where(found[members] == -1, number, -2)
+    result = found[rows]
+    return None if (result < 0).any() else (result, bank.names)

@@ -6,15 +6,18 @@ Shapes: B batch, C·H·W latent, T tokens, E width, D snippet dimension, P patch
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gmem_bank.errors import ConfigError
+from gmem_bank.errors import CheckpointError, ConfigError
 from gmem_gen.config import ModelConfig
 from gmem_gen.layers import (
     Attention,
@@ -30,6 +33,7 @@ from gmem_gen.layers import (
     position_table,
     projection_head,
 )
+from gmem_gen.pretrained import read_model, write_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +212,33 @@ class Generator(nn.Module):
         if projected is None:
             return output
         return Projected(output, projected)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write config.json and the weights into a folder, as `from_pretrained` reads them; raises WriteError."""
+        facts = {
+            "model": dataclasses.asdict(self.config), "latent": dataclasses.asdict(self.latent),
+            "snippet_dim": self.snippet_dim,
+        }  # fmt: skip
+        write_model(Path(folder), facts, self.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, place: str | os.PathLike[str], *, revision: str | None = None) -> Generator:
+        """Return a model, in evaluation mode, from a folder that `save_pretrained` or 'gmem-gen export' wrote.
+
+        Args:
+            place: the folder, or "OWNER/NAME" on the hub.
+            revision: of the hub.
+
+        Raises:
+            CheckpointError: not there, damaged, or weights that do not fit.
+        """
+        facts, tensors = read_model(place, revision)
+        try:
+            model = cls(ModelConfig(**facts["model"]), LatentShape(**facts["latent"]), int(facts["snippet_dim"]))
+            model.load_state_dict(tensors)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"the weights of {place} do not fit its configuration: {error}") from error
+        return model.eval()
 
     def null_conditions(self, conditions: Tensor) -> Tensor:
         """Return the null conditions for a batch of conditions, of the same shape."""

@@ -12,8 +12,9 @@ import numpy as np
 from gmem_bank.errors import ConfigError
 from gmem_gen import conditioning
 from gmem_gen.checkpoint import LoadedCheckpoint
+from gmem_gen.conditions import Conditions
 from gmem_gen.config import Config
-from gmem_gen.images import write_samples
+from gmem_gen.images import write_grid
 from gmem_gen.sampling import sample
 from gmem_gen.stepping import Trainer
 
@@ -29,18 +30,18 @@ def require_drawable(config: Config) -> None:
         )  # fmt: skip
 
 
-def preview_conditions(trainer: Trainer) -> conditioning.Conditions:
+def preview_conditions(trainer: Trainer) -> Conditions:
     """Return the rows that are drawn: held-out ones where there are any, chosen by the seed."""
     held = trainer.split.held_out
     pool = held if len(held) else trainer.split.samples[:, 0]
     rng = np.random.Generator(np.random.PCG64(trainer.config.train.seed))
     places = rng.permutation(pool)[: trainer.config.train.sample_images]
-    return conditioning.Conditions(
+    return Conditions(
         rows=trainer.join.rows[places], keys=[trainer.join.keys[place] for place in places], label="preview"
     )
 
 
-def write_preview(trainer: Trainer, run: Path, conditions: conditioning.Conditions) -> Path:
+def write_preview(trainer: Trainer, run: Path, conditions: Conditions) -> Path:
     """Draw with the averaged weights, write RUN/samples/step-<step>.png with a JSON beside it, and return its path."""
     average = trainer.average
     before = average.training
@@ -53,5 +54,5 @@ def write_preview(trainer: Trainer, run: Path, conditions: conditioning.Conditio
     finally:
         average.train(before)
     grid = run / "samples" / f"step-{trainer.step:08d}.png"
-    write_samples(samples.images, {**samples.record, "weights": "ema"}, grid)
+    write_grid(samples.images, {**samples.record, "weights": "ema"}, grid)
     return grid

@@ -329,6 +329,8 @@ class SampleConfig:
     overshoot: bool = True
     """Of dopri5: step past t = 1 and interpolate back, as published; the network is then asked at times that it never
     learned. False: end on t = 1."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What the network computes in: bf16 and fp16 by autocast. Solver and noise stay in fp32."""
     seed: int = 0
     """Of the first sample; sample i is decided by (seed, i)."""
     batch_size: int = 64

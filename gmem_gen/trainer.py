@@ -43,7 +43,7 @@ from gmem_gen.run import (
     stored_tokenizer,
     writing,
 )
-from gmem_gen.runtime import StopRequest, cpu_threads, pick_device
+from gmem_gen.runtime import StopRequest, cpu_threads, kept_memory, pick_device
 from gmem_gen.sizes import num_parameters
 from gmem_gen.splits import Split, split_rows
 from gmem_gen.stepping import Trainer
@@ -155,7 +155,7 @@ def train(
         )
         split, facts = _split(opened, join, resolved), _token_facts(tokens, checkpoint)
         _require_still_held(run, checkpoint, join.keys, split)
-        with cpu_threads(resolved.train.num_threads), writing(run):
+        with cpu_threads(resolved.train.num_threads), kept_memory(processes.device), writing(run):
             with processes.first_goes_first():
                 ready = planned.open(run / "cache", read_progress)
             trainer = Trainer(opened, resolved, ready, join, processes, split=split, tokens=tokens, facts=facts)

@@ -328,6 +328,8 @@ def test_refusals(tmp_path: Path) -> None:
         TokenizerMaker("sd-vae").make(16)
     with pytest.raises(EncoderError, match="no folder"):
         TokenizerMaker("sd-vae", Weights(place="nowhere")).make(16)
+    with pytest.raises(EncoderError, match=r"no folder kl/config\.json: --tokenizer-weights takes a folder"):
+        TokenizerMaker("sd-vae", Weights(place="kl/config.json")).make(16)
     weights = tmp_path / "kl/diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     save_file({name: tensor for name, tensor in tensors.items() if name != "quant_conv.bias"}, weights)

@@ -49,7 +49,7 @@ class ArrayStore:
         overwrite: bool = False,
     ) -> None:  # fmt: skip
         require_npz(path, plan, overwrite=overwrite)
-        self.path, self.shape, self.record = path, shape, path.with_suffix(".json")
+        self.path, self.shape, self.record = path, shape, record_beside(path)
         self.staging = path.with_name(f".{path.name}.partial")
         self.partial, self._counts = self.staging / "samples.npz", self.staging / "done"
         self.complete = path.exists() and (json_in(self.record) or {}).get("plan") == plan
@@ -88,7 +88,9 @@ class ArrayStore:
         return np.ones(self.shape[0], np.bool_) if self.complete else np.array(self._done)
 
     def write(self, places: NDArray[np.int64], images: NDArray[np.uint8]) -> None:
-        """Keep (b, H, W, C) samples."""
+        """Keep (b, H, W, C) samples; of a file that is whole already they are there."""
+        if self.complete:
+            return
         with writing(self.path):
             self._images[places] = images
             self._images.flush()
@@ -136,7 +138,7 @@ def require_npz(path: Path, plan: Plan | None = None, *, overwrite: bool = False
     """
     if path.suffix.lower() != ".npz":
         raise ConfigError(f"{path}: an array of samples is an .npz file", key="npz")
-    record = path.with_suffix(".json")
+    record = record_beside(path)
     if not path.exists() and not record.exists():
         return
     found = json_in(record)
@@ -146,6 +148,11 @@ def require_npz(path: Path, plan: Plan | None = None, *, overwrite: bool = False
         )
     if path.exists() and plan is not None and not overwrite:
         require_same_plan(path, found.get("plan"), plan)
+
+
+def record_beside(path: Path) -> Path:
+    """Return where the record of an .npz lies: FILE.npz.json, so that a grid of the same name has a record of its own."""
+    return path.with_name(path.name + ".json")
 
 
 def _entry_start(stream: IO[bytes], info: zipfile.ZipInfo) -> int:

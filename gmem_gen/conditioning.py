@@ -21,7 +21,7 @@ import gmem_bank
 from gmem_bank.errors import ConfigError, EncoderMismatchError, GMemError, SourceError, UnknownKeyError, first_three
 from gmem_bank.interface import INTERFACE_VERSION, Bank, ImagesFrom, SupportsConcepts, SupportsFactors, SupportsImages
 from gmem_gen.model import Generator
-from gmem_gen.snippets import absorbed_projection, regularise
+from gmem_gen.snippets import Reader, absorbed_projection, regularise, snippet_reader
 
 # The rest of the generator has the type of a bank from here, and nothing else of its interface.
 __all__ = [
@@ -71,11 +71,12 @@ def require_same_memory(bank: Bank, record: Mapping[str, Any], what: str) -> Non
 
     Args:
         bank: the bank offered; its own fingerprint is free to differ, an edited bank must work.
-        record: from `record_of`, as the checkpoint stores it.
+        record: from `record_of`, as the checkpoint stores it; of an imported one the encoder's name may be all that is known.
         what: what was trained, for the message.
     """
-    offered = (bank.encoder.fingerprint, bank.dim, bank.space)
-    if offered != (record["encoder_fingerprint"], record["dim"], record["space"]):
+    name, known = bank.encoder.name.removesuffix("-base"), record["encoder_fingerprint"]
+    offered = (bank.encoder.fingerprint if known else name, bank.dim, bank.space)
+    if offered != (known or record["encoder"], record["dim"], record["space"]):
         raise EncoderMismatchError(
             f"{what} was trained on snippets of {record['encoder']} (dim {record['dim']}, {record['space']} space, "
             f"{record['encoder_fingerprint'][:8]}), the bank holds snippets of {bank.encoder.describe()}: give a bank of the "
@@ -172,17 +173,6 @@ def gather(bank: Bank, rows: NDArray[np.int64], device: torch.device) -> Tensor:
     return torch.from_numpy(bank.snippets(rows)).to(device)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reader:
-    """A network, and how the conditions it takes are read from a bank."""
-
-    network: Generator
-    read: Callable[[NDArray[np.int64], torch.device], Tensor]
-    """Rows → (B, …) conditions."""
-    numbers_per_row: int
-    """How many numbers a row costs on its way to the device."""
-
-
 def reader(bank: Bank, model: Generator, classes: Sequence[str] = ()) -> Reader:
     """Return how a model best reads a bank: by factors where the bank has them, by labels where the model has classes.
 
@@ -200,30 +190,6 @@ def reader(bank: Bank, model: Generator, classes: Sequence[str] = ()) -> Reader:
     if isinstance(bank, SupportsFactors) and len(bank.basis) + 1 < bank.dim:
         return absorb(bank, bank, model)
     return Reader(network=model, read=lambda rows, device: gather(bank, rows, device), numbers_per_row=bank.dim)
-
-
-def snippet_reader(model: Generator, snippets: NDArray[np.float32]) -> Reader:
-    """Return how a model reads snippets that are in no bank: as they are, whatever kind of bank it was trained on.
-
-    Args:
-        model: with a memory.
-        snippets: (K, D) in the space of that bank; rows are numbers of these.
-
-    Raises:
-        ConfigError: a model without memory, or snippets of another dimension.
-    """
-    if model.config.condition != "memory":
-        raise ConfigError(
-            f"this model has no memory (model.condition={model.config.condition!r}): it is drawn from by --concept or --key, not "
-            "by an image, a text or arithmetic",
-            key="model.condition",
-        )
-    if snippets.shape[1] != model.snippet_dim:
-        raise ConfigError(f"the snippets have dimension {snippets.shape[1]}, the model takes {model.snippet_dim}")
-    return Reader(
-        network=model, read=lambda rows, device: torch.from_numpy(snippets[rows]).to(device),
-        numbers_per_row=snippets.shape[1],
-    )  # fmt: skip
 
 
 def absorb(bank: Bank, factors: SupportsFactors, model: Generator) -> Reader:

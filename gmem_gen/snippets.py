@@ -5,10 +5,17 @@ B batch, D snippet dimension, R rank, E width of the model; B basis, μ mean, c 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from gmem_bank.errors import ConfigError
 from gmem_gen.layers import ConditionProjection
+from gmem_gen.model import Generator
 
 
 def regularise(
@@ -68,3 +75,38 @@ def absorbed_projection(projection: ConditionProjection, basis: Tensor, mean: Te
         absorbed.linear.weight.copy_(merged)
         absorbed.linear.bias.copy_(projection.linear.bias)
     return absorbed.to(weight.device, weight.dtype).requires_grad_(False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """A network, and how the conditions it takes are read from a bank."""
+
+    network: Generator
+    read: Callable[[NDArray[np.int64], torch.device], Tensor]
+    """Rows → (B, …) conditions."""
+    numbers_per_row: int
+    """How many numbers a row costs on its way to the device."""
+
+
+def snippet_reader(model: Generator, snippets: NDArray[np.float32]) -> Reader:
+    """Return how a model reads snippets that are in no bank: as they are, whatever kind of bank it was trained on.
+
+    Args:
+        model: with a memory.
+        snippets: (K, D) in the space of that bank; rows are numbers of these.
+
+    Raises:
+        ConfigError: a model without memory, or snippets of another dimension.
+    """
+    if model.config.condition != "memory":
+        raise ConfigError(
+            f"this model has no memory (model.condition={model.config.condition!r}): it is drawn from by --concept or --key, not "
+            "by an image, a text or arithmetic",
+            key="model.condition",
+        )
+    if snippets.shape[1] != model.snippet_dim:
+        raise ConfigError(f"the snippets have dimension {snippets.shape[1]}, the model takes {model.snippet_dim}")
+    return Reader(
+        network=model, read=lambda rows, device: torch.from_numpy(snippets[rows]).to(device),
+        numbers_per_row=snippets.shape[1],
+    )  # fmt: skip

@@ -54,7 +54,7 @@ def test_an_exported_folder_draws_the_very_pixels(trained: gmem_gen.LoadedCheckp
     record = json.loads(
         gen("sample", "-c", "shared", "--concept", "hat", "-n", "2", "--steps", "2", "--json", "-q").stdout
     )
-    assert record["weights_step"] == 10
+    assert (record["weights_step"], record["weights"]) == (10, weights)
     assert Path("samples/hat.png").is_file()  # not among what is shared
 
 

@@ -67,8 +67,8 @@ class Loop:
                 break
             step = trainer.make_step(self._asked)
             self._clock()
-            self.progress(trainer.step, trainer.total_steps)
             self._report(step)
+            self.progress(trainer.step, trainer.total_steps)
             signalled, late = step.requests
             if signalled or (late and trainer.processes.count > 1):
                 reason = "signal" if signalled else "time"

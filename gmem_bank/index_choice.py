@@ -186,5 +186,8 @@ def ladder(kind: str, num_lists: int, fixed: int | None) -> Sequence[int]:
         return (fixed,)
     if kind == "hnsw":
         return tuple(16 << step for step in range(7))
-    steps = [1 << step for step in range(num_lists.bit_length()) if 1 << step < num_lists]
-    return (*steps, num_lists)
+    powers = [1 << step for step in range(num_lists.bit_length())]
+    between = [
+        3 * step // 2 for step in powers[1:]
+    ]  # 3, 6, 12, …: half as many lists more, where twice as many would be tried
+    return (*sorted(step for step in (*powers, *between) if step < num_lists), num_lists)

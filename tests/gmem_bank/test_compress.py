@@ -588,6 +588,16 @@ def test_a_sweep_says_what_compressing_would_give(make_bank: BankMaker) -> None:
     assert len(found.table().splitlines()) == 2 + 1 + len(found.ways) + 1  # the last one says what * means
 
 
+def test_a_sweep_of_equal_rows_leaves_nothing_out(make_bank: BankMaker) -> None:
+    """All is in the mean: the energy is that which compressing reports, 1, and not 0 of nothing."""
+    for rows in (1, 20):
+        bank = make_bank(f"{rows}.safetensors", snippets=np.repeat(spread(1, 8), rows, axis=0))
+        ways = gmem_bank.sweep(bank.path).ways
+        made = gmem_bank.compress(bank.path, rank=4, output="out.safetensors").details
+        assert {(way.rank, way.energy) for way in ways} == {(made["rank"], made["energy"])} == {(1, 1.0)}
+        Path("out.safetensors").unlink()
+
+
 def test_neighbours_know_the_concept_where_concepts_are_apart(make_bank: BankMaker) -> None:
     """Leave-one-out 10-NN: 1 for separate clusters, chance for rows that do not know; compression to rank 2 keeps clusters."""
     rng = np.random.default_rng(0)

@@ -166,7 +166,7 @@ def large(path: Path, made: Clustered, num_queries: int, runs: int) -> dict[str,
         works[OVER_F32] = direct(state.faiss, flat, queries, axes, settings)
         works[OVER_F16] = direct(state.faiss, half, queries, axes, settings)
     slow, found = in_turns(
-        {"by the index": works["by the index"], "FAISS flat": lambda: flat.search(turned, K)}, max(1, runs // 4)
+        {"by the index": works["by the index"], "FAISS flat": lambda: flat.search(turned, K)}, max(1, runs // 8)
     )
     times, quick = in_turns(works, runs)
     result = {

@@ -78,6 +78,8 @@ def _print_quality(facts: dict[str, Any]) -> None:
         note(text)
     if facts["rank_asked"] > facts["rank"]:
         note(f"rank {facts['rank_asked']} was asked for: the rows span {facts['rank']} directions")
+    if facts["bytes_after"] > facts["bytes_before"]:
+        note("the bank takes more room than before: a lower rank or --dtype i8 takes less")
     click.echo(f"  bytes     {human_bytes(facts['bytes_before'])} → {human_bytes(facts['bytes_after'])}")
     error = f", relative error {facts['relative_error']:.4g}" if "relative_error" in facts else ""
     click.echo(f"  energy    {facts['energy']:.4f}{error} (optimum {facts['optimal_relative_error']:.4g})")

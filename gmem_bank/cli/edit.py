@@ -78,7 +78,7 @@ def select(bank: str, output: str | None, dry_run: bool, no_undo: bool, as_json:
     "--keep", type=click.IntRange(min=1), metavar="K", help="Coefficients: the K largest of each snippet stay."
 )
 @click.option(
-    "--keep-energy", type=click.FloatRange(0, 1, min_open=True), metavar="E",
+    "--keep-energy", "--energy", type=click.FloatRange(0, 1, min_open=True), metavar="E",
     help="Coefficients: the fewest that hold this share of each snippet's squared norm stay.",
 )  # fmt: skip
 @click.option(

@@ -638,6 +638,18 @@ def test_the_command_compresses_sweeps_and_draws(make_bank: BankMaker) -> None:
     assert "rank 4" in run("compress", "--rank", "4", "-q")
 
 
+def test_a_bank_that_grows_by_compressing_is_said_to(make_bank: BankMaker) -> None:
+    """An i8 bank written as f32 is larger than before, and one of lower rank is not."""
+    make_bank(snippets=spread(300), space="unit")
+    run("compress", "--rank", "16", "--dtype", "i8", "-o", "small.safetensors", "-q")
+    assert "more room than before" in run(
+        "compress", "small.safetensors", "--rank", "16", "-o", "large.safetensors", "-q"
+    )
+    assert "more room" not in run(
+        "compress", "small.safetensors", "--rank", "4", "--dtype", "i8", "-o", "x.safetensors", "-q"
+    )
+
+
 @pytest.mark.parametrize("sizes", [(200, 200), (300, 50), (50, 300), (40, 60, 80)])
 @pytest.mark.parametrize("suffix", ["safetensors", "h5", "gmem"])
 def test_dense_banks_together_keep_each_row_under_its_key(sizes: tuple[int, ...], suffix: str) -> None:

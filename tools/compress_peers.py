@@ -1,4 +1,4 @@
-"""One compression of a bank's rows in a process of its own, by the package or by a peer; its time and peak memory as JSON.
+"""One compression of a bank's rows in a process of its own, by the package or by a peer; its times and peak memory as JSON.
 
 python -m tools.compress_peers NAME BANK OUTPUT RANK THREADS
 
@@ -87,10 +87,10 @@ def main() -> int:
     given = parser.parse_args()
     given.output.unlink(missing_ok=True)
     work = prepare(given.name, given.bank, given.output, given.rank, given.threads)
-    before, started = status("VmRSS"), time.perf_counter()
+    before, started, used = status("VmRSS"), time.perf_counter(), time.process_time()
     work()
-    seconds = time.perf_counter() - started
-    print(json.dumps({"seconds": seconds, "peak_megabytes_above_start": status("VmHWM") - before}))
+    times = {"seconds": time.perf_counter() - started, "processor_seconds": time.process_time() - used}
+    print(json.dumps(times | {"peak_megabytes_above_start": status("VmHWM") - before}))
     return 0
 
 

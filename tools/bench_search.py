@@ -218,6 +218,9 @@ def main() -> int:
     parser.add_argument("--torch", action="store_true", help="Load PyTorch, by which f16 is then widened.")
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument(
+        "--real", type=Path, nargs=2, metavar=("BANK", "HELD_OUT"), help="Index this bank in every way, too."
+    )
+    parser.add_argument(
         "--bank", type=Path, default=None, help="A bank of the generator, with its index, to search again."
     )
     options = parser.parse_args()

@@ -62,6 +62,8 @@ class SweepReport:
     bank: str
     num_rows: int
     dim: int
+    rank: int
+    """Of the bank as it is: R of a factored one, else D."""
     num_sampled: int
     """Active rows that all but bytes and energy are measured on."""
     bytes: int
@@ -76,7 +78,7 @@ class SweepReport:
 
     def table(self) -> str:
         """Return the table as text."""
-        first = (self.dim, "as it is", "all", self.bytes, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, self.knn_accuracy)
+        first = (self.rank, "as it is", "all", self.bytes, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, self.knn_accuracy)
         lines = [first, *(self._line(way) for way in self.ways)]
         cells = [COLUMNS, *([_cell(value) for value in line] for line in lines)]
         widths = [max(len(row[place]) for row in cells) for place in range(len(COLUMNS))]
@@ -159,7 +161,8 @@ def sweep(
         ways = [replace(way, bytes=size_of(job, edit, way.rank, way.dtype, way.keep)) for way in measured]
         progress(2 * len(bank), 2 * len(bank))
     return SweepReport(
-        bank=str(bank.path), num_rows=len(bank), dim=bank.dim, num_sampled=len(rows), bytes=bank.stored.num_bytes,
+        bank=str(bank.path), num_rows=len(bank), dim=bank.dim,
+        rank=bank.rank if isinstance(bank, FactoredBank) else bank.dim, num_sampled=len(rows), bytes=bank.stored.num_bytes,
         knn_accuracy=knn_accuracy(sample.snippets, sample.labels), ways=ways,
     )  # fmt: skip
 

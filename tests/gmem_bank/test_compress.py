@@ -586,6 +586,8 @@ def test_a_sweep_says_what_compressing_would_give(make_bank: BankMaker) -> None:
         assert way.cosine["mean"] == pytest.approx(report["cosine"]["mean"], abs=1e-6)
         assert way.neighbour_overlap_at_10 == pytest.approx(report["neighbour_overlap_at_10"], abs=0.01)
     assert len(found.table().splitlines()) == 2 + 1 + len(found.ways) + 1  # the last one says what * means
+    assert found.rank == bank.dim
+    assert gmem_bank.sweep("3.safetensors", ranks=[2]).rank == 8
 
 
 def test_a_sweep_of_equal_rows_leaves_nothing_out(make_bank: BankMaker) -> None:

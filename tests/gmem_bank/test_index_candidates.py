@@ -239,12 +239,13 @@ def test_speeds_are_medians_after_a_warm_up_and_one_slow_reading_ends_nothing(
     gmem_bank.build_index(bank.path, kind="ivf-flat", nlist=16, nprobe=16, rerank=1)
     truth: Truth = index_tuning.truth_of(Coordinates(bank), 0, no_progress)
     index = Slow(bank, read_index(index_path(bank.path)), index_path(bank.path))
-    index.seconds = [100, 2, 50, 2, 3, 3, 3, 3, 1, 1, 1, 1, 8, 8, 8, 8, 9, 9, 9, 9]
+    index.seconds = [100, 2, 50, 2, *(second for second in (3, 1, 8, 9, 7, 5) for _ in range(4))]
     monkeypatch.setattr(index_tuning.time, "perf_counter", lambda: Slow.clock)
     monkeypatch.setattr(index_tuning, "recall_of", lambda *_: (1.0, 0.0))
     settings, table = tune(index, truth, recall=0.5, nprobe=None, rerank=None, num_lists=16, num_bytes=1)
-    assert [round(256 / line["queries_per_second"]) for line in table] == [2, 3, 1, 8, 9]
-    assert settings == {"nprobe": 4, "rerank": 1}
+    seconds = [round(256 / line["queries_per_second"]) for line in table]
+    assert seconds == [2, 3, 1, 8, 9, 7], "three slower ones in a row are enough"
+    assert settings == {"nprobe": 3, "rerank": 1}
 
 
 def test_the_exact_line_says_how_it_was_measured(make_bank: BankMaker) -> None:

@@ -69,7 +69,7 @@ def find_model(
         EncoderError: it is in none of them, or its weights are not safetensors.
     """
     folder = Path(place)
-    known = place.count("/") == 1 and not place.startswith((".", "/", "~")) and not folder.is_dir()
+    known = place.count("/") == 1 and not place.startswith((".", "/", "~")) and not folder.exists()
     if known:
         folder = hub_folder(place, revision, or_main=or_main, stem=stem, option=option)
     elif not folder.is_dir():

@@ -68,6 +68,7 @@ def search_flat(
     require_faiss()
     rows = bank.rows() if among is None else among
     require_queries(bank, queries, k, len(rows))
+    k = int(k)  # NumPy's are none of FAISS's
     coordinates = Coordinates(bank)
     blocks = ((chunk, vectors) for chunk, _, vectors in coordinates.blocks(rows, least=k))
     return best_of(coordinates.queries(queries), blocks, k)

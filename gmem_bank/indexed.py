@@ -91,6 +91,7 @@ class BankIndex:
             ConfigError: k, nprobe or rerank is out of range, or a query has no direction.
         """
         require_queries(self.bank, queries, k, self._num_active)
+        k = int(k)  # NumPy's are none of FAISS's
         require_nonzero(queries)
         unit = to_space(np.ascontiguousarray(queries, np.float32), "unit")
         if self.kind == "flat":

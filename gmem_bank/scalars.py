@@ -31,6 +31,6 @@ def require_whole(name: str, value: object, least: int, most: int | None = None)
     if number is None or number < least or (most is not None and number > most):
         upto = f"at least {least}" if most is None else f"{least} to {most}"
         raise ConfigError(
-            f"{name} must be a whole number, {upto}; got {value}", key=name.rpartition(" ")[2].strip("()")
+            f"{name} must be {upto}, a whole number; got {value}", key=name.rpartition(" ")[2].strip("()")
         )
     return number

@@ -28,7 +28,7 @@ from gmem_bank.space import to_space
 
 GATHERED, WIDENED = 70, 28
 """What a gathered row costs, and what a streamed one costs to read and widen, in comparisons of a streamed row with a query."""
-PART_BYTES = 1 << 20
+PART_BYTES = 2 << 20
 """Of f32 vectors that are compared at a time: they are read, widened and multiplied while they are in the cache."""
 
 

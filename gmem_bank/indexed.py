@@ -63,7 +63,7 @@ class BankIndex:
 
     @property
     def measured(self) -> list[dict[str, Json]]:
-        """What was measured when it was built: kind, nprobe, rerank, recall, queries_per_second, bytes."""
+        """What was measured when it was built: kind, nprobe, rerank, recall, queries_per_second, bytes; and work, counted."""
         return list(self._state.facts["measured"])
 
     def describe(self) -> str:

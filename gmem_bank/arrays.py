@@ -6,6 +6,7 @@ Shapes: n rows, D dimensions.
 from __future__ import annotations
 
 import hashlib
+import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ def is_array_file(path: Path) -> bool:
     return path.suffix.lower() in ARRAY_SUFFIXES and not path.is_dir()
 
 
-def read_array(path: Path) -> ArrayRows:
+def read_array(path: str | os.PathLike[str]) -> ArrayRows:
     """Read an array file.
 
     A file with several arrays must name the right one "snippets" ("embeddings", "features", "vectors"); "keys" ("paths",
@@ -63,6 +64,7 @@ def read_array(path: Path) -> ArrayRows:
     Raises:
         SourceError: unreadable, ambiguous, not (n, D) numbers, or keys that do not fit.
     """
+    path = Path(path)
     try:
         named = _read_any(path)
     except SourceError:

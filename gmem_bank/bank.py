@@ -341,7 +341,13 @@ class MemoryBank:
         return read_pixels(key, self.sources[source], self.folder, images)
 
     def nearest(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return the (B, k) cosines, descending, and the (B, k) active rows nearest to (B, D) queries (needs FAISS)."""
+        """Return the (B, k) cosines, descending, and the (B, k) active rows nearest to (B, D) queries (needs FAISS).
+
+        A query of zeros is refused, as it has no direction; what else is, see `index.search_flat`.
+        """
+        from gmem_bank.coordinates import require_nonzero
         from gmem_bank.index import search_flat
 
+        if queries.ndim == 2 and queries.shape[1] == self.dim:
+            require_nonzero(queries)
         return search_flat(self, queries, k)

@@ -5,10 +5,11 @@ Shapes: N rows, D dimensions, R rank.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from gmem_bank.criteria import Goal, rank_for_bytes, rank_for_cosine, rank_for_e
 from gmem_bank.draft import Draft
 from gmem_bank.editing import Edit, EditReport, editing
 from gmem_bank.encoders import require_same_encoder
-from gmem_bank.errors import ConfigError, GMemError, WriteError
+from gmem_bank.errors import ConfigError, CorruptError, GMemError, WriteError
 from gmem_bank.fitting import gather_moments, project_rows
 from gmem_bank.kinds import FactoredBank
 from gmem_bank.moments import NOTHING, Directions, Moments, SumStore, principal, spectrum_of
@@ -32,7 +33,9 @@ from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import Json
 from gmem_bank.quality import sample_rows
 from gmem_bank.rewrite import join_if_many
+from gmem_bank.scalars import require_whole
 from gmem_bank.segment_rows import Plan, SegmentRows, plan_for, rows_of
+from gmem_bank.space import TINY_NORM
 from gmem_bank.storage import num_bytes
 from gmem_bank.storage.rules import MAX_RANK
 from gmem_bank.stored_fit import measure, put_into, put_shapes
@@ -43,6 +46,8 @@ FIELDS = (
     "optimal_relative_error", "optimum_known_to", "bytes_before", "bytes_after", "grow_below", "warnings",
 )  # fmt: skip
 """What a report has in its details."""
+NO_PARENT = "0" * 64
+"""As long as a fingerprint."""
 
 
 def compress(
@@ -97,9 +102,12 @@ def compress(
         EncoderMismatchError, ConceptExistsError: of several banks, encoders differ or a key occurs twice.
     """
     paths = [bank_path] if isinstance(bank_path, str | os.PathLike) else list(bank_path)
-    if not paths or (len(paths) > 1 and output is None):
+    if not paths:
+        raise ConfigError("no bank is given: name one, or several and a new one for them", key="bank_path")
+    if len(paths) > 1 and output is None:
         raise ConfigError("several banks are compressed into a new one: give its name with -o", key="output")
-    goal = Goal(rank=rank, energy=energy, target_cosine=target_cosine, max_bytes=max_bytes, dtype=dtype)
+    goal = Goal(rank=rank, energy=energy, target_cosine=target_cosine, max_bytes=max_bytes, dtype=dtype).plain()
+    require_whole("seed", seed, 0)
     others = [kinds.open(path) for path in paths[1:]]
     arguments = goal.to_json() | ({"banks": [bank.fingerprint for bank in others]} if others else {})
     with editing(paths[0], "compress", arguments, output=output, dry_run=dry_run, undo=undo) as edit:
@@ -116,14 +124,24 @@ def compress(
             with one_thread_a_product():
                 report, found = _compressed(edit, job, goal, folder, seed)
         except GMemError as error:
-            if not dry_run and not isinstance(error, WriteError):  # the same command would end there again
-                shutil.rmtree(folder, ignore_errors=True)
+            if not dry_run:
+                _tidy(folder, resumes=isinstance(error, WriteError))
             raise
         if not dry_run:
             shutil.rmtree(folder, ignore_errors=True)
         if plot is not None:  # last: a kill before leaves the name free for the same command again
             draw_spectrum(edit.bank, np.sqrt(spectrum_of(found)), plot)
     return report
+
+
+def _tidy(folder: Path, *, resumes: bool) -> None:
+    """Remove what an error leaves: all of it where the same command would end there again, else all but the first pass's sums."""
+    if not resumes:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        (folder / "coefficients").unlink(missing_ok=True)  # these begin anew, and a full disk wants the room
+        folder.rmdir()  # where there is nothing else in it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +188,7 @@ def moments_of(job: Job, folder: Path | None = None) -> Moments:
 
 def _compressed(edit: Edit, job: Job, goal: Goal, folder: Path, seed: int) -> tuple[EditReport, Moments]:
     found = moments_of(job, None if edit.dry_run else folder)
+    require_directions(found, edit.bank)
     most = min(edit.bank.dim, MAX_RANK, max(found.count - 1, 1))
 
     def size(rank: int) -> int:
@@ -185,7 +204,7 @@ def _compressed(edit: Edit, job: Job, goal: Goal, folder: Path, seed: int) -> tu
         chosen = rank_for_cosine(job.rows, directions, found.mean, job.plan, goal)
     basis = directions.basis[:chosen]
     facts = _first_facts(found, directions, len(basis)) | {
-        "rank_asked": chosen, "dtype": goal.dtype, "bytes_before": job.bytes_before,
+        "rank_asked": len(basis) if goal.rank is None else goal.rank, "dtype": goal.dtype, "bytes_before": job.bytes_before,
     }  # fmt: skip
     notes = [] if goal.energy is None else _beyond_rounding(found, len(basis), goal.energy)
     noted: dict[str, Json] = {"rank": len(basis)}
@@ -205,6 +224,17 @@ def _compressed(edit: Edit, job: Job, goal: Goal, folder: Path, seed: int) -> tu
     report = edit.finish(job.draft, num_rows=job.draft.num_rows, noted=noted, details=facts)
     facts |= {"grow_below": quality.grow_below(), "bytes_after": kinds.open(edit.target).stored.num_bytes}
     return report, found
+
+
+def require_directions(found: Moments, bank: MemoryBank) -> None:
+    """Raise CorruptError where rows are so short, but not zero, that float32 cannot hold their squares."""
+    square = found.energy / max(found.count, 1) + float(found.mean @ found.mean)
+    if 0 < square < TINY_NORM**2:
+        raise CorruptError(
+            f"the snippets of {bank.path} have a length of {np.sqrt(square):.3g} in the mean: below {TINY_NORM} they have no "
+            "direction in float32, whose squares vanish. Build the bank from larger numbers",
+            path=bank.path,
+        )
 
 
 def _first_facts(found: Moments, directions: Directions, rank: int) -> dict[str, Any]:
@@ -247,10 +277,16 @@ def _unchanged(edit: Edit, goal: Goal, plot: PathLike | None) -> EditReport:
 
 
 def size_of(job: Job, edit: Edit, rank: int, dtype: str, keep: int | None = None) -> int:
-    """Return the bytes of the whole bank at a rank, with so many coefficients kept a row (None: all)."""
+    """Return the bytes of the whole bank at a rank, with so many coefficients kept a row (None: all).
+
+    Where an edit has no arguments, as a sweep's has none, they are those of the commands that would make the bank. Figures in
+    the header may come out shorter than is thought here, which makes it 64 bytes less at times.
+    """
     put_shapes(job.draft, rank, dtype, keep)
-    entry = {
-        "operation": edit.operation, "arguments": dict(edit.arguments), "num_rows": job.draft.num_rows, "rank": rank,
-    }  # fmt: skip
+    num_rows, arguments = job.draft.num_rows, edit.arguments or {"rank": rank, "dtype": dtype}
+    entry = {"operation": edit.operation, "arguments": dict(arguments), "num_rows": num_rows, "rank": rank}
     header, payloads = job.draft.finish(entry)
+    if keep is not None:
+        masked = {"operation": "mask", "arguments": {"keep": keep}, "num_rows": num_rows, "parent": NO_PARENT}
+        header = replace(header, history=(*header.history, masked))
     return num_bytes(edit.target, header, payloads)

@@ -30,7 +30,7 @@ class CommandGroup(click.Group):
         except GMemError as error:
             if ctx.params.get("traceback"):
                 raise
-            click.echo(f"Error: {error}", err=True)
+            click.echo(f"Error: {self._by_options(ctx, str(error))}", err=True)
             ctx.exit(1)
         except OSError as error:
             # a path of the user's that cannot be read or written, somewhere our own errors do not reach
@@ -50,6 +50,15 @@ class CommandGroup(click.Group):
             resumable = ctx.invoked_subcommand in RESUMABLE
             click.echo("Interrupted." + " The same command continues where it stopped." * resumable, err=True)
             ctx.exit(130)
+
+    def _by_options(self, ctx: click.Context, message: str) -> str:
+        """Return a message with the library's names of arguments, such as max_bytes, as the options that they are."""
+        command = self.commands.get(ctx.invoked_subcommand or "")
+        for param in command.params if command is not None else []:
+            if isinstance(param, click.Option) and param.name and "_" in param.name:
+                spelt = max(param.opts, key=len)
+                message = re.sub(rf"(?<![\w./'-]){param.name}(?![\w./'])", spelt, message)
+        return message
 
 
 @contextlib.contextmanager
@@ -183,11 +192,27 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def byte_count(text: str | None) -> int | None:
-    """Return "1.5G" as 1610612736: K, M and G (or KiB, MiB, GiB) are powers of 1024; None stays."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise click.UsageError(f"{text!r} is not a size: write 500000, 20M or 1.5G")
-    return int(float(match[1]) * 1024 ** " KMG".index(match[2].upper() or " "))
+class SizeType(click.ParamType):  # type: ignore[type-arg]
+    """A number of bytes, at least 1: "1.5G" is 1610612736, since K, M and G (or KiB, MiB, GiB) are powers of 1024."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the bytes; anything else is a usage error."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", str(value).strip(), re.IGNORECASE)
+        if match is None:
+            self.fail(f"{value!r} is not a size: write 500000, 20M or 1.5G (K, M and G are powers of 1024)", param, ctx)
+        count = int(float(match[1]) * 1024 ** " KMG".index(match[2].upper() or " "))
+        return count if count >= 1 else self.fail("a size must be at least 1 byte", param, ctx)
+
+
+class ShareType(click.FloatRange):
+    """A number above 0, and at most (or below) 1; NaN is none."""
+
+    def __init__(self, *, below_one: bool = False) -> None:
+        super().__init__(0, 1, min_open=True, max_open=below_one)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number; anything else is a usage error."""
+        number = float(super().convert(value, param, ctx))
+        return number if number == number else self.fail(f"{value!r} is not a number", param, ctx)  # noqa: PLR0124

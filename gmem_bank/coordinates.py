@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from gmem_bank.errors import ConfigError, EncoderMismatchError
 from gmem_bank.interface import SupportsFactors
+from gmem_bank.scalars import whole
 from gmem_bank.space import TINY_NORM, scale_to_unit, to_space
 
 if TYPE_CHECKING:
@@ -139,6 +140,14 @@ def require_active(bank: MemoryBank, num_rows: int) -> None:
         )
 
 
+def require_nonzero(queries: NDArray[np.float32]) -> None:
+    """Raise ConfigError where a query, of (B, D), is all zeros."""
+    begin_with_zero = np.flatnonzero(queries[:, 0] == 0)
+    empty = begin_with_zero[~queries[begin_with_zero].any(axis=1)]
+    if len(empty):
+        raise ConfigError(f"query number {empty[0]} of {len(queries)} is all zeros: it has no direction", key="queries")
+
+
 def require_queries(bank: MemoryBank, queries: NDArray[np.float32], k: int, num_rows: int) -> None:
     """Raise where queries cannot be asked.
 
@@ -157,7 +166,7 @@ def require_queries(bank: MemoryBank, queries: NDArray[np.float32], k: int, num_
             f"queries of shape {list(queries.shape)} for a bank of dimension {bank.dim}", path=bank.path
         )
     require_active(bank, num_rows)
-    if not 1 <= k <= num_rows:
+    if not 1 <= (whole(k) or 0) <= num_rows:
         raise ConfigError(f"k must be 1 to {num_rows}, the active rows of {bank.path}; got {k}", key="k")
     with np.errstate(over="ignore", invalid="ignore"):
         squares = np.vecdot(queries, queries)

@@ -6,6 +6,7 @@ Shapes: N rows, b rows of a chunk, D dimensions, R rank.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -14,10 +15,10 @@ from numpy.typing import NDArray
 
 from gmem_bank import factors
 from gmem_bank.errors import ConfigError
-from gmem_bank.factors import whole
 from gmem_bank.fitting import project_block
 from gmem_bank.moments import Directions
 from gmem_bank.provenance import Json
+from gmem_bank.scalars import real, whole
 from gmem_bank.segment_rows import Chunk, Plan, SegmentRows
 from gmem_bank.storage.rules import COEFFICIENT_DTYPES
 from gmem_bank.stored_fit import decode, encode
@@ -54,20 +55,25 @@ class Goal:
             raise ConfigError(f"dtype must be {', '.join(COEFFICIENT_DTYPES)}, not {self.dtype!r}", key="dtype")
         if self.rank is not None and not 1 <= (whole(self.rank) or 0) <= dim:
             raise ConfigError(f"rank must be 1 to {dim}, the bank's dimension; got {self.rank}", key="rank")
-        if self.energy is not None and not 0 < self.energy <= 1:
+        if self.energy is not None and not 0 < real(self.energy) <= 1:
             raise ConfigError(f"energy must be above 0 and at most 1, got {self.energy}", key="energy")
-        if self.target_cosine is not None and not 0 < self.target_cosine < 1:
+        if self.target_cosine is not None and not 0 < real(self.target_cosine) < 1:
             raise ConfigError(f"target_cosine must be between 0 and 1, got {self.target_cosine}", key="target_cosine")
         if self.max_bytes is not None and (whole(self.max_bytes) or 0) < 1:
             raise ConfigError(f"max_bytes must be a whole number, at least 1, got {self.max_bytes}", key="max_bytes")
 
     def to_json(self) -> dict[str, Json]:
         """Return what was asked for, for the history."""
-        given = {name: value for name, value in asdict(self).items() if value is not None}
-        for name in ("rank", "max_bytes"):  # NumPy's integers are none of JSON's
-            if name in given and whole(given[name]) is not None:
-                given[name] = whole(given[name])
-        return given
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def plain(self) -> Goal:
+        """Return the goal in Python's own numbers where it has NumPy's, which are none of JSON's; what is no number stays."""
+        given = asdict(self)
+        for name in ("rank", "max_bytes"):
+            given[name] = given[name] if whole(given[name]) is None else whole(given[name])
+        for name in ("energy", "target_cosine"):
+            given[name] = given[name] if math.isnan(real(given[name])) else real(given[name])
+        return Goal(**given)
 
 
 def rank_for_energy(energies: NDArray[np.float64], share: float) -> int:

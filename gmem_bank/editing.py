@@ -15,6 +15,7 @@ from gmem_bank import kinds
 from gmem_bank.bank import MemoryBank
 from gmem_bank.draft import Draft
 from gmem_bank.errors import GMemError, OutputExistsError
+from gmem_bank.index_clearing import clear_index
 from gmem_bank.provenance import Json
 from gmem_bank.storage import atomic, previous, real_target, write
 from gmem_bank.storage.schema import Header
@@ -48,6 +49,8 @@ class EditReport:
     """True: the bank already was what the operation makes."""
     dry_run: bool = False
     """True: nothing was written."""
+    deleted_index: str | None = None
+    """The index beside the bank, where it went with what was not to be kept for `undo`."""
 
     def to_json(self) -> dict[str, Json]:
         """Return the report as a JSON object."""
@@ -66,6 +69,8 @@ class Edit:
     """The bank that this very operation has left already, if it has."""
     dry_run: bool
     keep_undo: bool
+    deleted_index: str | None = None
+    """As in the report."""
 
     @property
     def in_place(self) -> bool:
@@ -98,13 +103,20 @@ class Edit:
         if not self.dry_run:
             header = commit(self.bank, self.target, header, payloads, self.keep_undo and not draft.only_appended)
             if not self.keep_undo:
-                previous.tidy(self.target, ())
+                self.forget()
         report = self._report(header, **facts)
         return dataclasses.replace(report, fingerprint=self.bank.fingerprint) if self.dry_run else report
+
+    def forget(self) -> None:
+        """Delete what holds rows that the bank no longer has: earlier states, and an index beside it that has such rows."""
+        previous.tidy(self.target, ())
+        if self.in_place:
+            self.deleted_index = clear_index(kinds.open(self.target)) or self.deleted_index
 
     def _report(self, header: Header, **facts: Any) -> EditReport:
         known: dict[str, Any] = {"operation": self.operation, "bank": str(self.bank.path), "output": str(self.target)}
         known |= {"num_rows": header.num_rows, "fingerprint": header.fingerprint, "dry_run": self.dry_run}
+        known["deleted_index"] = self.deleted_index
         return EditReport(**{**known, **facts})
 
 
@@ -138,9 +150,7 @@ def editing(
     with contextlib.nullcontext() if dry_run else atomic.locked(target):
         bank = kinds.open(bank_path)
         made = result_of(bank, target, operation, arguments)
-        if made is not None and not dry_run:  # a kill may have come between the write and the tidying
-            previous.tidy(target, labels_needed(made.header) if undo else ())
-        yield Edit(
+        edit = Edit(
             operation=operation,
             arguments=arguments,
             bank=bank,
@@ -149,6 +159,9 @@ def editing(
             dry_run=dry_run,
             keep_undo=undo,
         )
+        if made is not None and not dry_run:  # a kill may have come between the write and the tidying
+            previous.tidy(target, labels_needed(made.header)) if undo else edit.forget()
+        yield edit
 
 
 def result_of(bank: MemoryBank, target: Path, operation: str, arguments: Mapping[str, Json]) -> MemoryBank | None:

@@ -5,7 +5,6 @@ Shapes: N rows, B rows asked for, D dimensions, R rank, m kept coefficients, g g
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 
 import numpy as np
@@ -169,14 +168,6 @@ def grow(
     grown = np.asarray(np.vstack([basis, signed(grown[len(basis) :])]), np.float32)
     after = cosines(snippets, centred @ grown.astype(np.float64).T @ grown + centre)
     return Grown(basis=grown, coefficients=project(snippets, grown, mean), cosines_before=before, cosines_after=after)
-
-
-def whole(value: object) -> int | None:
-    """Return a whole number of any integer type as an int; None: it is none, as True is none."""
-    try:
-        return None if isinstance(value, bool | np.bool_) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        return None
 
 
 def cosines(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -8,8 +8,10 @@ Shapes: N rows, n rows of a segment, b rows of a chunk, D dimensions, R rank.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 
 import numpy as np
@@ -216,9 +218,13 @@ def project_rows(
     done = 0
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("wb") as stream, contextlib.closing(in_order(plan.num_workers, work, chunks)) as parts:
+        with (
+            file.open("wb", buffering=0) as stream,
+            contextlib.closing(in_order(plan.num_workers, work, chunks)) as parts,
+        ):
+            _reserve(stream.fileno(), 4 * rank * num_rows)
             for chunk, coefficients, energy in parts:
-                coefficients.tofile(stream)
+                _write_all(stream, coefficients)
                 largest = np.abs(coefficients).max(axis=0)
                 np.maximum(fitted.largest[chunk.segment], largest, out=fitted.largest[chunk.segment])
                 fitted.column_energy += np.square(coefficients, dtype=np.float64).sum(axis=0)
@@ -226,8 +232,22 @@ def project_rows(
                 done += len(coefficients)
                 progress(done, num_rows)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
         raise atomic.explain(error, file, 4 * rank * num_rows) from error
     return fitted
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Take the room for a file at once, so that a disk that is too full says so before the work; raises OSError."""
+    if hasattr(os, "posix_fallocate") and size:
+        os.posix_fallocate(descriptor, 0, size)
+
+
+def _write_all(stream: RawIOBase, values: NDArray[np.float32]) -> None:
+    left = np.ascontiguousarray(values).view(np.uint8).data.cast("B")
+    while left:
+        left = left[stream.write(left) or 0 :]
 
 
 @dataclass(frozen=True, kw_only=True)

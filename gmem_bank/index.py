@@ -68,6 +68,7 @@ def search_flat(
     require_faiss()
     rows = bank.rows() if among is None else among
     require_queries(bank, queries, k, len(rows))
+    k = int(k)  # NumPy's are none of FAISS's
     coordinates = Coordinates(bank)
     blocks = ((chunk, vectors) for chunk, _, vectors in coordinates.blocks(rows, least=k))
     return best_of(coordinates.queries(queries), blocks, k)
@@ -84,7 +85,8 @@ def best_of(
         k: neighbours wanted.
 
     Returns:
-        (B, k) float32 products, descending, and (B, k) int64 labels; -inf and -1 where there are fewer vectors.
+        (B, k) float32 products, descending, within -1 and 1 as cosines are, and (B, k) int64 labels, of equal products among
+        the k the lower first; -inf and -1 where there are fewer vectors.
     """
     faiss = require_faiss()
     best = np.full((len(queries), k), -np.inf, np.float32)
@@ -109,9 +111,15 @@ def matrix_products(num_queries: int) -> Iterator[None]:
         yield
 
 
+def within_one(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return cosines that rounding has taken beyond 1 or -1 as these; -inf, which stands for none, stays."""
+    return np.where(np.isneginf(scores), scores, np.clip(scores, -1, 1))
+
+
 def _merge(
     best: NDArray[np.float32], found: NDArray[np.int64], scores: NDArray[np.float32], rows: NDArray[np.int64], k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     all_scores, all_rows = np.hstack([best, scores]), np.hstack([found, rows])
-    order = np.argsort(-all_scores, axis=1, kind="stable")[:, :k]  # stable: of equal scores the lower row comes first
+    all_scores = within_one(all_scores)
+    order = np.lexsort((all_rows, -all_scores))[:, :k]  # of equal scores the lower row comes first
     return np.take_along_axis(all_scores, order, 1), np.take_along_axis(all_rows, order, 1)

@@ -20,17 +20,16 @@ from gmem_bank.bank import MemoryBank
 from gmem_bank.coordinates import Coordinates
 from gmem_bank.errors import ConfigError, OutputExistsError
 from gmem_bank.index import matrix_products, require_faiss
-from gmem_bank.index_choice import ROWS_PER_LIST, Plan, check_settings, make_faiss, plan_index
+from gmem_bank.index_choice import PQ_WORDS, ROWS_PER_LIST, TURNED_KINDS, Plan, check_settings, make_faiss, plan_index
 from gmem_bank.index_facts import is_ours
-from gmem_bank.index_file import IndexState, Streamed, index_path, size_of, write_index
+from gmem_bank.index_file import IndexState, Streamed, file_bytes, index_path, size_of, write_index
 from gmem_bank.index_tuning import truth_of, tune
 from gmem_bank.indexed import BankIndex
 from gmem_bank.progress import Progress, no_progress
-from gmem_bank.provenance import Json
+from gmem_bank.provenance import Json, canonical_json
+from gmem_bank.scalars import require_whole, whole
 from gmem_bank.storage import atomic
 
-TURNED_KINDS = ("ivf-rabitq", "ivf-pq")
-"""Kinds whose codes want the energy spread evenly over the coordinates: a random rotation does that."""
 OUTGROWN = 2
 """Times the rows trained on from which a new index is advised."""
 
@@ -52,8 +51,8 @@ class IndexReport:
     num_bytes: int
     settings: dict[str, Json] = field(default_factory=dict)
     measured: list[dict[str, Json]] = field(default_factory=list)
-    """Lines of kind, nprobe, rerank, recall (@10), queries_per_second, bytes; the first is exact search without an index,
-    streamed from the disk in a first pass."""
+    """Lines of kind, nprobe, rerank, recall (@10), queries_per_second, bytes, and work, by which settings are chosen (comparisons
+    of a streamed row with a query); the first is exact search without an index, streamed from the disk in a first pass."""
     unchanged: bool = False
     recall_of_added: float | None = None
     """Recall@10 of the rows that an update added, measured where the basis has grown since the index was made."""
@@ -101,16 +100,20 @@ def build_index(
         LockedError, WriteError, MissingDependencyError.
     """
     faiss = require_faiss()
+    seed = require_whole("seed", seed, 0)
     bank = kinds.open(bank_path).unmasked()
     path = _target(bank, output)
     coordinates = Coordinates(bank)
     plan = plan_index(
-        len(bank), coordinates.dim, kind=kind, recall=recall, max_bytes=max_bytes, num_lists=nlist, num_gpus=faiss.get_num_gpus()
+        len(bank), coordinates.dim, kind=kind, recall=recall, max_bytes=max_bytes, num_lists=nlist, num_gpus=faiss.get_num_gpus(),
+        frame=bank.dim if coordinates.axes is not None else 0, content_bytes=len(canonical_json(row_identity.content_of(bank))),
     )  # fmt: skip
     check_settings(plan, nlist, nprobe, rerank)
+    nprobe, rerank = whole(nprobe), whole(rerank)
     with atomic.locked(path):
         maker = _Maker(coordinates, plan, seed, progress)
         state = maker.make()
+        _require_room(state, max_bytes)  # before the minutes of tuning
         truth = truth_of(coordinates, seed, maker.counted())
         settings: dict[str, Json] = {}
         table: list[dict[str, Json]] = []
@@ -127,8 +130,19 @@ def build_index(
             "bytes": 0,
         }
         state = dataclasses.replace(state, facts={**state.facts, "settings": settings, "measured": [exact, *table]})
+        _require_room(state, max_bytes)
         write_index(path, state)
     return report_of(bank, state, path, why=plan.why, num_added=len(bank))
+
+
+def _require_room(state: IndexState, max_bytes: int | None) -> None:
+    """Raise ConfigError where the file of an index would be larger than allowed."""
+    if max_bytes is not None and file_bytes(state) > max_bytes:
+        raise ConfigError(
+            f"the index of kind {state.kind} takes {file_bytes(state):,} bytes, more than the {max_bytes:,} allowed: raise "
+            "--max-bytes, or search without an index, which compares every row in bounded memory",
+            key="max_bytes",
+        )
 
 
 def _target(bank: MemoryBank, output: str | os.PathLike[str] | None) -> Path:
@@ -204,14 +218,16 @@ class _Maker:
         for vectors in _vectors(self._coordinates, rows):
             sample[start : start + len(vectors)] = turned(vectors, turn)
             start += len(vectors)
+        if self._plan.kind == "ivf-pq" and wanted < PQ_WORDS:
+            raise ConfigError(_too_few(self._bank, self._plan.kind), key="kind")
         try:
             engine.train(sample)
         except RuntimeError as error:
-            raise ConfigError(
-                f"{self._bank.path} has too few rows ({num}) for an index of kind {self._plan.kind}: --kind flat is exact and "
-                f"fast at this size ({str(error).splitlines()[0]})",
-                key="kind",
-            ) from error
+            raise ConfigError(_too_few(self._bank, self._plan.kind), key="kind") from error
+
+
+def _too_few(bank: MemoryBank, kind: str) -> str:
+    return f"{bank.path} has too few rows ({len(bank)}) for an index of kind {kind}: --kind flat is exact and fast at this size"
 
 
 def random_rotation(dim: int, seed: int) -> NDArray[np.float32]:

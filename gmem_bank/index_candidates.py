@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gmem_bank.errors import CorruptError
 from gmem_bank.index import matrix_products, require_faiss
-from gmem_bank.index_choice import GPU_CODE_BYTES, MOST_EFFORT
+from gmem_bank.index_choice import GPU_CODE_BYTES, HNSW_LINKS, MOST_EFFORT
 from gmem_bank.index_file import IndexState
 
 GPU_KINDS = ("ivf-flat", "ivf-pq")
@@ -64,6 +64,16 @@ class Candidates:
         self._require_known(labels)
         return np.where(labels >= 0, self._state.rows[labels], -1)
 
+    def num_compared(self, projected: NDArray[np.float32], effort: int) -> float:
+        """Return how many codes or vectors an effort has a query compared with, in the mean over (B, E) queries: counted.
+
+        Of an HNSW index, whose graph decides, as many as its candidates in view have links.
+        """
+        if self._state.kind == "hnsw":
+            return float(effort * HNSW_LINKS)
+        lists = self._state.faiss.quantizer.search(projected, min(effort, self.most_effort))[1]
+        return float(np.where(lists >= 0, self._sizes[lists], 0).sum(axis=1).mean())
+
     def hidden_from(self, projected: NDArray[np.float32], num: int, effort: int) -> NDArray[np.bool_]:
         """Return (B,) whether the mask hides more of what is looked at than it hides of all rows.
 
@@ -107,6 +117,12 @@ class Candidates:
         if not self.is_masked:
             return None
         return require_faiss().IDSelectorBitmap(np.packbits(self._active, bitorder="little"))
+
+    @cached_property
+    def _sizes(self) -> NDArray[np.int64]:
+        """(lists,): the rows of each list."""
+        lists = self._state.faiss.invlists
+        return np.array([lists.list_size(number) for number in range(lists.nlist)], np.int64)
 
     @cached_property
     def _shares(self) -> NDArray[np.float32]:

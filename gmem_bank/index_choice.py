@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gmem_bank.errors import ConfigError, suggest
+from gmem_bank.scalars import real, require_whole, whole
 
 KINDS = ("flat", "ivf-rabitq", "ivf-flat", "ivf-pq", "hnsw")
 EXACT_NUMBERS = 1 << 26
@@ -21,8 +22,22 @@ MOST_LISTS = 1 << 16
 HNSW_LINKS = 32
 MOST_EFFORT = 1 << 16
 """Candidates that an HNSW index keeps in view, at most."""
+MOST_RERANK = 1 << 16
+"""Candidates a neighbour wanted, at most."""
+MOST_SEED = (1 << 31) - 1
+"""What FAISS takes; of larger seeds the lower bits."""
 GPU_CODE_BYTES = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)
 """Lengths of product codes that FAISS's kernels for GPUs know."""
+PQ_WORDS = 256
+"""Words that a part of a product code chooses from; each wants a row."""
+BLOCK_CODES = 32
+"""RaBitQ codes that lie together; a list has whole blocks."""
+TURNED_KINDS = ("ivf-rabitq", "ivf-pq")
+"""Kinds whose codes want the energy spread evenly over the coordinates: a random rotation does that."""
+FACTS_BYTES = 4096
+"""Of what a file says of itself, about: its header, settings and what was measured."""
+UNSURE = 0.1
+"""Part by which an estimate may be too large."""
 ROW_TABLE_BYTES = 24
 """Of a row in the index file: its number, and the hashes of key and value."""
 LABEL_BYTES = 8
@@ -59,6 +74,8 @@ def plan_index(
     max_bytes: int | None = None,
     num_lists: int | None = None,
     num_gpus: int = 0,
+    frame: int = 0,
+    content_bytes: int = 0,
 ) -> Plan:
     """Return the index to build.
 
@@ -73,19 +90,25 @@ def plan_index(
         max_bytes: most that the index may take; None: no limit.
         num_lists: clusters of an IVF index; None: about 4·√N.
         num_gpus: GPUs that FAISS sees.
+        frame: D of a factored bank, whose index has (E, D) axes whatever its kind; 0: it is dense.
+        content_bytes: of what the file says of the bank's content.
 
     Raises:
         ConfigError: an unknown kind, a value out of range, or nothing fits.
     """
     _check(num_rows, kind, recall, max_bytes, num_lists)
+    max_bytes, num_lists = whole(max_bytes), whole(num_lists)
     lists = num_lists or default_lists(num_rows)
-    sizes = {name: estimated_bytes(name, num_rows, dim, lists) for name in KINDS}
+    facts = FACTS_BYTES + content_bytes
+    sizes = {name: estimated_bytes(name, num_rows, dim, lists, frame) + facts for name in KINDS}
 
     def plan(name: str, why: str) -> Plan:
         return Plan(kind=name, num_lists=lists if name.startswith("ivf") else 0, num_bytes=sizes[name], why=why)
 
     if kind != "auto":
-        if max_bytes is not None and sizes[kind] > max_bytes:
+        if (
+            max_bytes is not None and sizes[kind] > (1 + UNSURE) * max_bytes + facts
+        ):  # near it, the size of the file decides
             raise ConfigError(_too_large(kind, sizes[kind], max_bytes), key="max_bytes")
         return plan(kind, "asked for")
     small = num_rows * dim <= EXACT_NUMBERS or num_rows < 4 * ROWS_PER_LIST
@@ -113,11 +136,11 @@ def _check(num_rows: int, kind: str, recall: float, max_bytes: int | None, num_l
         raise ConfigError(
             f"there is no index of kind {kind!r}: auto, {', '.join(KINDS)}.{suggest(kind, KINDS)}", key="kind"
         )
-    if not 0 < recall <= 1:
+    if not 0 < real(recall) <= 1:
         raise ConfigError(f"recall must be above 0 and at most 1, got {recall}", key="recall")
-    if max_bytes is not None and max_bytes < 1:
-        raise ConfigError(f"max_bytes must be at least 1, got {max_bytes}", key="max_bytes")
-    if num_lists is not None and not 1 <= num_lists <= min(num_rows, MOST_LISTS):
+    if max_bytes is not None:
+        require_whole("max_bytes", max_bytes, 1)
+    if num_lists is not None and not 1 <= (whole(num_lists) or 0) <= min(num_rows, MOST_LISTS):
         raise ConfigError(
             f"nlist must be 1 to {min(num_rows, MOST_LISTS)} for {num_rows} rows, got {num_lists}", key="nlist"
         )
@@ -136,13 +159,20 @@ def default_lists(num_rows: int) -> int:
     return max(1, min(wanted, num_rows // ROWS_PER_LIST, MOST_LISTS))
 
 
-def estimated_bytes(kind: str, num_rows: int, dim: int, num_lists: int) -> int:
-    """Return about what the file of an index takes."""
+def estimated_bytes(kind: str, num_rows: int, dim: int, num_lists: int, frame: int = 0) -> int:
+    """Return about what the file of an index takes, but for what it says of itself; `frame` as in `plan_index`."""
     code = {
         "flat": 4 * dim, "ivf-flat": 4 * dim + LABEL_BYTES, "ivf-pq": pq_parts(dim) + LABEL_BYTES,
-        "ivf-rabitq": dim // 8 + 20 + LABEL_BYTES, "hnsw": 4 * dim + 8 * HNSW_LINKS + 20,
+        "ivf-rabitq": -(-dim // 8) + 8 + LABEL_BYTES, "hnsw": 4 * dim + 8 * HNSW_LINKS + 20,
     }[kind]  # fmt: skip
-    return num_rows * (code + ROW_TABLE_BYTES) + (4 * dim * num_lists if kind.startswith("ivf") else 0)
+    rows = num_rows * (code + ROW_TABLE_BYTES) + 4 * dim * (frame or (dim if kind in TURNED_KINDS else 0))
+    if not kind.startswith("ivf"):
+        return rows
+    words = 4 * PQ_WORDS * dim if kind == "ivf-pq" else 0
+    padding = (
+        (dim // 8 + 8) * BLOCK_CODES // 2 if kind == "ivf-rabitq" else 0
+    )  # half of a list's last block, in the mean
+    return rows + words + num_lists * (4 * dim + padding + LABEL_BYTES)
 
 
 def pq_parts(dim: int) -> int:
@@ -156,7 +186,7 @@ def make_faiss(faiss: Any, plan: Plan, dim: int, seed: int) -> Any:
     made = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     if plan.num_lists:
         made.cp.seed, made.cp.min_points_per_centroid = (
-            seed,
+            seed & MOST_SEED,
             1,
         )  # fewer were asked for, or there are no more: no warning
     if plan.kind == "ivf-pq":  # by default minutes go into an order of the words that nothing here asks for
@@ -181,17 +211,15 @@ def check_settings(plan: Plan, num_lists: int | None, nprobe: int | None, rerank
             )
     if plan.kind != "flat":
         ladder(plan.kind, plan.num_lists, nprobe)
-    if rerank is not None and rerank < 1:
-        raise ConfigError(f"rerank must be at least 1, got {rerank}", key="rerank")
+    if rerank is not None:
+        require_whole("rerank", rerank, 1, MOST_RERANK)
 
 
 def ladder(kind: str, num_lists: int, fixed: int | None) -> Sequence[int]:
     """Return the efforts to try, ascending: lists looked into (IVF), or candidates kept in view (HNSW)."""
     if fixed is not None:
         most = num_lists if kind != "hnsw" else MOST_EFFORT
-        if not 1 <= fixed <= most:
-            raise ConfigError(f"effort (nprobe) must be 1 to {most} here, got {fixed}", key="nprobe")
-        return (fixed,)
+        return (require_whole("effort (nprobe)", fixed, 1, most),)
     if kind == "hnsw":
         return tuple(16 << step for step in range(7))
     powers = [1 << step for step in range(num_lists.bit_length())]

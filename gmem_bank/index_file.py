@@ -74,13 +74,20 @@ class IndexState:
 
 
 def index_path(bank_path: Path) -> Path:
-    """Return where the index of a bank lies: beside it, bank.safetensors.index."""
+    """Return where the index of a bank lies: beside it, bank.safetensors.index; of a link beside what it leads to."""
+    bank_path = bank_path.resolve() if bank_path.is_symlink() else bank_path
     return bank_path.with_name(f"{bank_path.name}.index")
 
 
 def size_of(state: IndexState) -> int:
     """Return the bytes that the entries of an index take."""
     return max(entry.end for entry in _layout(state)[0].values())
+
+
+def file_bytes(state: IndexState) -> int:
+    """Return the bytes of the file that `write_index` makes of an index."""
+    entries = _layout(state)[0]
+    return len(_render(entries, {**state.facts, "hashes": dict.fromkeys(entries, NO_HASH)})) + size_of(state)
 
 
 def _layout(state: IndexState) -> tuple[dict[str, container.Entry], dict[str, NDArray[Any] | Streamed]]:

@@ -160,7 +160,9 @@ def _followed(coordinates: Coordinates, state: IndexState, change: _Change, prog
     rows[label_of] = np.arange(len(bank))
     keys = np.concatenate([state.keys, np.zeros(len(labels), np.uint64)])
     keys[label_of] = row_identity.key_hashes(bank)
-    return dataclasses.replace(state, rows=rows, keys=keys, values=np.concatenate([state.values, hashes]))
+    values = np.concatenate([state.values, hashes])
+    keys[rows < 0] = values[rows < 0] = 0  # of a row that is gone not even a hash stays
+    return dataclasses.replace(state, rows=rows, keys=keys, values=values)
 
 
 def _followed_flat(coordinates: Coordinates, state: IndexState, change: _Change, progress: Progress) -> IndexState:

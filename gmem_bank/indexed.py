@@ -16,14 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmem_bank.bank import MemoryBank
-from gmem_bank.coordinates import BLOCK_BYTES, Coordinates, require_queries
-from gmem_bank.errors import ConfigError
-from gmem_bank.index import best_of, require_faiss, search_flat
+from gmem_bank.coordinates import BLOCK_BYTES, Coordinates, require_nonzero, require_queries
+from gmem_bank.index import best_of, require_faiss, search_flat, within_one
 from gmem_bank.index_candidates import Candidates, queries_at_once
-from gmem_bank.index_choice import ladder
+from gmem_bank.index_choice import MOST_RERANK, ladder
 from gmem_bank.index_file import IndexState, index_path, read_index
 from gmem_bank.provenance import Json
 from gmem_bank.row_identity import require_fit
+from gmem_bank.scalars import require_whole
 from gmem_bank.space import to_space
 
 GATHERED, WIDENED = 70, 28
@@ -52,13 +52,18 @@ class BankIndex:
         return self._state.kind
 
     @property
+    def num_lists(self) -> int:
+        """Clusters of an IVF index; 0 of others."""
+        return int(self._state.facts["num_lists"])
+
+    @property
     def settings(self) -> dict[str, Json]:
         """What was tuned: nprobe and rerank; empty for a flat index."""
         return dict(self._state.facts["settings"])
 
     @property
     def measured(self) -> list[dict[str, Json]]:
-        """What was measured when it was built: kind, nprobe, rerank, recall, queries_per_second, bytes."""
+        """What was measured when it was built: kind, nprobe, rerank, recall, queries_per_second, bytes; and work, counted."""
         return list(self._state.facts["measured"])
 
     def describe(self) -> str:
@@ -86,13 +91,9 @@ class BankIndex:
             ConfigError: k, nprobe or rerank is out of range, or a query has no direction.
         """
         require_queries(self.bank, queries, k, self._num_active)
+        k = int(k)  # NumPy's are none of FAISS's
+        require_nonzero(queries)
         unit = to_space(np.ascontiguousarray(queries, np.float32), "unit")
-        begin_with_zero = np.flatnonzero(unit[:, 0] == 0)
-        empty = begin_with_zero[~unit[begin_with_zero].any(axis=1)]
-        if len(empty):
-            raise ConfigError(
-                f"query number {empty[0]} of {len(queries)} is all zeros: it has no direction", key="queries"
-            )
         if self.kind == "flat":
             return best_of(self._projected(unit), self._vector_blocks(k), k)
         return self._best(unit, k, k * self._factor(rerank), self._effort(nprobe))
@@ -189,14 +190,10 @@ class BankIndex:
                 yield (rows[part], vectors[part]) if own.all() else (rows[part][own], vectors[part][own])
 
     def _effort(self, nprobe: int | None) -> int:
-        lists = int(self._state.facts["num_lists"])
-        return int(self.settings["nprobe"]) if nprobe is None else ladder(self.kind, lists, nprobe)[0]
+        return int(self.settings["nprobe"]) if nprobe is None else ladder(self.kind, self.num_lists, nprobe)[0]
 
     def _factor(self, rerank: int | None) -> int:
-        factor = int(self.settings["rerank"]) if rerank is None else rerank
-        if factor < 1:
-            raise ConfigError(f"rerank must be at least 1, got {factor}", key="rerank")
-        return factor
+        return int(self.settings["rerank"]) if rerank is None else require_whole("rerank", rerank, 1, MOST_RERANK)
 
     def candidates(
         self, queries: NDArray[np.float32], num: int, nprobe: int
@@ -205,6 +202,11 @@ class BankIndex:
         unit = to_space(np.ascontiguousarray(queries, np.float32), "unit")
         turned, rows = self._coordinates.of_unit(unit), self._candidates.find(self._projected(unit), num, nprobe)
         return rows, self._exact(turned, rows)
+
+    def num_compared(self, queries: NDArray[np.float32], nprobe: int) -> float:
+        """Return how many codes or vectors of the index each of (B, D) queries is compared with, in the mean."""
+        unit = to_space(np.ascontiguousarray(queries, np.float32), "unit")
+        return self._candidates.num_compared(self._projected(unit), nprobe)
 
     # -- exact values
 
@@ -232,7 +234,7 @@ class BankIndex:
             step = max(1, BLOCK_BYTES // (4 * self._coordinates.dim * len(filled[part])))
             for start in range(0, rows.shape[1], step):
                 own = part, slice(start, start + step)
-                scores[own] = self._coordinates.cosines(filled[own], turned[part])
+                scores[own] = within_one(self._coordinates.cosines(filled[own], turned[part]))
 
         self._in_parts(compare, *rows.shape)
         scores[~known] = -np.inf

@@ -107,6 +107,7 @@ def _without(edit: Edit, doomed: NDArray[np.int64], refit: bool, *, concept: str
     try:
         basis = _refitted(draft, write=not edit.dry_run) if refit else _basis_stays(draft)
         noted = {"basis": basis["basis"]} if basis else {}
+        basis |= {"num_active": int(draft.active().sum())}
         return edit.finish(
             draft, num_rows=len(doomed), concept=concept, num_removed=len(doomed), dropped_concepts=dropped,
             details=basis, noted=noted,

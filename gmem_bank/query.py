@@ -26,6 +26,7 @@ from gmem_bank.errors import (
     EncoderMismatchError,
     FormatError,
     FormatVersionError,
+    MaskedRowError,
     SourceError,
     UnknownKeyError,
     suggest,
@@ -82,6 +83,11 @@ def snippet_of(bank: MemoryBank, item: str) -> NDArray[np.float32]:
             f"{bank.path} has neither a concept nor a key {item!r}.{suggest(item, bank.names)} "
             f"'gmem-bank list {bank.path}' shows both",
             path=bank.path, key=item,
+        )  # fmt: skip
+    if not np.isin(row, bank.rows()).all():
+        raise MaskedRowError(
+            f"the row of key {item!r} in {bank.path} is masked: 'gmem-bank unmask --key' shows it again",
+            path=bank.path, key=item, row=int(row[0]),
         )  # fmt: skip
     return bank.snippets(row).reshape(-1)
 
@@ -179,7 +185,7 @@ def search(
         raise UnknownKeyError("the query is empty: give a concept, a key, an image or a folder", key=query)
     require_faiss()  # this, and that there are rows to find, before minutes go into encoding images
     require_active(bank, len(bank.rows()))
-    loader = load or (lambda: reload_encoder(bank.encoder, bank.folder))
+    loader = _loader(bank, load or (lambda: reload_encoder(bank.encoder, bank.folder)))
     if text:
         labels, snippets = [query], text_snippets(bank, [query], loader)
     else:
@@ -188,6 +194,19 @@ def search(
     nearest = bank.nearest if index is None else index.nearest
     scores, rows = nearest(snippets, max(1, min(k, len(bank.rows()))))
     return _as_hits(bank, labels, scores, rows)
+
+
+def _loader(bank: MemoryBank, load: Callable[[], Encoder]) -> Callable[[], Encoder]:
+    """Return what loads a bank's encoder, which raises EncoderError where its snippets came from arrays."""
+
+    def none_known() -> Encoder:
+        raise EncoderError(
+            f"the snippets of {bank.path} came from arrays: what made them is not known here, so that no image and no text can "
+            "be turned into one. Ask by a key, a concept, a file of vectors (.npy, .npz, .safetensors, .h5, .parquet) or a bank",
+            path=bank.path,
+        )
+
+    return none_known if bank.encoder.name == "precomputed" else load
 
 
 def _snippets_of(
@@ -209,8 +228,17 @@ def _snippets_of(
                 f"{path} holds vectors of dimension {found.snippets.shape[1]}, {bank.path} snippets of {bank.dim}",
                 path=path,
             )
-        with np.errstate(over="ignore"):  # what f32 does not hold is not finite, and named as such
-            return found.keys, np.array(found.snippets, np.float32)
+        with np.errstate(over="ignore"):
+            narrow = np.array(found.snippets, np.float32)
+        beyond = np.flatnonzero((np.isfinite(found.snippets) & ~np.isfinite(narrow)).any(axis=1))
+        if len(beyond):
+            label = found.keys[beyond[0]]
+            raise ConfigError(
+                f"query {label!r} of {path} has numbers beyond 3.4e38, the largest of float32: scale it down, which changes no "
+                "cosine",
+                key=label,
+            )
+        return found.keys, narrow
     encoder = load()
     require_same_encoder(encoder.spec, bank.encoder)
     items, snippets, _ = encode_in_memory(list_images(query), encoder, batch_size=batch_size, progress=progress)

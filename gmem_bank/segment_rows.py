@@ -22,7 +22,8 @@ from gmem_bank.bank import MemoryBank
 from gmem_bank.draft import Draft
 from gmem_bank.errors import ConfigError, CorruptError
 from gmem_bank.kinds import FactoredBank
-from gmem_bank.quality import SAMPLE_ROWS
+from gmem_bank.quality import NUM_PROBES, SAMPLE_ROWS
+from gmem_bank.scalars import require_whole
 from gmem_bank.space import all_finite
 from gmem_bank.storage import Payload
 from gmem_bank.storage.stored import Place
@@ -33,6 +34,11 @@ SUMMED_ROWS = 1024
 """Whose bytes have one sum."""
 FEWEST_CHUNK_ROWS = 64
 MOST_WORKERS = 4
+BLOCK_ROWS = 4096
+SAMPLED = 7
+"""Copies of a row of a sample that are held at a time: before and after, of length 1, and on their way."""
+PROBED_BYTES = 32 * NUM_PROBES
+"""Of each row of a sample: its cosines to the probes, before and after, and their order."""
 ROW_BYTES = 60
 """Held of every row: its norms, cosine, and place in the table of keys."""
 
@@ -232,6 +238,14 @@ class Plan:
     num_workers: int
     sample_rows: int
     """Rows that neighbours are looked for among, at most."""
+    block_rows: int = BLOCK_ROWS
+    """Rows whose coefficients are measured, or stored, at a time by a thread."""
+    room: int | None = None
+    """Bytes that a memory limit leaves beyond what is held throughout; None: no limit."""
+
+    def most_rows(self, most: int, row_bytes: int) -> int:
+        """Return how many rows, of so many bytes in all that is made of one, may be held at a time; two or more."""
+        return most if self.room is None else max(2, min(most, self.room // row_bytes))
 
 
 def plan_for(dim: int, num_rows: int, memory_limit: int | None = None) -> Plan:
@@ -246,9 +260,10 @@ def plan_for(dim: int, num_rows: int, memory_limit: int | None = None) -> Plan:
         ConfigError: the limit has no room for the scatter matrix and its eigenvectors.
     """
     workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, MOST_WORKERS)
-    row_bytes, sample = 4 * dim, SAMPLE_ROWS
+    row_bytes = 4 * dim
     rows = max(FEWEST_CHUNK_ROWS, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes))
     if memory_limit is not None:
+        memory_limit = require_whole("memory_limit", memory_limit, 1)
         workers = min(workers, 2)
         fixed, share = 8 * dim * dim * (3 + workers) + ROW_BYTES * num_rows, row_bytes * (5 * workers + 4)
         room = (memory_limit - fixed) // share
@@ -260,5 +275,11 @@ def plan_for(dim: int, num_rows: int, memory_limit: int | None = None) -> Plan:
                 key="memory_limit",
             )
         rows = min(rows, room)
-        sample = max(2, min(sample, (memory_limit - fixed) // (10 * row_bytes)))
-    return Plan(chunk_rows=1 << (rows.bit_length() - 1), num_workers=workers, sample_rows=sample)
+    chunk_rows = 1 << (rows.bit_length() - 1)
+    if memory_limit is None:
+        return Plan(chunk_rows=chunk_rows, num_workers=workers, sample_rows=SAMPLE_ROWS)
+    plan = Plan(
+        chunk_rows=chunk_rows, num_workers=workers, sample_rows=SAMPLE_ROWS, block_rows=max(chunk_rows // 2, 1),
+        room=memory_limit - fixed,
+    )  # fmt: skip
+    return replace(plan, sample_rows=plan.most_rows(SAMPLE_ROWS, SAMPLED * row_bytes + PROBED_BYTES))

@@ -18,13 +18,12 @@ from gmem_bank.errors import ConfigError
 from gmem_bank.fitting import Fitted
 from gmem_bank.provenance import Json
 from gmem_bank.quality import overlap, summary
-from gmem_bank.segment_rows import Plan
+from gmem_bank.segment_rows import BLOCK_ROWS, Plan
 from gmem_bank.storage import Payload
 from gmem_bank.storage.rules import COEFFICIENT_DTYPES
 from gmem_bank.storage.schema import Segment
 from gmem_bank.threads import in_order
 
-BLOCK_ROWS = 4096
 F16_LIMIT = 65_504
 HIGHEST_GROW_BELOW = 0.9999
 """What is recorded as `grow_below` at most: float32 and i8 do not tell more apart, and a basis should not grow for that."""
@@ -103,11 +102,11 @@ class Kept:
         return []
 
 
-def _blocks(fitted: Fitted) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+def _blocks(fitted: Fitted, size: int) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
     """Yield (segment, first row, coefficients)."""
     row = 0
     for place in range(len(fitted.counts)):
-        for block in fitted.coefficients(place, BLOCK_ROWS):
+        for block in fitted.coefficients(place, size):
             yield place, row, block
             row += len(block)
 
@@ -144,7 +143,7 @@ def measure(
         inside = sample[np.searchsorted(sample, own.start) : np.searchsorted(sample, own.stop)] - row
         return factors.reconstruct(read[inside], fitted.basis, fitted.mean)
 
-    parts = list(in_order(plan.num_workers, work, _blocks(fitted)))
+    parts = list(in_order(plan.num_workers, work, _blocks(fitted, plan.block_rows)))
     # rounding alone takes a cosine beyond 1
     return Kept(cosines=np.clip(cosines, -1, 1), lost=float(lost.sum()), sample=np.concatenate(parts))
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gmem_bank import factors
 from gmem_bank.bank import MemoryBank
-from gmem_bank.compression import job_of, moments_of, size_of
+from gmem_bank.compression import job_of, moments_of, require_directions, size_of
 from gmem_bank.editing import editing
 from gmem_bank.errors import ConfigError
 from gmem_bank.kinds import FactoredBank
@@ -24,12 +24,17 @@ from gmem_bank.plotting import draw_spectrum, require_drawable
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import Json
 from gmem_bank.quality import knn_accuracy, labels_of, overlap, sample_rows, summary
+from gmem_bank.scalars import require_whole, whole
+from gmem_bank.segment_rows import PROBED_BYTES
 from gmem_bank.storage.rules import COEFFICIENT_DTYPES
 from gmem_bank.stored_fit import decode, encode
 from gmem_bank.thinning import break_even, largest
 from gmem_bank.threads import one_thread_a_product
 
 SAMPLE_ROWS = 4096
+MEASURED = 14
+"""Copies of a row of the sample, in float32's bytes, that are held at a time at full rank: coefficients and their order,
+snippets before and after, and both in float64."""
 FEWEST = 8
 """Rank to begin with."""
 FEWEST_KEPT = 4
@@ -136,20 +141,23 @@ def sweep(
     """
     if plot is not None:
         require_drawable(Path(plot))
+    require_whole("seed", seed, 0)
     with editing(bank_path, "compress", {}, output=None, dry_run=True) as edit:
         bank = edit.bank
         wanted = (
             tuple(ranks) if ranks is not None else tuple(1 << power for power in range(3, 17) if 1 << power <= bank.dim)
         )
+        wanted = tuple(whole(rank) or 0 for rank in wanted)
         if not all(1 <= rank <= bank.dim for rank in wanted) or not set(dtypes) <= set(COEFFICIENT_DTYPES):
             raise ConfigError(
                 f"ranks must be 1 to {bank.dim} and dtypes of {', '.join(COEFFICIENT_DTYPES)}", key="ranks"
             )
-        rows = sample_rows(bank.rows(), SAMPLE_ROWS, seed)
-        if not len(rows):
+        if not len(bank.rows()):
             raise ConfigError(f"every row of {bank.path} is masked: unmask some to measure on", path=bank.path)
         job = job_of(edit, [], memory_limit, progress)
+        rows = sample_rows(bank.rows(), job.plan.most_rows(SAMPLE_ROWS, MEASURED * 4 * bank.dim + PROBED_BYTES), seed)
         found = moments_of(job)
+        require_directions(found, bank)
         if plot is not None:
             draw_spectrum(bank, np.sqrt(spectrum_of(found)), plot)
         labels = labels_of([bank.all_rows_of(name) for name in bank.names], rows)

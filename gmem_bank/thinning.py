@@ -17,11 +17,11 @@ from gmem_bank import factors, kinds, segments, streams
 from gmem_bank.draft import Draft
 from gmem_bank.editing import EditReport, editing
 from gmem_bank.errors import ConfigError, CorruptError
-from gmem_bank.factors import whole
 from gmem_bank.kinds import FactoredBank
 from gmem_bank.ops import PathLike
 from gmem_bank.provenance import Json
 from gmem_bank.quality import SAMPLE_ROWS, overlap, sample_rows, summary
+from gmem_bank.scalars import real, require_whole, whole
 from gmem_bank.storage import Payload
 from gmem_bank.storage.schema import Segment
 
@@ -74,10 +74,9 @@ def mask_coefficients(
         if value is not None
     }  # fmt: skip
     _check(arguments, seed)
-    if keep is not None:
-        arguments["keep"] = whole(keep)  # NumPy's integers are none of JSON's
+    arguments = {name: whole(value) if name == "keep" else real(value) for name, value in arguments.items()}
     if keep_random is not None:
-        arguments["seed"] = seed
+        arguments["seed"] = require_whole("seed", seed, 0)
     with editing(bank_path, "mask", arguments, output=output, dry_run=dry_run, undo=undo) as edit:
         if edit.made is not None:
             return edit.unchanged()
@@ -145,10 +144,9 @@ def _check(arguments: Mapping[str, Any], seed: int) -> None:
     [(name, value)] = arguments.items()
     if name == "keep" and (whole(value) or 0) < 1:
         raise ConfigError(f"keep must be a whole number, at least 1, got {value}", key="keep")
-    if name != "keep" and not 0 < value <= 1:
+    if name != "keep" and not 0 < real(value) <= 1:
         raise ConfigError(f"{name} must be above 0 and at most 1, got {value}", key=name)
-    if seed < 0:
-        raise ConfigError(f"seed must be 0 or more, got {seed}", key="seed")
+    require_whole("seed", seed, 0)
 
 
 def _chooser(arguments: Mapping[str, Any], seed: int, number: int) -> Callable[[], Choose]:

@@ -31,6 +31,12 @@ def stored_dtype(bank: MemoryBank) -> str:
     return next(name for name, dtype in names.items() if dtype == stored.dtype(last.entry(entry)))
 
 
+def coefficients_kept(bank: MemoryBank) -> int | None:
+    """Return how many coefficients a row keeps at most in the segments that have a coefficient mask; None: none has."""
+    names = [segment.entry("values") for segment in bank.header.segments]
+    return max((bank.stored.shape(name)[1] for name in names if name in bank.stored), default=None)
+
+
 def new_vectors(
     draft: Draft, blocks: Blocks, num_rows: int, *, grow_below: float | None = None
 ) -> tuple[dict[str, Payload], dict[str, Any]]:

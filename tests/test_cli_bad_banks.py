@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 from click.testing import CliRunner
 
 from gmem_bank.cli import main
@@ -35,11 +34,12 @@ def rows(num: int, dim: int = 8, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((num, dim)).astype(np.float32)
 
 
-@pytest.mark.parametrize("rank", ["0", "9", "-1"])
-def test_ranks_that_no_bank_has(make_bank: BankMaker, rank: str) -> None:
-    """The bank's dimension is said."""
+def test_ranks_that_no_bank_has(make_bank: BankMaker) -> None:
+    """The bank's dimension is said; of a rank below 1 no bank is looked at."""
     make_bank(snippets=rows(20))
-    assert "rank must be 1 to 8" in refused("compress", "--rank", rank, "-o", "out.safetensors")
+    assert "rank must be 1 to 8" in refused("compress", "--rank", "9", "-o", "out.safetensors")
+    for rank in ("0", "-1"):
+        assert "'--rank' / '-r'" in run("compress", "--rank", rank, "-o", "out.safetensors", code=2)
 
 
 def test_a_rank_above_what_few_rows_span_is_lowered_and_said_so(make_bank: BankMaker) -> None:

@@ -119,7 +119,7 @@ def test_odd_keys_are_printed_on_one_line(make_bank: BankMaker) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["remove"], 1, "say which rows"),
+        (["remove"], 2, "say which rows"),
         (["remove", "--pattern", "*"], 1, "no row would be left"),
         (["remove", "-c", "clas0"], 1, "Did you mean"),
         (["select", "--key", "none"], 1, "no row with key 'none'"),

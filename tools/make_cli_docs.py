@@ -26,7 +26,8 @@ def render() -> str:
 
 
 def _section(name: str, command: click.Command) -> str:
-    context = click.Context(command, info_name=name, terminal_width=110, max_content_width=110)
+    names = ["-h", "--help"]  # as the groups hand them on
+    context = click.Context(command, info_name=name, terminal_width=110, max_content_width=110, help_option_names=names)
     level = "###" if " " in name else "##"
     return f"{level} {name}\n\n```text\n{command.get_help(context)}\n```\n"
 

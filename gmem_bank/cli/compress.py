@@ -7,27 +7,39 @@ from typing import Any
 import click
 
 from gmem_bank.cli.options import edit_options, print_bytes, print_cosines, print_edit
-from gmem_bank.console import byte_count, note, print_json, quiet_option
+from gmem_bank.console import ShareType, SizeType, note, print_json, quiet_option
 
 
 @click.command()
 @click.argument("banks", nargs=-1, type=click.Path(), metavar="[BANK]...")
-@click.option("--rank", "-r", type=int, default=None, metavar="R", help="Components to keep.")
+@click.option("--rank", "-r", type=click.IntRange(min=1), default=None, metavar="R", help="Components to keep.")
 @click.option(
-    "--energy", type=float, default=None, metavar="E", help="Share of the centred squared norm to keep: 0.95."
+    "--energy", type=ShareType(), default=None, metavar="E", help="Share of the centred squared norm to keep: 0.95."
 )
 @click.option(
-    "--target-cosine", type=float, default=None, metavar="C", help="Mean cosine to the snippets to reach: 0.99."
+    "--target-cosine",
+    type=ShareType(below_one=True),
+    default=None,
+    metavar="C",
+    help="Mean cosine to the snippets to reach: 0.99.",
 )
 @click.option(
-    "--max-bytes", type=str, default=None, metavar="B", help="Size of the bank not to pass: 500000, 20M, 1.5G."
+    "--max-bytes",
+    type=SizeType(),
+    default=None,
+    metavar="B",
+    help="Size of the bank not to pass: 500000, 20M, 1.5G (K, M and G are powers of 1024).",
 )
 @click.option(
     "--dtype", type=click.Choice(["f32", "f16", "i8"]), default="f32", show_default=True,
     help="How coefficients are stored; i8 with a scale a component.",
 )  # fmt: skip
 @click.option(
-    "--memory-limit", type=str, default=None, metavar="B", help="Working memory, such as 200M; default: some 200 MB."
+    "--memory-limit",
+    type=SizeType(),
+    default=None,
+    metavar="B",
+    help="Working memory, such as 200M; default: some 200 MB.",
 )
 @click.option(
     "--sweep",
@@ -39,7 +51,7 @@ from gmem_bank.console import byte_count, note, print_json, quiet_option
 @edit_options
 @quiet_option
 def compress(
-    banks: tuple[str, ...], max_bytes: str | None, memory_limit: str | None, sweep: bool, plot: str | None, seed: int,
+    banks: tuple[str, ...], max_bytes: int | None, memory_limit: int | None, sweep: bool, plot: str | None, seed: int,
     output: str | None, dry_run: bool, no_undo: bool, as_json: bool, quiet: bool, **goal: Any,
 ) -> None:  # fmt: skip
     """Store the snippets of BANK as coefficients on their principal directions; give one of --rank, --energy, --target-cosine
@@ -53,7 +65,7 @@ def compress(
     from gmem_bank.progress import ProgressBar
 
     paths = list(banks) or ["bank.safetensors"]
-    limits: dict[str, Any] = {"memory_limit": byte_count(memory_limit), "plot": plot, "seed": seed}
+    limits: dict[str, Any] = {"memory_limit": memory_limit, "plot": plot, "seed": seed}
     if sweep:
         asked = [name for name in ("rank", "energy", "target_cosine") if goal[name] is not None]
         if asked or max_bytes or output or len(paths) > 1:
@@ -62,9 +74,18 @@ def compress(
             found = gmem_bank.sweep(paths[0], progress=progress, **limits)
         print_json(found.to_json()) if as_json else click.echo(found.table())
         return
+    goals = {
+        "--" + name.replace("_", "-"): value
+        for name, value in (goal | {"max_bytes": max_bytes}).items()
+        if name != "dtype"
+    }
+    given = [name for name, value in goals.items() if value is not None]
+    if len(given) != 1:
+        got = f"got {' and '.join(given)}" if given else "none was given"
+        raise click.UsageError(f"give exactly one of {', '.join(goals)}; {got}")
     with ProgressBar("compress", "row", quiet=quiet) as progress:
         report = gmem_bank.compress(
-            paths, max_bytes=byte_count(max_bytes), output=output, dry_run=dry_run, undo=not no_undo, progress=progress,
+            paths, max_bytes=max_bytes, output=output, dry_run=dry_run, undo=not no_undo, progress=progress,
             **limits, **goal,
         )  # fmt: skip
     facts = report.details

@@ -15,7 +15,16 @@ from gmem_bank.cli.options import (
     selection_from,
     selection_options,
 )
-from gmem_bank.console import bank_argument, bank_option, device_option, json_option, note, print_json, printable
+from gmem_bank.console import (
+    ShareType,
+    bank_argument,
+    bank_option,
+    device_option,
+    json_option,
+    note,
+    print_json,
+    printable,
+)
 
 
 def _edit(output: str | None, dry_run: bool, no_undo: bool) -> dict[str, Any]:
@@ -49,7 +58,9 @@ def remove(
     """Delete rows from BANK: by key, pattern, concept or at random."""
     import gmem_bank
 
-    report = gmem_bank.remove(bank, selection_from(**selection), refit=refit, **_edit(output, dry_run, no_undo))
+    report = gmem_bank.remove(
+        bank, selection_from(**selection, needed=True), refit=refit, **_edit(output, dry_run, no_undo)
+    )
     drawn = "has had these rows drawn and removed (another --seed draws others)" if selection["random"] else ""
     print_edit(report, as_json, "(removal)", drawn)
     _print_basis(report, as_json)
@@ -58,6 +69,8 @@ def remove(
 def _print_basis(report: Any, as_json: bool) -> None:
     """Say what became of a factored bank's basis."""
     facts = report.details
+    if facts.get("num_active") == 0:
+        note("every row that is left is masked: nothing reads them until 'unmask'")
     if as_json or "basis" not in facts:
         return
     if facts["basis"] == "kept":
@@ -76,7 +89,7 @@ def select(bank: str, output: str | None, dry_run: bool, no_undo: bool, as_json:
     """Keep only some rows of BANK: by key, pattern, concept or at random."""
     import gmem_bank
 
-    report = gmem_bank.select(bank, selection_from(**selection), **_edit(output, dry_run, no_undo))
+    report = gmem_bank.select(bank, selection_from(**selection, needed=True), **_edit(output, dry_run, no_undo))
     print_edit(report, as_json, "(selection)")
 
 
@@ -86,11 +99,11 @@ def select(bank: str, output: str | None, dry_run: bool, no_undo: bool, as_json:
     "--keep", type=click.IntRange(min=1), metavar="K", help="Coefficients: the K largest of each snippet stay."
 )
 @click.option(
-    "--keep-energy", "--energy", type=click.FloatRange(0, 1, min_open=True), metavar="E",
+    "--keep-energy", "--energy", type=ShareType(), metavar="E",
     help="Coefficients: the fewest that hold this share of each snippet's squared norm stay.",
 )  # fmt: skip
 @click.option(
-    "--keep-random", type=click.FloatRange(0, 1, min_open=True), metavar="P",
+    "--keep-random", type=ShareType(), metavar="P",
     help="Coefficients: each stays with this probability, by --seed.",
 )  # fmt: skip
 @click.option(
@@ -131,7 +144,13 @@ def mask(
             print_bytes(facts)
             print_cosines(facts)
         return
-    report = gmem_bank.mask(bank, selection_from(**selection), **_edit(output, dry_run, no_undo))
+    chosen = selection_from(**selection)
+    if chosen.empty:
+        raise click.UsageError(
+            "say which rows, by --concept, --key, --keys, --pattern or --random, or which coefficients, by --keep, "
+            "--keep-energy or --keep-random"
+        )
+    report = gmem_bank.mask(bank, chosen, **_edit(output, dry_run, no_undo))
     _print_mask(report, as_json, "hidden")
 
 

@@ -15,7 +15,7 @@ from gmem_bank.console import bank_argument, human_bytes, json_option, note, pri
 def info(bank: str, as_json: bool) -> None:
     """Say what BANK is; reads its header and the sizes of its concepts."""
     import gmem_bank
-    from gmem_bank.vectors import stored_dtype
+    from gmem_bank.vectors import coefficients_kept, stored_dtype
 
     opened = gmem_bank.open(bank)
     record: dict[str, Any] = {
@@ -26,6 +26,7 @@ def info(bank: str, as_json: bool) -> None:
         "num_active": len(opened.rows()),
         "dim": opened.dim,
         "rank": getattr(opened, "rank", None),
+        "coefficients_kept": coefficients_kept(opened),
         "space": opened.space,
         "dtype": stored_dtype(opened),
         "encoder": {**opened.encoder.to_json(), "fingerprint": opened.encoder.fingerprint},
@@ -45,6 +46,8 @@ def info(bank: str, as_json: bool) -> None:
     )
     rank = f", rank {record['rank']}" if record["rank"] is not None else ""
     click.echo(f"  rows         {record['num_rows']}{masked} in {record['num_segments']} segments")
+    kept = record["coefficients_kept"]
+    rank += f", at most {kept} coefficients kept a row (coefficient mask)" if kept is not None else ""
     click.echo(
         f"  snippets     {record['kind']}, dim {record['dim']}, {record['dtype']}, {record['space']} space{rank}"
     )

@@ -30,7 +30,10 @@ def edit_options(command: Command) -> Command:
     """Add what every edit takes: --output, --dry-run, --no-undo, --json."""
     command = json_option(command)
     command = click.option(
-        "--no-undo", is_flag=True, help="Keep nothing to go back to, and delete what was kept: for deletion on request."
+        "--no-undo",
+        is_flag=True,
+        help="Keep nothing to go back to, and delete what was kept, an index beside the bank that holds rows it no longer has "
+        "too: for deletion on request.",
     )(command)
     command = click.option("--dry-run", is_flag=True, help="Say what would be done, and write nothing.")(command)
     return click.option(
@@ -75,9 +78,9 @@ def selection_options(command: Command) -> Command:
 
 def selection_from(
     concepts: tuple[str, ...], keys: tuple[str, ...], keys_file: str | None, patterns: tuple[str, ...],
-    random: int | None, seed: int, invert: bool,
+    random: int | None, seed: int, invert: bool, *, needed: bool = False,
 ) -> Any:  # fmt: skip
-    """Return the Selection that the options name; raises click.UsageError for an unreadable file of keys."""
+    """Return the Selection that the options name; raises click.UsageError where keys cannot be read, or rows are `needed`."""
     from gmem_bank.selection import Selection
 
     if keys_file is not None:
@@ -86,7 +89,10 @@ def selection_from(
                 keys = (*keys, *(line.rstrip("\r\n") for line in stream if line.strip()))
         except (OSError, UnicodeDecodeError) as error:
             raise click.UsageError(f"--keys {keys_file}: {error}") from error
-    return Selection(concepts=concepts, keys=keys, patterns=patterns, random=random, seed=seed, invert=invert)
+    selection = Selection(concepts=concepts, keys=keys, patterns=patterns, random=random, seed=seed, invert=invert)
+    if needed and selection.empty and keys_file is None:
+        raise click.UsageError("say which rows: by --concept, --key, --keys, --pattern or --random")
+    return selection
 
 
 def print_edit(report: Any, as_json: bool, what: str, unchanged: str = "") -> None:
@@ -94,6 +100,10 @@ def print_edit(report: Any, as_json: bool, what: str, unchanged: str = "") -> No
 
     `unchanged` says what was there already, where the edit had nothing to do.
     """
+    if report.deleted_index is not None:
+        note(
+            f"{report.deleted_index} held rows as they were, and is deleted: 'gmem-bank index {report.output}' builds a new one"
+        )
     if as_json:
         print_json(report.to_json())
         return

@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from gmem_bank.console import (
-    byte_count,
+    ShareType,
+    SizeType,
     encoder_run_options,
     human_bytes,
     json_option,
@@ -22,29 +23,48 @@ from gmem_bank.console import (
 @click.argument("bank", default="bank.safetensors", type=click.Path())
 @click.option(
     "--kind",
+    type=click.Choice(["auto", "flat", "ivf-rabitq", "ivf-flat", "ivf-pq", "hnsw"]),
     default="auto",
     show_default=True,
-    help="auto, flat, ivf-rabitq, ivf-flat, ivf-pq or hnsw; auto: flat, which is exact, where that is fast, else ivf-rabitq.",
+    help="auto: flat, which is exact, where that is fast, else ivf-rabitq.",
 )
-@click.option("--recall", type=float, default=0.95, show_default=True, help="Recall@10 to tune for; 1 is exact search.")
-@click.option("--max-bytes", default=None, metavar="SIZE", help="Most that the index may take, as 500000, 20M or 1.5G.")
-@click.option("--nlist", type=int, default=None, help="Clusters of an ivf index. Default: about 4 √rows.")
 @click.option(
-    "--effort", "--nprobe", "nprobe", type=int, default=None,
+    "--recall", type=ShareType(), default=0.95, show_default=True, help="Recall@10 to tune for; 1 is exact search."
+)
+@click.option(
+    "--max-bytes",
+    type=SizeType(),
+    default=None,
+    metavar="SIZE",
+    help="Most that the file of the index may take: 500000, 20M, 1.5G (K, M and G are powers of 1024).",
+)
+@click.option(
+    "--nlist", type=click.IntRange(min=1), default=None, help="Clusters of an ivf index. Default: about 4 √rows."
+)
+@click.option(
+    "--effort", "--nprobe", "nprobe", type=click.IntRange(min=1), default=None,
     help="Clusters looked into a query; for hnsw, its efSearch. Default: tuned.",
 )  # fmt: skip
 @click.option(
-    "--rerank", type=int, default=None, help="Candidates a result that are compared by exact values. Default: tuned."
+    "--rerank",
+    type=click.IntRange(1, 1 << 16),
+    default=None,
+    help="Candidates a result that are compared by exact values. Default: tuned.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of training and measuring.")
-@click.option("--update", is_flag=True, help="Follow the bank's inserts and removals, without training anew.")
+@click.option(
+    "--update",
+    is_flag=True,
+    help="Follow the bank's inserts and removals, without training anew: "
+    "clusters stay as removed rows have made them, so that deletion on request wants a new index.",
+)
 @click.option(
     "--output", "-o", default=None, metavar="FILE", help="The index file. Default: beside the bank, BANK.index."
 )
 @json_option
 @quiet_option
 def index(
-    bank: str, kind: str, recall: float, max_bytes: str | None, nlist: int | None, nprobe: int | None, rerank: int | None,
+    bank: str, kind: str, recall: float, max_bytes: int | None, nlist: int | None, nprobe: int | None, rerank: int | None,
     seed: int, update: bool, output: str | None, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Build the index of BANK, measure it, and write it beside the bank, where search finds it."""
@@ -56,7 +76,7 @@ def index(
             report = gmem_bank.update_index(bank, path=output, progress=progress)
         else:
             report = gmem_bank.build_index(
-                bank, kind=kind, recall=recall, max_bytes=byte_count(max_bytes), nlist=nlist, nprobe=nprobe, rerank=rerank,
+                bank, kind=kind, recall=recall, max_bytes=max_bytes, nlist=nlist, nprobe=nprobe, rerank=rerank,
                 output=output, seed=seed, progress=progress,
             )  # fmt: skip
     if as_json:
@@ -130,21 +150,22 @@ def search(
 ) -> None:  # fmt: skip
     """Find the rows of BANK nearest to QUERY; both are needed, in this order.
 
-    QUERY is a concept or key of the bank, an image, a folder of images, a file of vectors (.npy, .npz, .safetensors, .h5,
-    .parquet), or another bank of the same encoder. An index beside the bank is used where there is one.
+    QUERY is a concept of the bank (asked by the mean of its active rows) or one of its keys, an image, a folder of images, a
+    file of vectors (.npy, .npz, .safetensors, .h5, .parquet), or another bank of the same encoder. An index beside the bank is
+    used where there is one.
     """
     import gmem_bank
 
     opened = gmem_bank.open(bank)
     found = None if exact else gmem_bank.find_index(opened, index_file)
     how = f"searched by {found.describe()}" if found else "compared with every row"
-    if found and not quiet:
-        note(how)
     with gmem_bank.ProgressBar("encode", "image", quiet=quiet) as progress:
         results = gmem_bank.search(
             opened, query, k=k, index=found, text=text, batch_size=batch_size, progress=progress,
             load=lambda: gmem_bank.reload_encoder(opened.encoder, opened.folder, weights=weights, device=device),
         )  # fmt: skip
+    if found and not quiet:
+        note(how)
     if page is not None:
         gmem_bank.write_results_page(page, opened, results, note=how, overwrite=overwrite)
     if as_json:

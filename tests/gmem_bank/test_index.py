@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import gmem_bank
 from gmem_bank import coordinates, index_build, ops
 from gmem_bank.coordinates import Coordinates
 from gmem_bank.errors import ConfigError, EncoderMismatchError, MissingDependencyError
-from gmem_bank.index_choice import EXACT_NUMBERS, default_lists, plan_index
+from gmem_bank.index_choice import EXACT_NUMBERS, default_lists, estimated_bytes, plan_index
 from gmem_bank.selection import Selection
 from tests.conftest import BankMaker, stored_oracle
 
@@ -203,10 +204,125 @@ def test_the_choice() -> None:
         ({"kind": "ivf-rabitk"}, "Did you mean 'ivf-rabitq'"), ({"kind": ""}, "auto, flat"), ({"recall": 0.0}, "above 0"),
         ({"recall": 1.1}, "at most 1"), ({"recall": float("nan")}, "recall"), ({"max_bytes": 1000}, "raise --max-bytes"),
         ({"max_bytes": 0}, "at least 1"), ({"num_lists": 0}, "nlist must be"), ({"num_lists": 101}, "nlist must be 1 to 100"),
-        ({"kind": "hnsw", "max_bytes": 1000}, "about"),
+        ({"kind": "hnsw", "max_bytes": 1000}, "about"), ({"max_bytes": 2.5}, "max_bytes must be"), ({"num_lists": 2.5}, "nlist must be"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=words):
             plan_index(100, 16, **options)
+
+
+@pytest.mark.parametrize("stored", ["dense", "factored"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_index_is_no_larger_than_allowed(make_bank: BankMaker, kind: str, stored: str) -> None:
+    """To the byte: its own size is enough, one less is refused, and then nothing is written. Estimates come near."""
+    bank = make_bank(snippets=clustered(1200, 24), kind=stored, rank=11)
+    fixed = {} if kind == "flat" else {"nprobe": 2, "rerank": 2}
+    made = gmem_bank.build_index(bank.path, kind=kind, **fixed)
+    place = Path(made.path)
+    about = estimated_bytes(kind, 1200, made.dim, default_lists(1200), 24 if stored == "factored" else 0)
+    assert abs(place.stat().st_size - about) < 0.07 * about + 4096
+    place.unlink()
+    spare = 60  # rates have more or fewer digits from one run to the next
+    with pytest.raises(ConfigError, match=f"kind {kind} takes .* allowed: raise --max-bytes"):
+        gmem_bank.build_index(bank.path, kind=kind, max_bytes=made.num_bytes - spare, **fixed)
+    assert not place.exists()
+    report = gmem_bank.build_index(bank.path, kind=kind, max_bytes=made.num_bytes + spare, **fixed)
+    assert report.num_bytes == place.stat().st_size <= made.num_bytes + spare
+
+
+def test_the_automatic_choice_keeps_to_its_limit(make_bank: BankMaker) -> None:
+    """Down through what fits: the file is as large as allowed at most, or there is none."""
+    bank, kinds = make_bank(snippets=clustered(3000, 96), space="unit"), set()
+    for limit in (1_300_000, 1_224_000, 260_000, 230_000, 200_000):
+        try:
+            report = gmem_bank.build_index(bank.path, max_bytes=limit, recall=0.5)
+        except ConfigError as error:
+            assert "--max-bytes" in str(error)
+            continue
+        kinds.add(report.kind)
+        assert Path(report.path).stat().st_size <= limit
+    assert kinds == {"flat", "ivf-rabitq"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_of_any_type_and_seeds_of_any_size(make_bank: BankMaker, kind: str) -> None:
+    """NumPy's numbers are taken as Python's; what is no whole number is refused in words, and no index is written."""
+    bank = make_bank(snippets=clustered(400, 8))
+    lists = {"nlist": np.int64(4)} if kind.startswith("ivf") else {}
+    fixed = {} if kind == "flat" else {"nprobe": np.int32(2), "rerank": np.uint8(2)}
+    report = gmem_bank.build_index(
+        bank.path,
+        kind=kind,
+        recall=np.float32(0.5),
+        max_bytes=np.int64(1 << 30),
+        seed=np.int64(1 << 31),
+        **lists,
+        **fixed,
+    )
+    json.dumps(report.to_json())
+    index = gmem_bank.open_index(bank)
+    if kind == "flat":
+        return
+    index.nearest(clustered(2, 8), np.int64(3), nprobe=np.int64(2), rerank=np.int64(2))
+    for name, value in (("nprobe", 2.5), ("rerank", True), ("rerank", 4.5), ("rerank", 1 << 40), ("nprobe", "2")):
+        with pytest.raises(ConfigError, match=f"{name}.* must be"):
+            index.nearest(clustered(2, 8), 3, **{name: value})
+        with pytest.raises(ConfigError, match=f"{name}.* must be"):
+            gmem_bank.build_index(bank.path, kind=kind, **{name: value})
+    for options in ({"seed": -1}, {"seed": 0.5}, {"max_bytes": 2.5}, {"recall": "much"}, {"recall": True}):
+        with pytest.raises(ConfigError, match=f"{next(iter(options))} must be"):
+            gmem_bank.build_index(bank.path, kind=kind, **options)
+    if lists:
+        with pytest.raises(ConfigError, match="nlist must be"):
+            gmem_bank.build_index(bank.path, kind=kind, nlist=2.5)
+    gmem_bank.open_index(bank)
+
+
+@pytest.mark.parametrize("stored", ["dense", "factored"])
+def test_equal_rows_come_by_their_number_and_no_cosine_is_above_one(make_bank: BankMaker, stored: str) -> None:
+    """By any index and without one."""
+    values = np.tile(clustered(1, 7, seed=3), (6, 1))
+    values[4:] = clustered(2, 7, seed=4)
+    bank = make_bank(snippets=values, kind=stored, rank=2, space="raw")
+    query = bank.snippets(np.array([0]))
+    for kind in (None, "flat", "ivf-flat", "ivf-rabitq", "hnsw"):
+        if kind is not None:
+            gmem_bank.build_index(bank.path, kind=kind, recall=0.5, **({} if kind == "flat" else {"rerank": 6}))
+        found = bank if kind is None else gmem_bank.open_index(bank)
+        scores, rows = found.nearest(query, 4)
+        assert rows.tolist() == [[0, 1, 2, 3]]
+        assert scores.max() <= 1
+
+
+def test_a_query_of_zeros_is_refused_by_a_bank_and_by_its_index(make_bank: BankMaker) -> None:
+    """It has no direction."""
+    bank = make_bank(snippets=clustered(20, 8))
+    gmem_bank.build_index(bank.path)
+    queries = np.stack([np.ones(8), np.zeros(8)]).astype(np.float32)
+    for found in (bank, gmem_bank.open_index(bank)):
+        with pytest.raises(ConfigError, match="number 1 of 2 is all zeros"):
+            found.nearest(queries, 3)
+
+
+def test_a_bank_of_zeros_is_said_so(make_bank: BankMaker) -> None:
+    """And rows of zeros among others are none to measure by."""
+    bank = make_bank(snippets=np.zeros((20, 8), np.float32), space="raw")
+    with pytest.raises(ConfigError, match=r"none of 20 rows drawn from .* has a direction"):
+        gmem_bank.build_index(bank.path, kind="ivf-flat")
+    values = clustered(20, 8)
+    values[::2] = 0
+    some = make_bank("some.safetensors", snippets=values, space="raw")
+    gmem_bank.build_index(some.path, kind="ivf-flat", recall=0.5)
+
+
+def test_a_link_to_a_bank_has_the_index_of_the_bank(make_bank: BankMaker) -> None:
+    """Beside the bank, once."""
+    bank = make_bank("there.safetensors", snippets=clustered(20, 8))
+    Path("link.safetensors").symlink_to("there.safetensors")
+    gmem_bank.build_index("link.safetensors")
+    assert Path("there.safetensors.index").exists()
+    assert not Path("link.safetensors.index").exists()
+    assert gmem_bank.find_index(gmem_bank.open("link.safetensors")) is not None
+    assert gmem_bank.find_index(bank) is not None
 
 
 def test_a_recall_out_of_reach_is_said_so_and_nothing_is_written(make_bank: BankMaker) -> None:

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from gmem_bank.kinds import open as open  # noqa: A004
     from gmem_bank.legacy import import_official as import_official
     from gmem_bank.legacy_export import export_official as export_official
+    from gmem_bank.moments import Moments as Moments
     from gmem_bank.narrowing import Narrowing as Narrowing
     from gmem_bank.ops import mask as mask
     from gmem_bank.ops import remove as remove
@@ -137,6 +138,7 @@ _DOOR = {
     "kinds": ("open",),
     "legacy": ("import_official",),
     "legacy_export": ("export_official",),
+    "moments": ("Moments",),
     "narrowing": ("Narrowing",),
     "ops": ("mask", "remove", "remove_concept", "rename", "select", "unmask"),
     "parquet": ("export_parquet",),

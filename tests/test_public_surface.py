@@ -38,6 +38,7 @@ BANK_DOOR = [
     "MaskedRowError",
     "MemoryBank",
     "MissingDependencyError",
+    "Moments",
     "Narrowing",
     "OutputExistsError",
     "ProgressBar",

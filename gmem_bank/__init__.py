@@ -53,6 +53,9 @@ if TYPE_CHECKING:
     from gmem_bank.errors import StaleIndexError as StaleIndexError
     from gmem_bank.errors import UnknownKeyError as UnknownKeyError
     from gmem_bank.errors import WriteError as WriteError
+    from gmem_bank.image_source import ImageSource as ImageSource
+    from gmem_bank.image_source import encode_images as encode_images
+    from gmem_bank.image_source import open_images as open_images
     from gmem_bank.index_build import IndexReport as IndexReport
     from gmem_bank.index_build import build_index as build_index
     from gmem_bank.index_update import update_index as update_index
@@ -130,6 +133,7 @@ _DOOR = {
         "UnknownKeyError",
         "WriteError",
     ),
+    "image_source": ("ImageSource", "encode_images", "open_images"),
     "index_build": ("IndexReport", "build_index"),
     "index_update": ("update_index",),
     "indexed": ("BankIndex", "find_index", "open_index"),

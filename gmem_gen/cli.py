@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 import gmem_bank
+from gmem_gen.cli_evaluate import evaluate
 from gmem_gen.cli_sample import sample
 from gmem_gen.cli_shared import (
     bank_option,
@@ -29,6 +30,7 @@ def main(traceback: bool) -> None:
     \b
       gmem-gen train --bank bank.safetensors
       gmem-gen sample --bank bank.safetensors --concept NAME
+      gmem-gen evaluate --bank bank.safetensors --encoder NAME
     """  # noqa: D301 - click knows a block of lines by its backspace
 
 
@@ -113,6 +115,7 @@ def _ended(report: Any) -> str:
 
 
 main.add_command(sample)
+main.add_command(evaluate)
 
 
 @main.command()

@@ -25,8 +25,8 @@ from gmem_gen.snippets import absorbed_projection, regularise
 
 # The rest of the generator has the type of a bank from here, and nothing else of its interface.
 __all__ = [
-    "Bank", "Conditions", "ImagesFrom", "Join", "Reader", "absorb", "choose_conditions", "class_names", "gather",
-    "join_images", "labels", "open_bank", "read_image", "reader", "record_of", "regularise", "require_interface",
+    "Bank", "Conditions", "ImagesFrom", "Join", "Reader", "absorb", "choose_conditions", "class_names", "concepts_of", "gather",
+    "join_images", "keys_of", "labels", "open_bank", "read_image", "reader", "record_of", "regularise", "require_interface",
     "require_same_memory",
 ]  # fmt: skip
 
@@ -284,5 +284,14 @@ def choose_conditions(
         # interpolation reads as the way it is.
         pool = np.random.Generator(np.random.PCG64(seed)).permutation(pool)[:wanted]
     rows = np.resize(np.repeat(pool, per_snippet), total)
-    names = bank.keys(rows) if isinstance(bank, SupportsImages) else [str(row) for row in rows]
-    return Conditions(rows=rows, keys=names, label=label)
+    return Conditions(rows=rows, keys=keys_of(bank, rows), label=label)
+
+
+def concepts_of(bank: Bank) -> dict[str, NDArray[np.int64]]:
+    """Return concept → its active rows, in the bank's order; {} for a bank without concepts."""
+    return {name: bank.rows_of(name) for name in bank.names} if isinstance(bank, SupportsConcepts) else {}
+
+
+def keys_of(bank: Bank, rows: NDArray[np.int64]) -> list[str]:
+    """Return the keys of rows; their numbers where the bank has none."""
+    return bank.keys(rows) if isinstance(bank, SupportsImages) else [str(row) for row in rows]

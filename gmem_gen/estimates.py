@@ -41,7 +41,9 @@ def random_numbers(seed: int, *purpose: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, *purpose])))
 
 
-def bootstrap_mean(values: NDArray[np.floating], *, num_resamples: int, rng: np.random.Generator) -> Estimate:
+def bootstrap_mean(
+    values: NDArray[np.floating | np.bool_], *, num_resamples: int, rng: np.random.Generator
+) -> Estimate:
     """Return the mean of values with its percentile bootstrap interval (Efron and Tibshirani 1993, chapter 13).
 
     Args:

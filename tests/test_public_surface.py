@@ -33,6 +33,7 @@ BANK_DOOR = [
     "FormatError",
     "FormatVersionError",
     "GMemError",
+    "ImageSource",
     "IndexReport",
     "LockedError",
     "MaskedRowError",
@@ -64,6 +65,7 @@ BANK_DOOR = [
     "coreset",
     "dedup",
     "diff",
+    "encode_images",
     "export_official",
     "export_parquet",
     "find_index",
@@ -76,6 +78,7 @@ BANK_DOOR = [
     "mask_coefficients",
     "merge",
     "open",
+    "open_images",
     "open_index",
     "plot",
     "read_array",
@@ -100,6 +103,8 @@ GEN_DOOR = [
     "Conditions",
     "Config",
     "DataConfig",
+    "EvaluationOptions",
+    "EvaluationReport",
     "FlowConfig",
     "Generator",
     "LatentShape",
@@ -114,6 +119,7 @@ GEN_DOOR = [
     "apply_settings",
     "choose_conditions",
     "class_conditional",
+    "evaluate",
     "lightningdit",
     "load_checkpoint",
     "load_config",
@@ -123,6 +129,7 @@ GEN_DOOR = [
     "sit",
     "train",
     "unconditional",
+    "write_report",
 ]
 
 

@@ -1,0 +1,184 @@
+"""The samples of an evaluation: drawn from a checkpoint and kept, or read from files.
+
+Shapes: n samples, H×W pixels, C channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import gmem_gen
+from gmem_bank.errors import ConfigError, OutputExistsError, WriteError
+from gmem_gen import conditioning
+from gmem_gen.checkpoint import EMA, MODEL, LoadedCheckpoint, read_state
+from gmem_gen.conditioning import Bank
+from gmem_gen.config import SampleConfig
+from gmem_gen.evaluation_report import FEWEST, EvaluationOptions
+from gmem_gen.image_sets import ImageSet, Progress, from_pixels, from_source
+
+MARKER = ".gmem-evaluation"
+ARRAY, RECORD = "samples.npz", "samples.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSet:
+    """Samples, and what they were asked to be."""
+
+    images: ImageSet
+    """Its concepts are those that were asked for."""
+    size: tuple[int, int]
+    """(H, W)."""
+    grey: bool
+    rows: NDArray[np.int64] | None = None
+    """(n,) rows of the bank that they were drawn from; None: unknown, or a model without memory."""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """How they were drawn."""
+
+
+def require_own_folder(out: str | os.PathLike[str]) -> Path:
+    """Make the folder of an evaluation; raises OutputExistsError where it holds something else, WriteError."""
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()) and not (folder / MARKER).is_file():
+            raise OutputExistsError(f"{folder} holds other files: give an empty or new folder with --out", path=folder)
+        (folder / MARKER).touch()
+    except OSError as error:
+        if isinstance(error, OutputExistsError):
+            raise
+        raise WriteError(f"could not write to {folder}: {error.strerror}: choose another --out", path=folder) from error
+    return folder
+
+
+def given_samples(path: str | os.PathLike[str]) -> SampleSet:
+    """Return the samples in a folder, an array (`arr_0` of a .npz) or another source; class folders are the concepts asked for.
+
+    Raises:
+        SourceError: no image there.
+        ConfigError: too few of them.
+    """
+    images = from_source(path, "given samples")
+    require_enough(len(images), "samples")
+    first = images.read(0)
+    return SampleSet(images=images, size=(first.shape[0], first.shape[1]), grey=bool((first == first[..., :1]).all()))
+
+
+def require_enough(count: int, what: str) -> None:
+    """Raise ConfigError where there are too few images for any figure to mean something."""
+    if count < FEWEST:
+        raise ConfigError(
+            f"there are {count} {what}, fewer than {FEWEST}: a share would have an interval of ± 14 points or more, and a "
+            "distance between distributions would be that between the few. Draw or give more",
+            key="num",
+        )
+
+
+def draw_samples(
+    bank: Bank, checkpoint: LoadedCheckpoint, options: EvaluationOptions, *, concepts: Sequence[str] = (),
+    config: SampleConfig | None = None, weights: str = "ema", keep: Path | None = None, progress: Progress,
+) -> SampleSet:  # fmt: skip
+    """Draw samples, or read them where the same ones were drawn before.
+
+    Args:
+        bank: where the snippets are.
+        checkpoint: from `load_checkpoint`.
+        options: how many, and the seed that chooses rows.
+        concepts: draw as many of each of these; none: of rows drawn from all.
+        config: method, steps, guidance; its own seed draws the noise.
+        weights: which weights the checkpoint was loaded with, for the record.
+        keep: folder that the samples are kept in as `samples.npz` (`arr_0`, as evaluation suites read it).
+        progress: told samples done and in all.
+    """
+    wanted = config or checkpoint.config.sample
+    conditions = _chosen(bank, options, concepts)
+    plan = _plan(bank, checkpoint, wanted, weights, conditions.keys)
+    images = None if keep is None else _kept(keep, plan)
+    if images is None:
+        images = gmem_gen.sample(bank, checkpoint, conditions, wanted, progress=progress).images
+        if keep is not None:
+            _keep(keep, images, plan)
+    memory = checkpoint.config.model.condition
+    found = from_pixels(images, conditions.keys, "samples")
+    asked = {} if memory == "none" else _asked(bank, conditions.rows, concepts)
+    return SampleSet(
+        images=dataclasses.replace(found, concepts=asked), size=images.shape[1:3], grey=images.shape[3] == 1,
+        rows=conditions.rows if memory == "memory" else None,
+        sampling={name: value for name, value in plan.items() if name != "keys"},
+    )  # fmt: skip
+
+
+def _chosen(bank: Bank, options: EvaluationOptions, concepts: Sequence[str]) -> Any:
+    """Return the conditions: of all rows, or as many of each concept, the first ones getting what does not divide."""
+
+    def choose(concept: str | None, num: int) -> Any:
+        return gmem_gen.choose_conditions(
+            bank, concept=concept, keys=(), num=num, per_snippet=1, seed=options.seed
+        )  # fmt: skip
+
+    if len(concepts) < 2:
+        return choose(concepts[0] if concepts else None, options.num)
+    each, more = divmod(options.num, len(concepts))
+    keys = [key for place, name in enumerate(concepts) for key in choose(name, each + (place < more)).keys]
+    return gmem_gen.choose_conditions(bank, concept=None, keys=keys, num=None, per_snippet=1, seed=options.seed)
+
+
+def _asked(bank: Bank, rows: NDArray[np.int64], concepts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+    """Return concept → the samples drawn for it: of a row of several concepts the first that was asked for."""
+    members = {
+        name: found for name, found in conditioning.concepts_of(bank).items() if not concepts or name in concepts
+    }
+    free = np.ones(len(rows), np.bool_)
+    asked = {}
+    for name, found in members.items():
+        own = free & np.isin(rows, found)
+        free &= ~own
+        asked[name] = np.flatnonzero(own)
+    return asked
+
+
+def _plan(
+    bank: Bank, checkpoint: LoadedCheckpoint, config: SampleConfig, weights: str, keys: Sequence[str]
+) -> dict[str, Any]:
+    """Return all that decides the samples, as JSON."""
+    hashes = read_state(checkpoint.path)["hashes"]
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "batch_size"}
+    return {
+        "step": checkpoint.step, "weights": weights, "weights_sha256": hashes[EMA if weights == "ema" else MODEL],
+        "condition": checkpoint.config.model.condition, "settings": settings, "bank": conditioning.record_of(bank),
+        "keys": list(keys),
+    }  # fmt: skip
+
+
+def _kept(folder: Path, plan: Mapping[str, Any]) -> NDArray[np.uint8] | None:
+    """Return the samples of the same plan, where a folder has them."""
+    try:
+        if json.loads((folder / RECORD).read_text(encoding="utf-8")) != json.loads(json.dumps(plan)):
+            return None
+        with np.load(folder / ARRAY, allow_pickle=False) as arrays:
+            images: NDArray[np.uint8] = arrays["arr_0"]
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
+    return images if images.ndim == 4 and len(images) == len(plan["keys"]) and images.dtype == np.uint8 else None
+
+
+def _keep(folder: Path, images: NDArray[np.uint8], plan: Mapping[str, Any]) -> None:
+    try:
+        (folder / RECORD).unlink(missing_ok=True)  # it says that the array is whole, so it comes last
+        temporary = folder / f".{ARRAY}.tmp"
+        with temporary.open("wb") as stream:
+            np.savez(stream, arr_0=images)
+        temporary.replace(folder / ARRAY)
+        (folder / RECORD).write_text(json.dumps(plan, ensure_ascii=False), encoding="utf-8")
+    except OSError as error:
+        raise WriteError(
+            f"could not keep the samples in {folder}: {error.strerror}: free some space", path=folder
+        ) from error

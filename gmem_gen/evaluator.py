@@ -1,0 +1,343 @@
+"""Evaluation: samples and real images embedded by one encoder, and all that can be said of them there.
+
+A generator that is conditioned on an encoder has to be judged with another one: the same is circular, and labelled so.
+
+Shapes: n samples, m real images, D dimensions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+import gmem_bank
+from gmem_bank.errors import ConfigError, EncoderMismatchError, SourceError
+from gmem_gen import conditioning, judgement
+from gmem_gen.checkpoint import load_checkpoint
+from gmem_gen.conditioning import Bank, ImagesFrom
+from gmem_gen.config import SampleConfig
+from gmem_gen.estimates import random_numbers
+from gmem_gen.evaluation_report import EvaluationOptions, EvaluationReport
+from gmem_gen.evaluation_samples import SampleSet, draw_samples, given_samples, require_enough, require_own_folder
+from gmem_gen.image_sets import Embedded, ImageSet, Progress, embed, from_bank, from_source, matched
+from gmem_gen.runtime import pick_device
+
+PathLike = str | os.PathLike[str]
+BANK_SUFFIXES = (".safetensors", ".h5", ".hdf5", ".gmem")
+CACHE = ".cache"
+CHOICE = 10
+"""Stream of random numbers that draws real images."""
+
+
+def _unwatched(stage: str) -> Progress:  # noqa: ARG001 - the signature of `watch`
+    return _unseen
+
+
+def _unseen(done: int, total: int) -> None:
+    pass
+
+
+def evaluate(
+    bank: PathLike | None,
+    encoder: gmem_bank.Encoder | None = None,
+    *,
+    checkpoint: PathLike | None = None,
+    samples: PathLike | None = None,
+    reference: PathLike | None = None,
+    images: ImagesFrom = None,
+    concepts: Sequence[str] = (),
+    options: EvaluationOptions | None = None,
+    sampling: SampleConfig | None = None,
+    weights: str = "ema",
+    load_own: Callable[[gmem_bank.MemoryBank], gmem_bank.Encoder] | None = None,
+    device: str = "auto",
+    out: PathLike | None = None,
+    watch: Callable[[str], Progress] = _unwatched,
+) -> EvaluationReport:
+    """Judge a generator, or samples of any origin.
+
+    Args:
+        bank: of the generator: gives snippets to sample, training images and concepts. None: only samples against a reference.
+        encoder: the judge, from `load_encoder`; None: the one that made the reference, which then must be a bank.
+        checkpoint: a run or one of its checkpoints to sample from.
+        samples: or samples: a folder, a .npz with `arr_0`, or another source of images; class folders name the concept asked for.
+        reference: real images (any source), or a bank of the judge's: its rows are the reference as they are. None: the images
+            of `bank`.
+        images: where the images of `bank` are, instead of where its provenance says.
+        concepts: what to draw; none: rows of the whole bank.
+        options: how to judge.
+        sampling: how to draw; None: the checkpoint's own settings.
+        weights: "ema" or "model", of the checkpoint.
+        load_own: gives the encoder that made a bank, where the recorded weights are elsewhere.
+        device: of generator and reloaded encoders.
+        out: folder for what an interrupted call has done, and the samples; None keeps nothing.
+        watch: stage in words → what is told the images done and in all.
+
+    Raises:
+        ConfigError: neither or both of checkpoint and samples, too few images, or samples of different sizes.
+        EncoderMismatchError: the reference is a bank of another encoder than the judge.
+        SourceError: no images where they should be.
+        OutputExistsError: `out` holds something else than an evaluation.
+        MissingDependencyError: FAISS is not installed.
+    """
+    if (checkpoint is None) == (samples is None):
+        raise ConfigError("give either a checkpoint to sample from or samples", key="samples")
+    wanted, folder = options or EvaluationOptions(), None if out is None else require_own_folder(out)
+    own = None if bank is None else _opened(bank)
+    load = load_own or (lambda made: gmem_bank.reload_encoder(made.encoder, made.folder, device=device))
+    judged = _reference_bank(reference)
+    judge = _judge(encoder, judged, load)
+    if checkpoint is not None:
+        if own is None:
+            raise ConfigError("sampling needs the generator's bank", key="bank")
+        loaded = load_checkpoint(checkpoint, weights=weights, device=str(pick_device(device)))
+        drawn = draw_samples(
+            own,
+            loaded,
+            wanted,
+            concepts=concepts,
+            config=sampling,
+            weights=weights,
+            keep=folder,
+            progress=watch("sample"),
+        )
+    else:
+        assert samples is not None
+        drawn = given_samples(samples)
+    desk = _Desk(
+        judge=judge, options=wanted, drawn=drawn, cache=None if folder is None else folder / CACHE, watch=watch,
+        bank=own, load=load,
+    )  # fmt: skip
+    return desk.report(judged, reference, images)
+
+
+def _opened(path: PathLike) -> gmem_bank.MemoryBank:
+    found = gmem_bank.open(path)
+    conditioning.require_interface(found)
+    return found
+
+
+def _reference_bank(reference: PathLike | None) -> gmem_bank.MemoryBank | None:
+    """Return the reference as a bank, where its name says that it is one."""
+    return _opened(reference) if reference is not None and Path(reference).suffix in BANK_SUFFIXES else None
+
+
+def same_network(first: gmem_bank.EncoderSpec, second: gmem_bank.EncoderSpec) -> bool:
+    """Whether two specs give the same numbers but for the space that they are brought to."""
+    one, two = (dataclasses.replace(spec, space="raw").fingerprint for spec in (first, second))
+    return one == two
+
+
+def _judge(
+    encoder: gmem_bank.Encoder | None, reference: gmem_bank.MemoryBank | None,
+    load: Callable[[gmem_bank.MemoryBank], gmem_bank.Encoder],
+) -> gmem_bank.Encoder:  # fmt: skip
+    if encoder is None:
+        if reference is None:
+            raise ConfigError("name an encoder to judge with, another than the generator's own, or a bank as reference",
+                              key="encoder")  # fmt: skip
+        return load(reference)
+    if reference is not None and not same_network(encoder.spec, reference.encoder):
+        raise EncoderMismatchError(
+            f"the reference is a bank of {reference.encoder.describe()}, the judge is {encoder.spec.describe()}: their numbers "
+            "cannot be compared. Leave the encoder out to judge with the bank's own, or give images as reference"
+        )
+    return encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Desk:
+    """What every part of an evaluation needs."""
+
+    judge: gmem_bank.Encoder
+    options: EvaluationOptions
+    drawn: SampleSet
+    cache: Path | None
+    watch: Callable[[str], Progress]
+    bank: gmem_bank.MemoryBank | None
+    load: Callable[[gmem_bank.MemoryBank], gmem_bank.Encoder]
+
+    def report(
+        self, judged: gmem_bank.MemoryBank | None, reference: PathLike | None, images: ImagesFrom
+    ) -> EvaluationReport:
+        options, remarks = self.options, []
+        samples = self.embedded(self.drawn.images, "embed samples", one_size=True)
+        require_enough(len(samples.values), "readable samples")
+        training, why = self.training(images)
+        real, kind = self.reference(judged, reference, training, why)
+        space = judged.space if judged is not None else options.space
+        distribution = judgement.compare(
+            samples.in_space(space), real.in_space(space), k=options.neighbours, num_resamples=options.num_resamples,
+            seed=options.seed,
+        )  # fmt: skip
+        remarks += self.remarks(kind, space, distribution.rank_deficient, (samples, real, training), why)
+        copies = None
+        if training is not None:
+            held_out = real.in_space("unit") if kind == "images" else None
+            copies = judgement.find_copies(
+                samples.in_space("unit"), training.in_space("unit"), held_out, threshold=options.near_copy,
+                num_resamples=options.num_resamples, seed=options.seed,
+            )  # fmt: skip
+        concepts = self.concepts(samples, training if training is not None else real, remarks)
+        height, width = self.drawn.size
+        return EvaluationReport(
+            samples={"what": self.drawn.images.what, "count": len(samples.values), "height": height, "width": width,
+                     "sampling": dict(self.drawn.sampling) or None},
+            judge={"encoder": self.judge.spec.name, "fingerprint": self.judge.spec.fingerprint, "dim": self.judge.spec.dim,
+                   "space": space, "circular": self.circular()},
+            reference={"what": real.images.what, "count": len(real.values), "kind": kind},
+            distribution=distribution, memorisation=copies, concepts=concepts, faithfulness=self.faithfulness(images),
+            remarks=tuple(remarks), options=options, drawn=samples, training=training,
+        )  # fmt: skip
+
+    def circular(self) -> bool:
+        return self.bank is not None and same_network(self.judge.spec, self.bank.encoder)
+
+    def embedded(self, images: ImageSet, stage: str, *, one_size: bool = False) -> Embedded:
+        return embed(images, self.judge, self.cache, progress=self.watch(stage), one_size=one_size)
+
+    def prepared(self, images: ImageSet) -> ImageSet:
+        """Return real images as they are compared: no more than asked for, and at the size of the samples."""
+        most = self.options.num_real
+        if most is not None and most < len(images):
+            rng = random_numbers(self.options.seed, CHOICE)
+            images = images.take(np.sort(rng.choice(len(images), most, replace=False)))
+        if not self.options.match_size:
+            return images
+        return matched(images, min(self.drawn.size), grey=self.drawn.grey)
+
+    def training(self, images: ImagesFrom) -> tuple[Embedded | None, str]:
+        """Return the images of the bank, embedded, or why there are none."""
+        if self.bank is None:
+            return None, "no bank was given"
+        try:
+            found = from_bank(self.bank, images, "the training images")
+        except SourceError as error:
+            return None, str(error)
+        return self.embedded(self.prepared(found), "embed training images"), ""
+
+    def reference(
+        self, judged: gmem_bank.MemoryBank | None, reference: PathLike | None, training: Embedded | None, why: str
+    ) -> tuple[Embedded, str]:
+        """Return what samples are compared with, and its kind: "bank", "images" or "training images"."""
+        if judged is not None:
+            found, kind = _rows_of(judged), "bank"
+        elif reference is not None:
+            given = from_source(reference, "the reference images")
+            found, kind = self.embedded(self.prepared(given), "embed reference"), "images"
+        elif training is not None:
+            found, kind = training, "training images"
+        else:
+            raise ConfigError(
+                f"there is nothing to compare the samples with ({why}): give a reference", key="reference"
+            )
+        require_enough(len(found.values), "real images")
+        return found, kind
+
+    def concepts(self, samples: Embedded, real: Embedded, remarks: list[str]) -> judgement.ConceptFidelity | None:
+        """Judge the samples of concepts that real images have; what cannot be judged is remarked."""
+        asked, there = samples.images.concepts, {n: m for n, m in real.images.concepts.items() if len(m)}
+        lost = [name for name, members in asked.items() if len(members) and name not in there]
+        if lost and there:
+            remarks.append(
+                f"No real image has the concept {', '.join(map(repr, lost))}: samples of it are not judged by concept."
+            )
+        label = np.full(len(samples.values), -1, np.int64)
+        for place, name in enumerate(there):
+            label[asked.get(name, np.zeros(0, np.int64))] = place
+        chosen = np.flatnonzero(label >= 0)
+        if len(there) < 2 or not len(chosen):
+            return None
+        return judgement.judge_concepts(
+            samples.in_space("unit")[chosen], label[chosen], real.in_space("unit"), there, votes=self.options.votes,
+            num_resamples=self.options.num_resamples, seed=self.options.seed,
+        )  # fmt: skip
+
+    def faithfulness(self, images: ImagesFrom) -> judgement.Faithfulness | None:
+        """Compare what was drawn with what it was drawn from, by the bank's own encoder."""
+        rows, bank = self.drawn.rows, self.bank
+        if rows is None or bank is None:
+            return None
+        encoder = self.load(bank)
+        made = embed(self.drawn.images, encoder, self.cache, progress=self.watch("re-encode samples"))
+        real = self._own_images(bank, encoder, rows, images)
+        return judgement.judge_snippets(
+            _snippets(bank, rows), made.in_space(bank.space), real, num_resamples=self.options.num_resamples,
+            seed=self.options.seed,
+        )  # fmt: skip
+
+    def _own_images(
+        self, bank: Bank, encoder: gmem_bank.Encoder, rows: NDArray[np.int64], images: ImagesFrom
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+        """Return the snippets that samples were drawn from, and those of their own images at the size of the samples."""
+        try:
+            found = from_bank(bank, images, "own images")
+        except SourceError:
+            return None
+        wanted = set(conditioning.keys_of(bank, np.unique(rows)))
+        places = np.array([place for place, key in enumerate(found.keys) if key in wanted], np.int64)
+        if not len(places):
+            return None
+        shown = matched(found.take(places), min(self.drawn.size), grey=self.drawn.grey)
+        own = embed(shown, encoder, self.cache, progress=self.watch("re-encode their images"))
+        return _snippets(bank, bank.rows_for(list(own.images.keys))), own.in_space(bank.space)
+
+    def remarks(
+        self, kind: str, space: str, deficient: bool, sets: tuple[Embedded, Embedded, Embedded | None], why: str
+    ) -> list[str]:
+        """Return what a reader of the figures has to know."""
+        samples, real, training = sets
+        found = []
+        if self.circular():
+            found.append(
+                "CIRCULAR: the judge is the encoder that the generator is conditioned on, which it learned to satisfy."
+            )
+        if deficient:
+            fewest = min(len(samples.values), len(real.values))
+            found.append(
+                f"Fréchet distance of {fewest} rows in {self.judge.spec.dim} dimensions: a covariance is rank-deficient. The "
+                "figure is too large, and comparable only with others of the same numbers of rows."
+            )
+        if space == "unit":
+            found.append("Features were brought to length 1: distances are not those of raw features.")
+        if kind == "training images":
+            found.append(
+                "The reference is what was trained on: a copy would score best. Give held-out images as reference."
+            )
+        if kind == "bank":
+            found.append("The reference is a bank of images at their own size, not at that of the samples.")
+        elif not self.options.match_size:
+            found.append("Real images were embedded at their own size, not at that of the samples.")
+        for one in sets:
+            if one is not None and (one.skipped or one.images.num_left_out) and not (one is training and one is real):
+                found.append(
+                    f"{one.images.what}: {len(one.skipped)} could not be read, {one.images.num_left_out} were not there."
+                )
+        if training is None:
+            found.append(f"Memorisation was not judged: {why}.")
+        return found
+
+
+def _rows_of(bank: gmem_bank.MemoryBank) -> Embedded:
+    """Return the active rows of a bank as embeddings that are there already."""
+    rows = bank.rows()
+    place_of = np.full(len(bank), -1, np.int64)
+    place_of[rows] = np.arange(len(rows))
+    factored = " reconstructed at rank " + str(len(bank.basis)) if hasattr(bank, "basis") else ""
+    images = ImageSet(
+        what=f"a bank of {len(rows)} rows, {bank.space} space{factored}", keys=conditioning.keys_of(bank, rows),
+        read=lambda place: conditioning.read_image(bank, int(rows[place]), None),
+        concepts={name: place_of[members] for name, members in conditioning.concepts_of(bank).items()},
+    )  # fmt: skip
+    return Embedded(images=images, values=_snippets(bank, rows))
+
+
+def _snippets(bank: Bank, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = bank.snippets(rows)
+    return found

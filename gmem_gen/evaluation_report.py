@@ -6,7 +6,7 @@ Shapes: none here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +54,50 @@ class EvaluationOptions:
             raise ConfigError(f"space must be 'raw' or 'unit', not {self.space!r}", key="space")
         if self.near_copy is not None and not 0 <= self.near_copy <= 2:
             raise ConfigError(f"a cosine distance lies between 0 and 2, near_copy={self.near_copy}", key="near_copy")
+
+
+def remarks_on(
+    kind: str, space: str, deficient: bool, *, circular: bool, sets: Sequence[Embedded], matched: bool, unjudged: str
+) -> list[str]:  # fmt: skip
+    """Return what a reader of the figures has to know.
+
+    Args:
+        kind: of the reference: "bank", "images" or "training images".
+        space: of the features.
+        deficient: whether a covariance is rank-deficient.
+        circular: whether the judge is the generator's own encoder.
+        sets: whose images may have been missing.
+        matched: whether real images were brought to the size of the samples.
+        unjudged: why memorisation was not judged, or "".
+    """
+    found = []
+    if circular:
+        found.append(
+            "CIRCULAR: the judge is the encoder that the generator is conditioned on, which it learned to satisfy."
+        )
+    if deficient:
+        found.append(
+            "There are no more rows than dimensions, so a covariance is rank-deficient: the Fréchet distance is too large, and "
+            "comparable only with others of the same numbers of rows."
+        )
+    if space == "unit":
+        found.append("Features were brought to length 1: distances are not those of raw features.")
+    if kind == "training images":
+        found.append(
+            "The reference is what was trained on: a copy would score best. Give held-out images as reference."
+        )
+    if kind == "bank":
+        found.append("The reference is a bank of images at their own size, not at that of the samples.")
+    elif not matched:
+        found.append("Real images were embedded at their own size, not at that of the samples.")
+    for one in sets:
+        if one.skipped or one.images.num_left_out:
+            found.append(
+                f"Of {one.images.what} {len(one.skipped)} could not be read, {one.images.num_left_out} were not there."
+            )
+    if unjudged:
+        found.append(f"Memorisation was not judged: {unjudged}.")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

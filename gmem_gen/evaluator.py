@@ -7,8 +7,6 @@ Shapes: n samples, m real images, D dimensions.
 
 from __future__ import annotations
 
-import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +15,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 import gmem_bank
-from gmem_bank.errors import ConfigError, EncoderMismatchError, SourceError
+from gmem_bank.errors import ConfigError, SourceError
 from gmem_gen import conditioning, judgement
 from gmem_gen.checkpoint import load_checkpoint
 from gmem_gen.conditioning import Bank, ImagesFrom
 from gmem_gen.config import SampleConfig
 from gmem_gen.estimates import random_numbers
-from gmem_gen.evaluation_report import EvaluationOptions, EvaluationReport
+from gmem_gen.evaluation_report import EvaluationOptions, EvaluationReport, remarks_on
 from gmem_gen.evaluation_samples import SampleSet, draw_samples, given_samples, require_enough, require_own_folder
+from gmem_gen.evaluation_sources import (
+    PathLike,
+    choose_judge,
+    opened,
+    reference_bank,
+    rows_of_bank,
+    same_network,
+    snippets_of,
+)
 from gmem_gen.image_sets import Embedded, ImageSet, Progress, embed, from_bank, from_source, matched
 from gmem_gen.runtime import pick_device
 
-PathLike = str | os.PathLike[str]
-BANK_SUFFIXES = (".safetensors", ".h5", ".hdf5", ".gmem")
 CACHE = ".cache"
 CHOICE = 10
 """Stream of random numbers that draws real images."""
@@ -89,10 +94,10 @@ def evaluate(
     if (checkpoint is None) == (samples is None):
         raise ConfigError("give either a checkpoint to sample from or samples", key="samples")
     wanted, folder = options or EvaluationOptions(), None if out is None else require_own_folder(out)
-    own = None if bank is None else _opened(bank)
+    own = None if bank is None else opened(bank)
     load = load_own or (lambda made: gmem_bank.reload_encoder(made.encoder, made.folder, device=device))
-    judged = _reference_bank(reference)
-    judge = _judge(encoder, judged, load)
+    judged = reference_bank(reference)
+    judge = choose_judge(encoder, judged, load)
     if checkpoint is not None:
         if own is None:
             raise ConfigError("sampling needs the generator's bank", key="bank")
@@ -117,40 +122,6 @@ def evaluate(
     return desk.report(judged, reference, images)
 
 
-def _opened(path: PathLike) -> gmem_bank.MemoryBank:
-    found = gmem_bank.open(path)
-    conditioning.require_interface(found)
-    return found
-
-
-def _reference_bank(reference: PathLike | None) -> gmem_bank.MemoryBank | None:
-    """Return the reference as a bank, where its name says that it is one."""
-    return _opened(reference) if reference is not None and Path(reference).suffix in BANK_SUFFIXES else None
-
-
-def same_network(first: gmem_bank.EncoderSpec, second: gmem_bank.EncoderSpec) -> bool:
-    """Whether two specs give the same numbers but for the space that they are brought to."""
-    one, two = (dataclasses.replace(spec, space="raw").fingerprint for spec in (first, second))
-    return one == two
-
-
-def _judge(
-    encoder: gmem_bank.Encoder | None, reference: gmem_bank.MemoryBank | None,
-    load: Callable[[gmem_bank.MemoryBank], gmem_bank.Encoder],
-) -> gmem_bank.Encoder:  # fmt: skip
-    if encoder is None:
-        if reference is None:
-            raise ConfigError("name an encoder to judge with, another than the generator's own, or a bank as reference",
-                              key="encoder")  # fmt: skip
-        return load(reference)
-    if reference is not None and not same_network(encoder.spec, reference.encoder):
-        raise EncoderMismatchError(
-            f"the reference is a bank of {reference.encoder.describe()}, the judge is {encoder.spec.describe()}: their numbers "
-            "cannot be compared. Leave the encoder out to judge with the bank's own, or give images as reference"
-        )
-    return encoder
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Desk:
     """What every part of an evaluation needs."""
@@ -166,7 +137,7 @@ class _Desk:
     def report(
         self, judged: gmem_bank.MemoryBank | None, reference: PathLike | None, images: ImagesFrom
     ) -> EvaluationReport:
-        options, remarks = self.options, []
+        options = self.options
         samples = self.embedded(self.drawn.images, "embed samples", one_size=True)
         require_enough(len(samples.values), "readable samples")
         training, why = self.training(images)
@@ -176,7 +147,11 @@ class _Desk:
             samples.in_space(space), real.in_space(space), k=options.neighbours, num_resamples=options.num_resamples,
             seed=options.seed,
         )  # fmt: skip
-        remarks += self.remarks(kind, space, distribution.rank_deficient, (samples, real, training), why)
+        sets = [one for one in (samples, real if kind == "images" else None, training) if one is not None]
+        remarks = remarks_on(
+            kind, space, distribution.rank_deficient, circular=self.circular(), sets=sets,
+            matched=options.match_size, unjudged=why,
+        )  # fmt: skip
         copies = None
         if training is not None:
             held_out = real.in_space("unit") if kind == "images" else None
@@ -227,7 +202,7 @@ class _Desk:
     ) -> tuple[Embedded, str]:
         """Return what samples are compared with, and its kind: "bank", "images" or "training images"."""
         if judged is not None:
-            found, kind = _rows_of(judged), "bank"
+            found, kind = rows_of_bank(judged), "bank"
         elif reference is not None:
             given = from_source(reference, "the reference images")
             found, kind = self.embedded(self.prepared(given), "embed reference"), "images"
@@ -268,7 +243,7 @@ class _Desk:
         made = embed(self.drawn.images, encoder, self.cache, progress=self.watch("re-encode samples"))
         real = self._own_images(bank, encoder, rows, images)
         return judgement.judge_snippets(
-            _snippets(bank, rows), made.in_space(bank.space), real, num_resamples=self.options.num_resamples,
+            snippets_of(bank, rows), made.in_space(bank.space), real, num_resamples=self.options.num_resamples,
             seed=self.options.seed,
         )  # fmt: skip
 
@@ -286,58 +261,4 @@ class _Desk:
             return None
         shown = matched(found.take(places), min(self.drawn.size), grey=self.drawn.grey)
         own = embed(shown, encoder, self.cache, progress=self.watch("re-encode their images"))
-        return _snippets(bank, bank.rows_for(list(own.images.keys))), own.in_space(bank.space)
-
-    def remarks(
-        self, kind: str, space: str, deficient: bool, sets: tuple[Embedded, Embedded, Embedded | None], why: str
-    ) -> list[str]:
-        """Return what a reader of the figures has to know."""
-        samples, real, training = sets
-        found = []
-        if self.circular():
-            found.append(
-                "CIRCULAR: the judge is the encoder that the generator is conditioned on, which it learned to satisfy."
-            )
-        if deficient:
-            fewest = min(len(samples.values), len(real.values))
-            found.append(
-                f"Fréchet distance of {fewest} rows in {self.judge.spec.dim} dimensions: a covariance is rank-deficient. The "
-                "figure is too large, and comparable only with others of the same numbers of rows."
-            )
-        if space == "unit":
-            found.append("Features were brought to length 1: distances are not those of raw features.")
-        if kind == "training images":
-            found.append(
-                "The reference is what was trained on: a copy would score best. Give held-out images as reference."
-            )
-        if kind == "bank":
-            found.append("The reference is a bank of images at their own size, not at that of the samples.")
-        elif not self.options.match_size:
-            found.append("Real images were embedded at their own size, not at that of the samples.")
-        for one in sets:
-            if one is not None and (one.skipped or one.images.num_left_out) and not (one is training and one is real):
-                found.append(
-                    f"{one.images.what}: {len(one.skipped)} could not be read, {one.images.num_left_out} were not there."
-                )
-        if training is None:
-            found.append(f"Memorisation was not judged: {why}.")
-        return found
-
-
-def _rows_of(bank: gmem_bank.MemoryBank) -> Embedded:
-    """Return the active rows of a bank as embeddings that are there already."""
-    rows = bank.rows()
-    place_of = np.full(len(bank), -1, np.int64)
-    place_of[rows] = np.arange(len(rows))
-    factored = " reconstructed at rank " + str(len(bank.basis)) if hasattr(bank, "basis") else ""
-    images = ImageSet(
-        what=f"a bank of {len(rows)} rows, {bank.space} space{factored}", keys=conditioning.keys_of(bank, rows),
-        read=lambda place: conditioning.read_image(bank, int(rows[place]), None),
-        concepts={name: place_of[members] for name, members in conditioning.concepts_of(bank).items()},
-    )  # fmt: skip
-    return Embedded(images=images, values=_snippets(bank, rows))
-
-
-def _snippets(bank: Bank, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-    found: NDArray[np.float32] = bank.snippets(rows)
-    return found
+        return snippets_of(bank, bank.rows_for(list(own.images.keys))), own.in_space(bank.space)

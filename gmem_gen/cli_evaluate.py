@@ -89,7 +89,7 @@ def evaluate(
     judge = None
     if encoder is not None:
         judge = gmem_bank.load_encoder(
-            encoder, weights=weights, device=device, space=options.space, parameters=parameters
+            encoder, weights=weights, device=device, space=options.space or "raw", parameters=parameters
         )  # fmt: skip
     elif parameters:
         raise click.UsageError(f"--set {next(iter(parameters))}: it is a setting of --encoder, which is not given")

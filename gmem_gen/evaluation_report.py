@@ -27,8 +27,8 @@ class EvaluationOptions:
 
     num: int = DEFAULT_NUM
     """Samples to draw."""
-    space: str = "raw"
-    """Of distances: "raw" (the network's own numbers, as published figures are) or "unit"; a bank as reference brings its own."""
+    space: str | None = None
+    """Of distances: "raw" (the network's own numbers, as in published figures) or "unit"; None: a reference bank's, else raw."""
     neighbours: int = DEFAULT_NEIGHBOURS
     """k of precision, recall, density and coverage."""
     votes: int = 10
@@ -50,7 +50,7 @@ class EvaluationOptions:
                 raise ConfigError(f"{name} must be {fewest} or more, got {getattr(self, name)}", key=name)
         if self.num_real is not None and self.num_real < FEWEST:
             raise ConfigError(f"num_real must be {FEWEST} or more, got {self.num_real}", key="num_real")
-        if self.space not in ("raw", "unit"):
+        if self.space not in (None, "raw", "unit"):
             raise ConfigError(f"space must be 'raw' or 'unit', not {self.space!r}", key="space")
         if self.near_copy is not None and not 0 <= self.near_copy <= 2:
             raise ConfigError(f"a cosine distance lies between 0 and 2, near_copy={self.near_copy}", key="near_copy")

@@ -5,8 +5,10 @@ Shapes: n rows, D dimensions.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import gmem_bank
 from gmem_bank.errors import ConfigError, EncoderMismatchError
 from gmem_gen import conditioning
 from gmem_gen.conditioning import Bank
-from gmem_gen.image_sets import Embedded, ImageSet
+from gmem_gen.image_sets import Embedded, ImageSet, from_source
 
 PathLike = str | os.PathLike[str]
 BANK_SUFFIXES = (".safetensors", ".h5", ".hdf5", ".gmem")
@@ -33,6 +35,37 @@ def opened(path: PathLike) -> gmem_bank.MemoryBank:
 def reference_bank(reference: PathLike | None) -> gmem_bank.MemoryBank | None:
     """Return the reference as a bank, where its name says that it is one."""
     return opened(reference) if reference is not None and Path(reference).suffix in BANK_SUFFIXES else None
+
+
+def space_of_features(asked: str | None, reference: gmem_bank.MemoryBank | None) -> str:
+    """Return the space to compare in: as asked, else a reference bank's own, else raw; raises ConfigError."""
+    own = "raw" if reference is None else reference.space
+    if asked == "raw" and own == "unit":
+        raise ConfigError(
+            "the reference is a bank in unit space, whose rows have lost their length: leave the space out, or build the bank "
+            "with --space raw",
+            key="space",
+        )
+    return asked or own
+
+
+def reference_images(path: PathLike) -> ImageSet:
+    """Return real images to compare with.
+
+    Raises:
+        ConfigError: the file holds only statistics, of an encoder that it does not name.
+        SourceError: no image there.
+    """
+    if Path(path).suffix == ".npz" and Path(path).is_file():
+        with zipfile.ZipFile(path) if zipfile.is_zipfile(path) else contextlib.nullcontext() as archive:
+            names = set() if archive is None else set(archive.namelist())
+        if {"mu.npy", "sigma.npy"} <= names and "arr_0.npy" not in names:
+            raise ConfigError(
+                f"{path} holds mean and covariance of an encoder that it does not name, so there is no saying whether they are "
+                "of the judge. Give the images, or a bank of them: a bank is a reference that knows its encoder",
+                key="reference",
+            )
+    return from_source(path, "the reference images")
 
 
 def same_network(first: gmem_bank.EncoderSpec, second: gmem_bank.EncoderSpec) -> bool:

@@ -28,11 +28,13 @@ from gmem_gen.evaluation_sources import (
     choose_judge,
     opened,
     reference_bank,
+    reference_images,
     rows_of_bank,
     same_network,
     snippets_of,
+    space_of_features,
 )
-from gmem_gen.image_sets import Embedded, ImageSet, Progress, embed, from_bank, from_source, matched
+from gmem_gen.image_sets import Embedded, ImageSet, Progress, embed, from_bank, matched
 from gmem_gen.runtime import pick_device
 
 CACHE = ".cache"
@@ -97,6 +99,7 @@ def evaluate(
     own = None if bank is None else opened(bank)
     load = load_own or (lambda made: gmem_bank.reload_encoder(made.encoder, made.folder, device=device))
     judged = reference_bank(reference)
+    space_of_features(wanted.space, judged)  # before minutes go into sampling
     judge = choose_judge(encoder, judged, load)
     if checkpoint is not None:
         if own is None:
@@ -142,7 +145,7 @@ class _Desk:
         require_enough(len(samples.values), "readable samples")
         training, why = self.training(images)
         real, kind = self.reference(judged, reference, training, why)
-        space = judged.space if judged is not None else options.space
+        space = space_of_features(options.space, judged)
         distribution = judgement.compare(
             samples.in_space(space), real.in_space(space), k=options.neighbours, num_resamples=options.num_resamples,
             seed=options.seed,
@@ -204,7 +207,7 @@ class _Desk:
         if judged is not None:
             found, kind = rows_of_bank(judged), "bank"
         elif reference is not None:
-            given = from_source(reference, "the reference images")
+            given = reference_images(reference)
             found, kind = self.embedded(self.prepared(given), "embed reference"), "images"
         elif training is not None:
             found, kind = training, "training images"

@@ -203,6 +203,10 @@ def test_a_bank_is_a_reference_like_its_images(bank: Path, held_out: Path) -> No
     assert by_bank.distribution.to_json()["recall"] == by_images.distribution.to_json()["recall"]
     assert by_bank.judge["space"] == "unit"
     assert any("length 1" in remark for remark in by_bank.remarks)
+    with pytest.raises(ConfigError, match="lost their length"):
+        gmem_gen.evaluate(
+            None, samples="digits", reference="held.safetensors", options=gmem_gen.EvaluationOptions(space="raw")
+        )
     samples, real = (gmem_bank.open_images(folder) for folder in ("digits", held_out))
     raw = [
         gmem_bank.encode_images(pixels(), [source.read(place) for place in range(len(source))])
@@ -228,12 +232,14 @@ def test_what_means_nothing_is_refused(bank: Path, held_out: Path, tmp_path: Pat
     (tmp_path / "empty").mkdir()
     mixed = write_digits(tmp_path / "mixed", 0, 60)
     Image.new("RGB", (16, 16)).save(mixed / "large.png")
+    np.savez("statistics.npz", mu=np.zeros(64), sigma=np.eye(64))
     run = trained()
     cases = [
         ({"samples": "empty"}, SourceError, "no images"),
         ({"samples": few}, ConfigError, "20 samples, fewer than 50"),
         ({"samples": mixed}, ConfigError, "different sizes"),
         ({"samples": "digits", "reference": "other.safetensors"}, EncoderMismatchError, "random-projection.*pixels"),
+        ({"samples": "digits", "reference": "statistics.npz"}, ConfigError, "an encoder that it does not name"),
         ({"samples": "digits", "reference": few}, ConfigError, "20 real images"),
         ({"checkpoint": run, "concepts": ["d9"]}, gmem_bank.UnknownKeyError, "d9"),
         ({}, ConfigError, "either a checkpoint"),

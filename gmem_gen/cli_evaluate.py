@@ -32,8 +32,10 @@ def _parameters(pairs: tuple[str, ...]) -> tuple[dict[str, Any], list[str]]:
 
 
 @click.command()
-@click.option("--bank", "-b", default=None, metavar="BANK", help="The generator's bank. [default: bank.safetensors]")
-@click.option("--checkpoint", "-c", default=None, metavar="RUN", help="Sample this run. [default: runs/<bank stem>]")
+@click.option(
+    "--bank", "-b", default=None, metavar="BANK", help="The generator's bank. [bank.safetensors; with --samples none]"
+)
+@click.option("--checkpoint", "-c", default=None, metavar="RUN", help="Sample this run. [runs/<bank stem>]")
 @click.option("--samples", default=None, metavar="SOURCE", help="Judge these images instead: a folder, a .npz, …")
 @click.option("--num", "-n", type=int, default=None, help="Samples to draw; at least 50. [500]")
 @click.option("--concept", "concepts", multiple=True, help="Draw this concept; may be repeated. Default: all rows.")

@@ -103,7 +103,9 @@ def _figures(report: EvaluationReport) -> str:
     rows += [(f"{name} ({found.neighbours} neighbours)", estimate, "higher is better")
              for name, estimate in found.measures.items()]  # fmt: skip
     if (copies := report.memorisation) is not None:
-        rows.append(("near-copies of training images", copies.near_copies, f"cosine distance ≤ {copies.threshold:.3g}"))
+        rows.append(
+            ("near-copies of the bank's images", copies.near_copies, f"cosine distance ≤ {copies.threshold:.3g}")
+        )
     if (concepts := report.concepts) is not None:
         real = np.mean(list(concepts.of_real.values()))
         rows.append(("concept fidelity", concepts.fidelity, f"of real images: {real:.3g}"))
@@ -155,7 +157,7 @@ def _picture(read: Callable[[int], NDArray[np.uint8]], place: int) -> str:
 
 
 def _memorisation(found: Memorisation, samples: ImageSet, training: ImageSet) -> str:
-    curves = {"samples": found.distances, "training images, to the nearest other": found.between_real}
+    curves = {"samples": found.distances, "images of the bank, to the nearest other": found.between_real}
     if found.held_out is not None:
         curves["reference images"] = found.held_out
     closest = np.argsort(found.distances, kind="stable")[:MOST_PAIRS].tolist()
@@ -164,11 +166,12 @@ def _memorisation(found: Memorisation, samples: ImageSet, training: ImageSet) ->
         f"{found.distances[place]:.4f} <i>{html.escape(training.keys[int(found.neighbours[place])])}</i></figure>"
         for place in closest
     )
-    origin = "as given" if found.given else "below which 1 % of training images lie to their nearest other"
+    origin = "as given" if found.given else "below which 1 % of the bank's images lie to their nearest other"
     near = f"{found.near_copies.value:.2%} of samples are at most {found.threshold:.4g} away ({origin})."
     return (
-        f"<h2>Memorisation</h2><p>Cosine distance to the nearest training image. {near}</p>{_histogram(curves, found.threshold)}"
-        f"<h3>Closest pairs</h3><p>Sample, and the training image nearest to it.</p><div class=pictures>{pairs}</div>"
+        f"<h2>Memorisation</h2><p>Cosine distance to the nearest image of the bank. {near}</p>"
+        f"{_histogram(curves, found.threshold)}"
+        f"<h3>Closest pairs</h3><p>Sample, and the image of the bank nearest to it.</p><div class=pictures>{pairs}</div>"
     )
 
 

@@ -84,7 +84,7 @@ def remarks_on(
         found.append("Features were brought to length 1: distances are not those of raw features.")
     if kind == "training images":
         found.append(
-            "The reference is what was trained on: a copy would score best. Give held-out images as reference."
+            "The reference is the images of the bank, which were trained on: copies would score best. Give held-out images."
         )
     if kind == "bank":
         found.append("The reference is a bank of images at their own size, not at that of the samples.")

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import gmem_bank
-from gmem_bank.errors import ConfigError, SourceError
+from gmem_bank.errors import ConfigError, EncoderError, MissingDependencyError, SourceError
 from gmem_gen import conditioning, judgement
 from gmem_gen.checkpoint import load_checkpoint
 from gmem_gen.conditioning import Bank, ImagesFrom
@@ -35,6 +35,7 @@ from gmem_gen.evaluation_sources import (
     space_of_features,
 )
 from gmem_gen.image_sets import Embedded, ImageSet, Progress, embed, from_bank, matched
+from gmem_gen.memorisation import require_faiss
 from gmem_gen.runtime import pick_device
 
 CACHE = ".cache"
@@ -100,6 +101,7 @@ def evaluate(
     load = load_own or (lambda made: gmem_bank.reload_encoder(made.encoder, made.folder, device=device))
     judged = reference_bank(reference)
     space_of_features(wanted.space, judged)  # before minutes go into sampling
+    require_faiss()
     judge = choose_judge(encoder, judged, load)
     if checkpoint is not None:
         if own is None:
@@ -163,6 +165,7 @@ class _Desk:
                 num_resamples=options.num_resamples, seed=options.seed,
             )  # fmt: skip
         concepts = self.concepts(samples, training if training is not None else real, remarks)
+        faithful = self.faithfulness(images, remarks)
         height, width = self.drawn.size
         return EvaluationReport(
             samples={"what": self.drawn.images.what, "count": len(samples.values), "height": height, "width": width,
@@ -170,7 +173,7 @@ class _Desk:
             judge={"encoder": self.judge.spec.name, "fingerprint": self.judge.spec.fingerprint, "dim": self.judge.spec.dim,
                    "space": space, "circular": self.circular()},
             reference={"what": real.images.what, "count": len(real.values), "kind": kind},
-            distribution=distribution, memorisation=copies, concepts=concepts, faithfulness=self.faithfulness(images),
+            distribution=distribution, memorisation=copies, concepts=concepts, faithfulness=faithful,
             remarks=tuple(remarks), options=options, drawn=samples, training=training,
         )  # fmt: skip
 
@@ -191,11 +194,14 @@ class _Desk:
         return matched(images, min(self.drawn.size), grey=self.drawn.grey)
 
     def training(self, images: ImagesFrom) -> tuple[Embedded | None, str]:
-        """Return the images of the bank, embedded, or why there are none."""
+        """Return the images of the bank, embedded, or why there are none.
+
+        Those that were inserted after the training are among them: a copy of one would come from its snippet alone.
+        """
         if self.bank is None:
             return None, "no bank was given"
         try:
-            found = from_bank(self.bank, images, "the training images")
+            found = from_bank(self.bank, images, "the images of the bank")
         except SourceError as error:
             return None, str(error)
         return self.embedded(self.prepared(found), "embed training images"), ""
@@ -237,12 +243,16 @@ class _Desk:
             num_resamples=self.options.num_resamples, seed=self.options.seed,
         )  # fmt: skip
 
-    def faithfulness(self, images: ImagesFrom) -> judgement.Faithfulness | None:
-        """Compare what was drawn with what it was drawn from, by the bank's own encoder."""
+    def faithfulness(self, images: ImagesFrom, remarks: list[str]) -> judgement.Faithfulness | None:
+        """Compare what was drawn with what it was drawn from, by the bank's own encoder, where that is to be had."""
         rows, bank = self.drawn.rows, self.bank
         if rows is None or bank is None:
             return None
-        encoder = self.load(bank)
+        try:
+            encoder = self.load(bank)
+        except (EncoderError, MissingDependencyError) as error:
+            remarks.append(f"Samples were not compared with their snippets: {error}.")
+            return None
         made = embed(self.drawn.images, encoder, self.cache, progress=self.watch("re-encode samples"))
         real = self._own_images(bank, encoder, rows, images)
         return judgement.judge_snippets(

@@ -21,6 +21,17 @@ NEAR_QUANTILE = 0.01
 BLOCK_ROWS = 4096
 
 
+def require_faiss() -> Any:
+    """Return FAISS; raises MissingDependencyError where it is not installed."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise MissingDependencyError(
+            "nearest neighbours need FAISS: pip install 'gmem[cpu]' (or 'gmem[gpu]')", extra="cpu"
+        ) from error
+    return faiss
+
+
 def nearest(
     queries: NDArray[np.float32], rows: NDArray[np.float32], k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -34,12 +45,7 @@ def nearest(
     Raises:
         MissingDependencyError: FAISS is not installed.
     """
-    try:
-        import faiss
-    except ImportError as error:
-        raise MissingDependencyError(
-            "nearest neighbours need FAISS: pip install 'gmem[cpu]' (or 'gmem[gpu]')", extra="cpu"
-        ) from error
+    faiss = require_faiss()
     scores = np.empty((len(queries), k), np.float32)
     found = np.empty((len(queries), k), np.int64)
     for start in range(0, len(queries), BLOCK_ROWS):

@@ -190,7 +190,7 @@ def test_training_images_given_as_samples_are_found_out(bank: Path, held_out: Pa
     same = gmem_gen.evaluate(bank, pixels(), samples="digits", options=OPTIONS)
     assert same.distribution.frechet.value < 1e-6
     assert same.distribution.measures["precision"].value == 1.0
-    assert any("was trained on" in remark for remark in same.remarks)
+    assert any("were trained on" in remark for remark in same.remarks)
 
 
 def test_a_bank_is_a_reference_like_its_images(bank: Path, held_out: Path) -> None:
@@ -262,6 +262,18 @@ def test_images_that_are_gone_leave_the_rest_of_the_report(bank: Path, held_out:
     assert any("Memorisation was not judged" in remark for remark in report.remarks)
     given = gmem_gen.evaluate(bank, pixels(), samples=held_out, images="moved", options=OPTIONS)
     assert given.memorisation is not None
+
+
+def test_an_encoder_that_is_gone_costs_its_part_only(bank: Path, held_out: Path) -> None:
+    """The bank's own encoder is asked for once all else is done: the rest of the report stands."""
+
+    def gone(made):
+        raise gmem_bank.EncoderError("the weights are gone")
+
+    report = gmem_gen.evaluate(bank, pixels(), checkpoint=trained(), reference=held_out, options=OPTIONS, load_own=gone)
+    assert report.faithfulness is None
+    assert any("the weights are gone" in remark for remark in report.remarks)
+    assert report.memorisation is not None
 
 
 def test_the_command_draws_as_many_of_each_concept(bank: Path, held_out: Path) -> None:

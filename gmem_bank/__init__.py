@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gmem_bank.compare import diff as diff
     from gmem_bank.compression import compress as compress
     from gmem_bank.console import CommandGroup as CommandGroup
+    from gmem_bank.console import parse_parameters as parse_parameters
     from gmem_bank.decoding import read_image as read_image
     from gmem_bank.derive import compose as compose
     from gmem_bank.derive import interpolate as interpolate
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from gmem_bank.encoders import load_encoder as load_encoder
     from gmem_bank.encoders import reload_encoder as reload_encoder
     from gmem_bank.encoders.preprocess import center_crop as center_crop
+    from gmem_bank.encoders.weights import ModelFiles as ModelFiles
+    from gmem_bank.encoders.weights import find_model as find_model
     from gmem_bank.errors import BankNotFoundError as BankNotFoundError
     from gmem_bank.errors import CheckpointError as CheckpointError
     from gmem_bank.errors import ConceptExistsError as ConceptExistsError
@@ -53,6 +56,9 @@ if TYPE_CHECKING:
     from gmem_bank.errors import StaleIndexError as StaleIndexError
     from gmem_bank.errors import UnknownKeyError as UnknownKeyError
     from gmem_bank.errors import WriteError as WriteError
+    from gmem_bank.image_shards import ImageWork as ImageWork
+    from gmem_bank.image_shards import ShardsReport as ShardsReport
+    from gmem_bank.image_shards import write_image_shards as write_image_shards
     from gmem_bank.image_source import ImageSource as ImageSource
     from gmem_bank.image_source import encode_images as encode_images
     from gmem_bank.image_source import open_images as open_images
@@ -67,8 +73,11 @@ if TYPE_CHECKING:
     from gmem_bank.kinds import open as open  # noqa: A004
     from gmem_bank.legacy import import_official as import_official
     from gmem_bank.legacy_export import export_official as export_official
+    from gmem_bank.mixing import compose_snippet as compose_snippet
+    from gmem_bank.mixing import interpolate_snippets as interpolate_snippets
     from gmem_bank.moments import Moments as Moments
     from gmem_bank.narrowing import Narrowing as Narrowing
+    from gmem_bank.official import check_torch_archive as check_torch_archive
     from gmem_bank.ops import mask as mask
     from gmem_bank.ops import remove as remove
     from gmem_bank.ops import remove_concept as remove_concept
@@ -80,8 +89,13 @@ if TYPE_CHECKING:
     from gmem_bank.precomputed import build_precomputed as build_precomputed
     from gmem_bank.progress import ProgressBar as ProgressBar
     from gmem_bank.provenance import EncoderSpec as EncoderSpec
+    from gmem_bank.provenance import sha256_of_file as sha256_of_file
     from gmem_bank.query import QueryHits as QueryHits
+    from gmem_bank.query import image_snippets as image_snippets
     from gmem_bank.query import search as search
+    from gmem_bank.query import snippet_of as snippet_of
+    from gmem_bank.query import snippet_or_image as snippet_or_image
+    from gmem_bank.query import text_snippets as text_snippets
     from gmem_bank.reduce import coreset as coreset
     from gmem_bank.reduce import dedup as dedup
     from gmem_bank.results_page import write_results_page as write_results_page
@@ -107,12 +121,13 @@ _DOOR = {
     "combine": ("merge",),
     "compare": ("DiffReport", "diff"),
     "compression": ("compress",),
-    "console": ("CommandGroup",),
+    "console": ("CommandGroup", "parse_parameters"),
     "decoding": ("read_image",),
     "derive": ("compose", "interpolate"),
     "editing": ("EditReport",),
     "encoders": ("Encoder", "EncoderInfo", "EncoderOptions", "available_encoders", "load_encoder", "reload_encoder"),
     "encoders.preprocess": ("center_crop",),
+    "encoders.weights": ("ModelFiles", "find_model"),
     "errors": (
         "BankNotFoundError",
         "CheckpointError",
@@ -134,6 +149,7 @@ _DOOR = {
         "WriteError",
     ),
     "image_source": ("ImageSource", "encode_images", "open_images"),
+    "image_shards": ("ImageWork", "ShardsReport", "write_image_shards"),
     "index_build": ("IndexReport", "build_index"),
     "index_update": ("update_index",),
     "indexed": ("BankIndex", "find_index", "open_index"),
@@ -143,14 +159,16 @@ _DOOR = {
     "legacy": ("import_official",),
     "legacy_export": ("export_official",),
     "moments": ("Moments",),
+    "mixing": ("compose_snippet", "interpolate_snippets"),
     "narrowing": ("Narrowing",),
+    "official": ("check_torch_archive",),
     "ops": ("mask", "remove", "remove_concept", "rename", "select", "unmask"),
     "parquet": ("export_parquet",),
     "plotting": ("plot",),
     "precomputed": ("build_precomputed",),
     "progress": ("ProgressBar",),
-    "provenance": ("EncoderSpec",),
-    "query": ("QueryHits", "search"),
+    "provenance": ("EncoderSpec", "sha256_of_file"),
+    "query": ("QueryHits", "image_snippets", "search", "snippet_of", "snippet_or_image", "text_snippets"),
     "reduce": ("coreset", "dedup"),
     "results_page": ("write_results_page",),
     "rewrite": ("compact", "save", "shard"),

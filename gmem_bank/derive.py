@@ -12,20 +12,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gmem_bank import manipulate
 from gmem_bank.bank import MemoryBank
 from gmem_bank.draft import NewRows
 from gmem_bank.editing import Edit, EditReport, editing
-from gmem_bank.errors import ConceptExistsError, ConfigError, GMemError, first_three, suggest
+from gmem_bank.errors import ConceptExistsError, first_three
+from gmem_bank.mixing import Resolve, check_way, compose_snippet, interpolate_snippets, read_terms
 from gmem_bank.ops import PathLike, check_concept_name
 from gmem_bank.provenance import Json, Source, sha256_of_file
 from gmem_bank.query import snippet_of
 from gmem_bank.rewrite import join_if_many
-from gmem_bank.space import to_space, unusable_rows
 from gmem_bank.vectors import new_vectors
-
-Resolve = Callable[[MemoryBank, str], NDArray[np.float32]]
-"""Turns what the user named into a (D,) snippet: `query.snippet_of`, or one that also takes images."""
 
 
 def interpolate(
@@ -62,21 +58,15 @@ def interpolate(
         ConceptExistsError: the name is taken.
         ConfigError: unknown method, or fewer than two steps.
     """
-    if method not in manipulate.METHODS:
-        raise ConfigError(f"unknown method {method!r}.{suggest(method, manipulate.METHODS)}", key="method")
-    if steps < 2:
-        raise ConfigError(f"steps must be at least 2 (both ends are written), got {steps}", key="steps")
-    if seed < 0:
-        raise ConfigError(f"seed must be 0 or more, got {seed}", key="seed")
+    check_way(method, steps, seed)
     concept = check_concept_name(name if name is not None else f"{_label(first)}-to-{_label(second)}")
     arguments = {"first": first, "second": second, "method": method, "steps": steps, "name": concept, "seed": seed}
     arguments |= _images_of((first, second), resolve)
 
     def way(bank: MemoryBank) -> NDArray[np.float32]:
-        return manipulate.interpolate(resolve(bank, first), resolve(bank, second), steps, method, seed=seed)
+        return interpolate_snippets(bank, first, second, method=method, steps=steps, seed=seed, resolve=resolve)
 
-    hint = f"{method} between {first!r} and {second!r} has no direction: try slerp"
-    return _derived("interpolate", arguments, bank_path, concept, way, hint, output=output, dry_run=dry_run, undo=undo)
+    return _derived("interpolate", arguments, bank_path, concept, way, output=output, dry_run=dry_run, undo=undo)
 
 
 def compose(
@@ -103,19 +93,14 @@ def compose(
         ConceptExistsError: the name is taken.
         GMemError: the sum has no direction.
     """
-    weights = parse_terms(terms) if isinstance(terms, str) else dict(terms)
-    if not weights or not all(np.isfinite(weight) for weight in weights.values()):
-        raise ConfigError("give at least one item, with finite weights", key="terms")
-    text = terms if isinstance(terms, str) else " + ".join(f"{weight}*{item}" for item, weight in weights.items())
+    weights, text = read_terms(terms)
     concept = check_concept_name(name if name is not None else _label(re.sub(r"\s+", "", text)))
 
     def total(bank: MemoryBank) -> NDArray[np.float32]:
-        wide = [weight * resolve(bank, item).astype(np.float64) for item, weight in weights.items()]
-        return np.asarray(np.sum(wide, axis=0)[None], np.float32)
+        return compose_snippet(bank, terms, resolve=resolve)[None]
 
     arguments = {"terms": weights, "name": concept, **_images_of(weights, resolve)}
-    hint = f"{text!r} has no direction: its items cancel out"
-    return _derived("compose", arguments, bank_path, concept, total, hint, output=output, dry_run=dry_run, undo=undo)
+    return _derived("compose", arguments, bank_path, concept, total, output=output, dry_run=dry_run, undo=undo)
 
 
 def _images_of(items: Iterable[str], resolve: Resolve) -> dict[str, Json]:
@@ -126,51 +111,18 @@ def _images_of(items: Iterable[str], resolve: Resolve) -> dict[str, Json]:
     return {"images": found} if found else {}
 
 
-_TERM = re.compile(
-    r"\s*(?P<sign>[+-])?\s*"
-    r"(?:(?P<weight>\d+(?:\.\d*)?|\.\d+)\s*\*\s*)?"
-    r"(?P<item>'[^']+'|\"[^\"]+\"|[^\s+*'\"][^\s+*]*)\s*"
-)
-
-
-def parse_terms(text: str) -> dict[str, float]:
-    """Read "cat + 0.5*neon - dog" into item → weight; quotes hold an item with spaces, '+' or '*'.
-
-    A minus stands apart from names ("a - b"), since names may have one inside ("a-b").
-
-    Raises:
-        ConfigError: the expression cannot be read; the place is named.
-    """
-    weights: dict[str, float] = {}
-    position = 0
-    while position < len(text):
-        match = _TERM.match(text, position)
-        if match is None or match["item"] == "-" or (position and match["sign"] is None):
-            raise ConfigError(
-                f'cannot read {text!r} from {text[position : position + 20]!r}: write it as "cat + 0.5*neon - dog"',
-                key="terms",
-            )
-        item = match["item"].strip("'\"")
-        sign = -1.0 if match["sign"] == "-" else 1.0
-        weights[item] = weights.get(item, 0.0) + sign * float(match["weight"] or 1)
-        position = match.end()
-    return weights
-
-
 def _derived(
     operation: str, arguments: Mapping[str, Json], bank_path: PathLike, concept: str,
-    compute: Callable[[MemoryBank], NDArray[np.float32]], hint: str, **options: object,
+    compute: Callable[[MemoryBank], NDArray[np.float32]], **options: object,
 ) -> EditReport:  # fmt: skip
     with editing(bank_path, operation, arguments, **options) as edit:  # type: ignore[arg-type]
         if edit.made is not None and concept in edit.made.names:
             return edit.unchanged(concept=concept)
         require_new_concept(edit.bank, concept)
         points = compute(edit.bank)
-        if unusable_rows(points, edit.bank.space):
-            raise GMemError(hint)
         keys = [f"{concept}/{step:0{len(str(len(points) - 1))}d}" for step in range(len(points))]
         source = Source(kind="derived", prefix=f"{concept}/")
-        return append_rows(edit, concept, keys, to_space(points, edit.bank.space), [source])
+        return append_rows(edit, concept, keys, points, [source])
 
 
 def append_rows(

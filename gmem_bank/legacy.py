@@ -17,7 +17,7 @@ from gmem_bank import errors, factors, kinds, segments
 from gmem_bank import keys as key_tables
 from gmem_bank.builder import DEFAULT_BANK, localised
 from gmem_bank.editing import EditReport
-from gmem_bank.official import Official, check_archive, read_official
+from gmem_bank.official import Official, check_torch_archive, read_official
 from gmem_bank.ops import PathLike
 from gmem_bank.provenance import EncoderSpec, Json, Source, relative_to_bank, sha256_of_file
 from gmem_bank.space import Space
@@ -74,7 +74,7 @@ def import_official(
     }
     facts: dict[str, Any]
     try:
-        check_archive(source)
+        check_torch_archive(source)
         with atomic.locked(target):
             arguments |= {"digest": sha256_of_file(source), "encoder": None if given is None else given.fingerprint}
             if target.exists() and not overwrite:

@@ -44,13 +44,27 @@ class Official:
     details: Mapping[str, Json]
 
 
-def check_archive(path: Path) -> None:
-    """Raise unless the file is a sound, uncompressed zip as `torch.save` writes it: a mapping reader takes that for granted."""
+def check_torch_archive(
+    path: Path, *, what: str = "bank", max_entries: int = MAX_ENTRIES, max_pickle_bytes: int = MAX_PICKLE_BYTES
+) -> None:
+    """Raise unless a file is a sound, uncompressed zip as `torch.save` writes it: a mapping reader takes that for granted.
+
+    Args:
+        path: the file.
+        what: what it should hold, for messages.
+        max_entries: most parts it may have.
+        max_pickle_bytes: most bytes that its structure may take; the values of tensors lie outside of that.
+
+    Raises:
+        BankNotFoundError: no such file.
+        FormatError: not such an archive, or not one of `what`.
+        CorruptError: a part does not match its sum.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             size = sum(entry.file_size for entry in entries if entry.filename.endswith(".pkl"))
-            foreign = len(entries) > MAX_ENTRIES or size > MAX_PICKLE_BYTES
+            foreign = len(entries) > max_entries or size > max_pickle_bytes
             packed = any(entry.compress_type or entry.compress_size != entry.file_size for entry in entries)
             # sums are all 0 where torch was told to leave them out
             checkable = not foreign and not packed and all(entry.CRC for entry in entries)
@@ -65,8 +79,8 @@ def check_archive(path: Path) -> None:
             "executes it. Restore it; or, if you trust it, load it yourself and save it again with torch.save"
         ) from error
     if foreign or packed:
-        reason = "it has more parts than a bank" if foreign else "it was compressed after it was saved"
-        raise FormatError(f"{reason}: save the bank again with torch.save")
+        reason = f"it has more parts than a {what}" if foreign else "it was compressed after it was saved"
+        raise FormatError(f"{reason}: save the {what} again with torch.save")
     if damaged is not None:
         raise CorruptError(f"its part {damaged!r} does not match its sum")
 

@@ -52,6 +52,18 @@ class ProgressBar:
         if done >= total:
             self._bar.close()  # the last line stays; whatever comes next starts on its own
 
+    def note(self, text: str) -> None:
+        """Show a few words behind rate and ETA, such as a loss."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+
+    def say(self, text: str) -> None:
+        """Print a line on stderr without tearing the bar."""
+        if self._bar is None:
+            print(text, file=sys.stderr, flush=True)  # noqa: T201
+        else:
+            self._bar.write(text, file=sys.stderr)
+
     def __enter__(self) -> Self:
         return self
 

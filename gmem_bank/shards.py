@@ -1,7 +1,9 @@
 """Arrays with keys in a folder of safetensors shards: patch tokens, latents and whatever else a training reads beside a bank.
 
-The folder holds `00000.safetensors`, `00001.safetensors`, … (`values`, `keys.bytes`, `keys.offsets`) and, once all are there,
-`index.json`. Shards are written whole, one after the other, so that interrupted work goes on where it stopped.
+The folder holds `00000.safetensors`, `00001.safetensors`, … (`values`, `keys.bytes`, `keys.offsets`, and what else was said of
+each row or shard) and, once all are there, `index.json`. Shards are written whole, one after the other, so that interrupted
+work goes on where it stopped. `values` comes first and begins at a page of the file: a row is read by one call, and by no more
+than its own pages.
 
 Shapes: N rows, n rows of a shard, E shape of one row's array.
 """
@@ -9,6 +11,10 @@ Shapes: N rows, n rows of a shard, E shape of one row's array.
 from __future__ import annotations
 
 import json
+import math
+import os
+import resource
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -22,16 +28,21 @@ from numpy.typing import NDArray
 from gmem_bank import keys as key_tables
 from gmem_bank.errors import CorruptError, FormatError, OutputExistsError, SourceError, UnknownKeyError, first_three
 from gmem_bank.provenance import Json, canonical_json
+from gmem_bank.segments import narrow, widen
 from gmem_bank.storage import atomic, container
+from gmem_bank.storage.payload import NUMPY_DTYPE, Payload
 
 INDEX = "index.json"
 PLAN = "plan.json"
 FORMAT = "gmem-shards"
 VERSION = 1
-DTYPES = {"f32": np.float32, "f16": np.float16}
-MOST_OPEN = 64
-"""Shards that are mapped at a time."""
-NAMES = {"F32": np.float32, "F16": np.float16}
+DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+"""--dtype on the command line → type of the values in the files."""
+STORED = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+"""How NumPy holds them: bfloat16 as its bits."""
+PAGE = 4096
+MOST_OPEN = 512
+"""Shards that are open at a time, or half of the files that the process may open, where that is less."""
 
 
 def shard_name(number: int) -> str:
@@ -85,17 +96,49 @@ class ShardWriter:
         """Say whether a shard is there."""
         return (self.folder / shard_name(number)).is_file()
 
-    def write(self, number: int, keys: Sequence[str], values: NDArray[Any]) -> None:
-        """Write the (n, *E) values of n keys as one shard."""
-        from safetensors.numpy import save
+    def write(
+        self, number: int, keys: Sequence[str], values: NDArray[np.float32], *, dtype: str = "f32",
+        entries: Mapping[str, NDArray[Any]] | None = None,
+    ) -> None:  # fmt: skip
+        """Write the (n, *E) values of n keys as one shard.
 
+        Args:
+            number: of the shard.
+            keys: n.
+            values: rounded to the nearest of `dtype`.
+            dtype: one of DTYPES.
+            entries: more arrays about the rows or the shard, by name.
+
+        Raises:
+            GMemError: a value does not fit into f16.
+            WriteError: the disk refused.
+        """
         text, offsets = key_tables.encode(keys)
-        entries = {"values": np.ascontiguousarray(values), "keys.bytes": text, "keys.offsets": offsets}
-        atomic.write_bytes(self.folder / shard_name(number), save(entries))
+        arrays = {
+            "values": narrow(values, DTYPES[dtype]),
+            "keys.bytes": text,
+            "keys.offsets": offsets,
+            **(entries or {}),
+        }
+        kinds = {name: DTYPES[dtype] if name == "values" else Payload.of(array).dtype for name, array in arrays.items()}
+        laid = _lay_out({name: (kinds[name], array.shape) for name, array in arrays.items()})
+        header = container.render(laid, {}, PAGE)
+        with atomic.replacing(
+            self.folder / shard_name(number), needed=sum(a.nbytes for a in arrays.values())
+        ) as stream:
+            stream.write(header)
+            for name in laid:
+                stream.write(np.ascontiguousarray(arrays[name]).data.cast("B") if arrays[name].size else b"")
+
+    def entry(self, number: int, name: str) -> NDArray[Any]:
+        """Return an entry of a shard that is there."""
+        return _Shard(self.folder / shard_name(number)).entry(name)
 
     def finish(self, num_shards: int, facts: Mapping[str, Json]) -> None:
         """Write the index, and with it declare the work done."""
-        counts, shape, dtype = [], (), ""
+        counts: list[int] = []
+        shape: tuple[int, ...] = ()
+        dtype = ""
         for number in range(num_shards):
             shard = _Shard(self.folder / shard_name(number))
             counts.append(len(shard))
@@ -106,8 +149,22 @@ class ShardWriter:
         atomic.write_bytes(self.folder / INDEX, (canonical_json(record) + "\n").encode())
 
 
+def _lay_out(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, container.Entry]:
+    """Place `values` first, where what follows stays aligned to its items, else largest items first."""
+    size = container.num_bytes(*shapes["values"])
+    if size % 8:
+        return container.lay_out(shapes)
+    rest = container.lay_out({name: shape for name, shape in shapes.items() if name != "values"})
+    first = container.Entry(name="values", dtype=shapes["values"][0], shape=shapes["values"][1], begin=0, end=size)
+    moved = {
+        name: container.Entry(name=name, dtype=e.dtype, shape=e.shape, begin=e.begin + size, end=e.end + size)
+        for name, e in rest.items()
+    }
+    return {"values": first, **moved}
+
+
 class _Shard:
-    """One file, mapped once: its entries are views of that map, which is let go with the last of them."""
+    """What one file holds, and where; it is open only while it is read (see `_Files`)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -116,39 +173,90 @@ class _Shard:
             with path.open("rb") as stream:
                 prefix = stream.read(container.PREFIX_BYTES)
                 header = stream.read(container.header_bytes_of(prefix, size))
-            parsed = container.parse(header, size)
-            whole = np.memmap(path, np.uint8, "r")
-            self.dtype = parsed.entries["values"].dtype
-            self.values = _view(whole, parsed, "values", NAMES[self.dtype])
-            self._text = _view(whole, parsed, "keys.bytes", np.uint8)
-            self._offsets = _view(whole, parsed, "keys.offsets", np.int64)
-            key_tables.require_offsets(self._offsets, len(self._text), path)
+            self._parsed = container.parse(header, size)
+            values = self._parsed.entries["values"]
+            self.dtype, self._num_rows, self.shape = values.dtype, values.shape[0], values.shape[1:]
+            self.row_bytes = container.num_bytes(values.dtype, values.shape[1:])
+            self.start = self._parsed.data_start + values.begin
+            if self.dtype not in STORED:
+                raise ValueError(f"its values are {self.dtype}")
+            keys = self._parsed.entries["keys.offsets"].shape
         except OSError as error:
             raise SourceError(f"could not read {path}: {error.strerror or error}", path=path) from error
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, IndexError) as error:
             raise CorruptError(f"{path} is damaged: {error}", path=path) from error
-        if len(self._offsets) != len(self.values) + 1:
-            raise CorruptError(f"{path} has {len(self._offsets) - 1} keys for {len(self.values)} rows", path=path)
-        self.shape = self.values.shape[1:]
+        if keys != (self._num_rows + 1,):
+            raise CorruptError(f"{path} has keys of shape {list(keys)} for {self._num_rows} rows", path=path)
 
     def __len__(self) -> int:
-        return len(self.values)
+        return self._num_rows
+
+    def entry(self, name: str) -> NDArray[Any]:
+        """Return a whole entry as an array; raises CorruptError where there is none of that name."""
+        entry = self._parsed.entries.get(name)
+        if entry is None:
+            raise CorruptError(f"{self.path} has no entry {name!r}", path=self.path, tensor=name)
+        dtype = np.dtype(NUMPY_DTYPE[entry.dtype])
+        with self.path.open("rb") as stream:
+            stream.seek(self._parsed.data_start + entry.begin)
+            array = np.fromfile(stream, dtype, math.prod(entry.shape))
+        if array.size != math.prod(entry.shape):
+            raise CorruptError(f"{self.path} was cut short", path=self.path, tensor=name)
+        return array.reshape(entry.shape)
 
     def all_keys(self) -> Iterator[str]:
         """Yield the keys."""
-        text, offsets = self._text.tobytes(), self._offsets.tolist()
-        return (key_tables.decode(text[a:b], self.path) for a, b in pairwise(offsets))
+        text, offsets = self.entry("keys.bytes"), self.entry("keys.offsets")
+        key_tables.require_offsets(offsets, len(text), self.path)
+        data = text.tobytes()
+        return (key_tables.decode(data[a:b], self.path) for a, b in pairwise(offsets.tolist()))
 
 
-def _view(whole: NDArray[np.uint8], parsed: container.Container, name: str, dtype: Any) -> NDArray[Any]:
-    entry = parsed.entries[name]
-    own = np.asarray(whole)[parsed.data_start + entry.begin : parsed.data_start + entry.end]
-    view: NDArray[Any] = own.view(dtype).reshape(entry.shape)
-    return view
+class _File:
+    """An open file, closed when the last who reads it lets go."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if hasattr(os, "posix_fadvise"):  # rows are asked for in any order: what follows them is not wanted
+            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        """Fill a buffer from an offset; returns what could be read."""
+        done = os.preadv(self.descriptor, [buffer], offset)
+        while 0 < done < len(buffer):
+            more = os.preadv(self.descriptor, [buffer[done:]], offset + done)
+            if not more:
+                break
+            done += more
+        return done
+
+
+class _Files:
+    """The files that were used last, open."""
+
+    def __init__(self) -> None:
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most = max(1, min(MOST_OPEN, soft // 2 if soft > 0 else MOST_OPEN))
+        self._open: OrderedDict[Path, _File] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, path: Path) -> _File:
+        """Return an open file."""
+        with self._lock:
+            file = self._open.get(path)
+            if file is None:
+                file = self._open[path] = _File(path)
+                if len(self._open) > self._most:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(path)
+            return file
 
 
 class Shards:
-    """Arrays by key, read by memory map.
+    """Arrays by key, each row by one read, from any thread.
 
     Args:
         folder: as `ShardWriter` left it.
@@ -168,9 +276,9 @@ class Shards:
         self._counts: list[int] = record["num_rows"]
         self._dtype = record["dtype"]
         self._starts = np.cumsum([0, *self._counts])
-        self._open: OrderedDict[int, _Shard] = OrderedDict()
-        for number in range(len(self._counts)):
-            self._shard(number)  # a damaged or foreign file is found at once, not in the middle of a training
+        self._files = _Files()
+        # a damaged or foreign file is found at once, not in the middle of a training
+        self._shards = [self._checked(number) for number in range(len(self._counts))]
 
     def _read_index(self) -> dict[str, Any]:
         path = self.folder / INDEX
@@ -191,28 +299,30 @@ class Shards:
             raise FormatError(f"{path} is of a version that this gmem does not know: install a newer one", path=path)
         return dict(record)
 
-    def _shard(self, number: int) -> _Shard:
-        """Return a shard, mapped; of those least used the maps are let go, so that descriptors do not run out."""
-        if number not in self._open:
-            shard = _Shard(self.folder / shard_name(number))
-            if (len(shard), list(shard.shape), shard.dtype) != (self._counts[number], list(self.shape), self._dtype):
-                raise CorruptError(f"{shard.path} is not the shard that {INDEX} describes", path=shard.path)
-            self._open[number] = shard
-            if len(self._open) > MOST_OPEN:
-                self._open.popitem(last=False)
-        self._open.move_to_end(number)
-        return self._open[number]
+    def _checked(self, number: int) -> _Shard:
+        shard = _Shard(self.folder / shard_name(number))
+        if (len(shard), list(shard.shape), shard.dtype) != (self._counts[number], list(self.shape), self._dtype):
+            raise CorruptError(f"{shard.path} is not the shard that {INDEX} describes", path=shard.path)
+        return shard
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def keys(self) -> list[str]:
         """Return all N keys."""
-        return [key for number in range(len(self._counts)) for key in self._shard(number).all_keys()]
+        return [key for shard in self._shards for key in shard.all_keys()]
+
+    def entry(self, name: str) -> NDArray[Any]:
+        """Return what was said of every row, (N, …), or of every shard, one after the other; raises CorruptError for nothing."""
+        return np.concatenate([shard.entry(name) for shard in self._shards])
 
     @cached_property
     def _rows(self) -> dict[str, int]:
         return {key: row for row, key in enumerate(self.keys())}
+
+    def holds(self, keys: Sequence[str]) -> NDArray[np.bool_]:
+        """Return (B,) which of the keys are there."""
+        return np.fromiter((key in self._rows for key in keys), np.bool_, len(keys))
 
     def rows_for(self, keys: Sequence[str]) -> NDArray[np.int64]:
         """Return the (B,) rows of keys, in their order; raises UnknownKeyError that names the first three unknown."""
@@ -227,12 +337,37 @@ class Shards:
 
     def read(self, rows: NDArray[np.int64] | Sequence[int]) -> NDArray[np.float32]:
         """Return the (B, *E) float32 arrays of rows; raises IndexError for one out of range."""
+        return widen(self.read_stored(rows))
+
+    def read_stored(self, rows: NDArray[np.int64] | Sequence[int]) -> NDArray[Any]:
+        """Return the (B, *E) arrays of rows as they are stored: float32, float16, or bfloat16's bits as uint16.
+
+        Each row is one read of its own bytes, in the order of the files.
+
+        Raises:
+            IndexError: a row out of range.
+            CorruptError: a file was cut short since it was opened.
+            SourceError: a file is gone.
+        """
         rows = np.asarray(rows, np.int64)
         if rows.size and not (int(rows.min()) >= 0 and int(rows.max()) < len(self)):
             raise IndexError(f"rows must be 0 to {len(self) - 1}")
-        found = np.empty((len(rows), *self.shape), np.float32)
-        owners = np.searchsorted(self._starts, rows, side="right") - 1
-        for number in np.unique(owners):
-            places = np.flatnonzero(owners == number)
-            found[places] = self._shard(number).values[rows[places] - self._starts[number]]
+        found = np.empty((len(rows), *self.shape), STORED[self._dtype])
+        whole = found.reshape(len(rows), -1).view(np.uint8) if found.size else np.empty((len(rows), 0), np.uint8)
+        buffers = memoryview(whole.reshape(-1).data) if found.size else memoryview(b"")
+        size = whole.shape[1]
+        order = np.argsort(rows, kind="stable")
+        owners = np.searchsorted(self._starts, rows[order], side="right") - 1
+        inside = rows[order] - self._starts[owners]
+        for place, owner, row in zip(order.tolist(), owners.tolist(), inside.tolist(), strict=True):
+            shard = self._shards[owner]
+            buffer = buffers[place * size : (place + 1) * size]
+            if self._file(shard.path).read_into(buffer, shard.start + row * size) != size:
+                raise CorruptError(f"{shard.path} was cut short", path=shard.path)
         return found
+
+    def _file(self, path: Path) -> _File:
+        try:
+            return self._files.get(path)
+        except OSError as error:
+            raise SourceError(f"could not read {path}: {error.strerror or error}", path=path) from error

@@ -1,6 +1,6 @@
 """Checkpoints: safetensors for tensors, JSON for the rest, one folder a step, complete or not there at all.
 
-RUN/checkpoints/step-00000500/{model,ema,optimizer}.safetensors, state.json
+RUN/checkpoints/step-00000500/{model,ema,optimizer}.safetensors, state.json; ema-<decay>.safetensors for further averages
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,30 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gmem_bank.errors import CheckpointError, ConfigError, GMemError, WriteError
+from gmem_gen import tokenizers
 from gmem_gen.config import Config
 from gmem_gen.model import Generator, LatentShape
 
 STATE = "state.json"
 MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
+SET_ASIDE = "set-aside-"
+"""Before the name of a checkpoint that a training went back behind."""
 _STEP = re.compile(r"step-(\d{8,})")
 
 
 def checkpoints_folder(run: Path) -> Path:
     """Return where a run's checkpoints lie."""
     return run / "checkpoints"
+
+
+def weights_file(name: str) -> str:
+    """Return the file of weights by name: "model", "ema", "ema-0.999"."""
+    return f"{name}.safetensors"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step that a checkpoint's folder is named after."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -41,7 +55,7 @@ def list_checkpoints(run: Path) -> list[Path]:
         if folder.is_dir()
         else []
     )
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
@@ -65,7 +79,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensor
 
 
 def save(
-    run: Path, step: int, state: dict[str, Any], model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
+    run: Path, step: int, state: dict[str, Any], weights: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
 ) -> Path:
     """Write a checkpoint atomically: it appears under its name only when it is complete.
 
@@ -73,8 +87,7 @@ def save(
         run: the run's folder.
         step: optimizer steps done.
         state: JSON object; gets "step".
-        model: trained weights.
-        ema: averaged weights.
+        weights: "model", the trained weights, and averages by name.
         optimizer: its state, parameter order as in the model.
 
     Raises:
@@ -88,9 +101,9 @@ def save(
         temporary = folder / f".saving-{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        names = [name for name, _ in model.named_parameters()]
-        save_file(_plain(model.state_dict()), temporary / MODEL)
-        save_file(_plain(ema.state_dict()), temporary / EMA)
+        names = [name for name, _ in weights["model"].named_parameters()]
+        for name, module in weights.items():
+            save_file(_plain(module.state_dict()), temporary / weights_file(name))
         save_file(_plain(optimizer_tensors(optimizer, names)), temporary / OPTIMIZER)
         hashes = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
         text = json.dumps({**state, "step": step, "hashes": hashes}, indent=1)
@@ -131,14 +144,34 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def clean(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints (0: none are removed), and what a killed save left."""
+def clean(run: Path, keep: int, *, every: int = 0, best: int | None = None) -> None:
+    """Remove superseded checkpoints, and what a killed save left.
+
+    Args:
+        run: the run's folder.
+        keep: newest ones that stay; 0: all.
+        every: steps that are a multiple of this stay; 0: none for that.
+        best: this step stays.
+    """
     folder = checkpoints_folder(run)
     if folder.is_dir():
         for path in folder.glob(".saving-*"):
             shutil.rmtree(path, ignore_errors=True)
     for path in list_checkpoints(run)[: -keep or None] if keep else []:
-        shutil.rmtree(path, ignore_errors=True)
+        step = step_of(path)
+        if step != best and not (every and step % every == 0):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside_after(checkpoint: Path) -> list[Path]:
+    """Rename a run's checkpoints of later steps, so that a training can go on from this one; return their new names."""
+    later = [path for path in list_checkpoints(checkpoint.parent.parent) if step_of(path) > step_of(checkpoint)]
+    moved = []
+    for path in later:
+        target = path.with_name(SET_ASIDE + path.name)
+        shutil.rmtree(target, ignore_errors=True)
+        moved.append(path.rename(target))
+    return moved
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -149,7 +182,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             raise ValueError("it is incomplete")
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{checkpoint} is not a checkpoint that can be read ({error}): delete that folder to go on from the one before it",
+            f"{checkpoint} is not a checkpoint that can be read ({error}): delete that folder, or train with --resume-from "
+            "previous, to go on from the one before it",
             path=checkpoint,
         ) from error
     return state
@@ -163,7 +197,8 @@ def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
         return load_file(checkpoint / name)
     except (OSError, KeyError, SafetensorError) as error:
         raise CheckpointError(
-            f"{checkpoint / name} is damaged ({error}): delete the folder {checkpoint} to go on from the checkpoint before it",
+            f"{checkpoint / name} is damaged ({error}): delete the folder {checkpoint}, or train with --resume-from previous, to "
+            "go on from the checkpoint before it",
             path=checkpoint / name,
         ) from error
 
@@ -179,8 +214,8 @@ class LoadedCheckpoint:
     """What it was trained on, from `conditioning.record_of`."""
     step: int
     run: Path
-    tokenizer: str
-    """Name of what turns its latents into pixels."""
+    tokenizer: dict[str, Any]
+    """Record of what turns its latents into pixels, the statistics of its latents included; `make_tokenizer` reads it."""
     classes: tuple[str, ...] = ()
     """Of a class-conditional model: the concepts that its labels stand for."""
 
@@ -195,15 +230,13 @@ def load_checkpoint(path: str | os.PathLike[str], *, weights: str = "ema", devic
 
     Args:
         path: a run's folder (its newest checkpoint is taken) or a checkpoint's.
-        weights: "ema" (averaged) or "model" (as trained last).
+        weights: "ema" (averaged), "ema-<decay>" (another average of `train.ema_decay`) or "model" (as trained last).
         device: where to put the model.
 
     Raises:
         CheckpointError: none there, damaged, or the weights do not fit the stored configuration.
-        ConfigError: other weights than these two.
+        ConfigError: weights that the checkpoint does not have.
     """
-    if weights not in ("ema", "model"):
-        raise ConfigError(f"weights must be 'ema' or 'model', not {weights!r}", key="weights")
     where = Path(path)
     found = list_checkpoints(where)
     checkpoint = where if (where / STATE).is_file() else found[-1] if found else None
@@ -217,15 +250,15 @@ def load_checkpoint(path: str | os.PathLike[str], *, weights: str = "ema", devic
     try:
         config = Config.from_mapping(state["config"])
         model = make_model(config, LatentShape(**state["latent"]), int(state["bank"]["dim"]))
-        tensors = read_tensors(checkpoint, EMA if weights == "ema" else MODEL)
-        prefix = "module." if weights == "ema" else ""
+        tensors = read_tensors(checkpoint, weights_file(_known(weights, state, checkpoint)))
+        prefix = "" if weights == "model" else "module."
         model.load_state_dict({name.removeprefix(prefix): t for name, t in tensors.items() if name != "n_averaged"})
     except (KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"the weights in {checkpoint} do not fit its configuration: {error}", path=checkpoint
         ) from error
     except GMemError as error:
-        if isinstance(error, CheckpointError):
+        if isinstance(error, CheckpointError) or error.key == "weights":
             raise
         raise CheckpointError(f"the configuration in {checkpoint} cannot be used: {error}", path=checkpoint) from error
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
@@ -236,6 +269,16 @@ def load_checkpoint(path: str | os.PathLike[str], *, weights: str = "ema", devic
         bank=state["bank"],
         step=int(state["step"]),
         run=run,
-        tokenizer=str(state["tokenizer"]),
+        tokenizer=tokenizers.upgraded(state["tokenizer"], model.latent),
         classes=tuple(state.get("classes", ())),
     )
+
+
+def _known(weights: str, state: dict[str, Any], checkpoint: Path) -> str:
+    """Return the name of weights; raises ConfigError that names those that there are."""
+    there = sorted(name.removesuffix(".safetensors") for name in state["hashes"] if name != OPTIMIZER)
+    if weights not in there:
+        raise ConfigError(
+            f"weights must be one of {', '.join(map(repr, there))} in {checkpoint}, not {weights!r}", key="weights"
+        )
+    return weights

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import click
 
 import gmem_bank
+from gmem_gen.cli_encode import encode
 from gmem_gen.cli_evaluate import evaluate
 from gmem_gen.cli_sample import sample
 from gmem_gen.cli_shared import (
@@ -19,6 +21,7 @@ from gmem_gen.cli_shared import (
     quiet_option,
     set_option,
 )
+from gmem_gen.cli_weights import export, import_checkpoint
 
 
 @click.group(cls=gmem_bank.CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -57,26 +60,60 @@ def _resolved(preset: str, config_file: str | None, settings: tuple[str, ...]) -
 @click.option("--out", "-o", default=None, metavar="RUN", help="The run's folder; default: runs/<bank stem>.")
 @click.option("--seed", type=click.IntRange(min=0), default=None, help="Short for --set train.seed=N.")
 @click.option("--device", default=None, help="Short for --set train.device=NAME: auto, cpu, cuda, …")
-@click.option("--allow-missing", is_flag=True, help="Leave out rows whose image is gone.")
+@click.option("--tokenizer", default=None, metavar="NAME", help="Short for --set data.tokenizer=NAME: what is drawn.")
+@click.option(
+    "--tokenizer-weights",
+    default=None,
+    metavar="PLACE",
+    help="Short for --set data.tokenizer_weights=PLACE: a folder or file, or OWNER/NAME on the hub.",
+)
+@click.option(
+    "--latents",
+    default=None,
+    metavar="FOLDER",
+    help="Short for --set data.latents=FOLDER: what 'gmem-gen encode' wrote; images are not read.",
+)
+@click.option(
+    "--tokens",
+    default=None,
+    metavar="FOLDER",
+    help="Short for --set data.tokens=FOLDER: what 'gmem-bank tokens' wrote; a projection head learns them (REPA).",
+)
+@click.option("--allow-missing", is_flag=True, help="Leave out rows whose image or latent is gone.")
 @click.option(
     "--accept-bank-change", is_flag=True, help="Go on although the bank was edited since the training stopped."
 )
+@click.option(
+    "--resume-from",
+    default="latest",
+    show_default=True,
+    metavar="WHICH",
+    help="latest, previous (the checkpoint before it), or a checkpoint's folder; later checkpoints are set aside.",
+)
+@click.option("--tensorboard", is_flag=True, help="Also write RUN/tensorboard.")
 @click.option("--dry-run", is_flag=True, help="Check bank, images and settings, print the settings, train nothing.")
 @json_option
 @quiet_option
 def train(
     bank: str, images: tuple[str, ...], preset: str, config_file: str | None, settings: tuple[str, ...], out: str | None,
-    seed: int | None, device: str | None, allow_missing: bool, accept_bank_change: bool, dry_run: bool, as_json: bool,
-    quiet: bool,
+    seed: int | None, device: str | None, tokenizer: str | None, tokenizer_weights: str | None, latents: str | None,
+    tokens: str | None, allow_missing: bool, accept_bank_change: bool, resume_from: str, tensorboard: bool, dry_run: bool,
+    as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Train a generator on the images of a bank. The same command again resumes.
 
     Pixels at 64 px (less where the images are smaller), a small model, and a budget of epochs bounded to about ten minutes
-    on a CPU; all of it are settings, see 'gmem-gen config'. Inserted concepts are trained on too.
+    on a CPU; all of it are settings, see 'gmem-gen config'. Inserted concepts are trained on too. On several GPUs or
+    processes: 'torchrun --nproc-per-node N -m gmem_gen train …', the same training as with one.
     """
     import gmem_gen
 
+    leads = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one speaks
+    quiet = quiet or not leads
+
     extra = [f"train.seed={seed}"] * (seed is not None) + [f"train.device={device!r}"] * (device is not None)
+    places = {"tokenizer": tokenizer, "tokenizer_weights": tokenizer_weights, "latents": latents, "tokens": tokens}
+    extra += [f"data.{name}={json.dumps(value)}" for name, value in places.items() if value is not None]
     extra += ["data.allow_missing=true"] * allow_missing
     config = _resolved(preset, config_file, (*settings, *extra))
     if dry_run:
@@ -90,13 +127,13 @@ def train(
         gmem_bank.ProgressBar("train", "step", quiet=quiet) as bar,
     ):
         report = gmem_gen.train(
-            bank, config, images=images or None, out=out, accept_bank_change=accept_bank_change, handle_signals=True,
-            say=lambda text: None if quiet else click.echo(text, err=True),
-            read_progress=reading, progress=bar,
+            bank, config, images=images or None, out=out, resume_from=resume_from, accept_bank_change=accept_bank_change,
+            tensorboard=tensorboard, handle_signals=True, say=lambda text: None if quiet else bar.say(text),
+            status=bar.note, read_progress=reading, progress=bar,
         )  # fmt: skip
-    if as_json:
+    if leads and as_json:
         print_json(report.to_json())
-    else:
+    elif leads:
         click.echo(_ended(report))
     if report.stopped == "signal":
         raise click.exceptions.Exit(130)
@@ -111,10 +148,14 @@ def _ended(report: Any) -> str:
         "time": "stopped at train.max_minutes; a larger one goes on from here",
         "signal": "interrupted; the same command goes on from here",
     }
-    return f"{done}{loss}, {report.seconds:.0f} s of training: {remarks[report.stopped]}"
+    best = "" if report.best is None else f", best validation loss {report.best[1]:.4f} at step {report.best[0]}"
+    return f"{done}{loss}{best}, {report.seconds:.0f} s of training: {remarks[report.stopped]}"
 
 
+main.add_command(encode)
 main.add_command(sample)
+main.add_command(import_checkpoint)
+main.add_command(export)
 main.add_command(evaluate)
 
 

@@ -12,25 +12,6 @@ import gmem_bank
 from gmem_gen.cli_shared import json_option, print_json, quiet_option
 
 
-def _parameters(pairs: tuple[str, ...]) -> tuple[dict[str, Any], list[str]]:
-    """Return parameters of the encoder, and the settings of sampling among --set."""
-    import json
-
-    parameters, sampling = {}, []
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise click.UsageError(f"--set {pair}: it is not NAME=VALUE")
-        if name.startswith("sample."):
-            sampling.append(pair)
-            continue
-        try:
-            parameters[name.strip()] = json.loads(text)
-        except ValueError:
-            parameters[name.strip()] = text
-    return parameters, sampling
-
-
 @click.command()
 @click.option(
     "--bank", "-b", default=None, metavar="BANK", help="The generator's bank. [bank.safetensors; with --samples none]"
@@ -59,7 +40,9 @@ def _parameters(pairs: tuple[str, ...]) -> tuple[dict[str, Any], list[str]]:
 @click.option("--num-real", type=int, default=None, help="Real images of each kind at most, drawn by the seed. [all]")
 @click.option("--own-size", is_flag=True, help="Embed real images at their own size, not at that of the samples.")
 @click.option("--bootstrap", "num_resamples", type=int, default=None, help="Resamples of intervals; 0: none. [100]")
-@click.option("--checkpoint-weights", type=click.Choice(["ema", "model"]), default="ema", show_default=True)
+@click.option(
+    "--checkpoint-weights", default="ema", show_default=True, metavar="NAME", help="ema, model or ema-<decay>."
+)
 @click.option("--seed", type=int, default=None, help="Of the choice of rows, subsets and resamples. [0]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, …")
 @click.option(
@@ -84,7 +67,8 @@ def evaluate(
         bank = bank or "bank.safetensors"
     if samples is not None and (checkpoint or concepts or judging["num"]):
         raise click.UsageError("--samples are there already: leave --checkpoint, --concept and --num out")
-    parameters, settings = _parameters(pairs)
+    settings = [pair for pair in pairs if pair.startswith("sample.")]
+    parameters = gmem_bank.parse_parameters(tuple(pair for pair in pairs if pair not in settings))
     given = {name: value for name, value in judging.items() if value is not None}
     options = gmem_gen.EvaluationOptions(**given, match_size=not own_size)
     run = _run(bank, checkpoint) if samples is None and bank is not None else None
@@ -96,7 +80,7 @@ def evaluate(
     elif parameters:
         raise click.UsageError(f"--set {next(iter(parameters))}: it is a setting of --encoder, which is not given")
     sampling = _sampling(run, settings) if settings else None
-    folder = out or (Path("evaluation") if run is None else Path(run) / "evaluation")
+    folder = out or _folder(run)
 
     def load(made: gmem_bank.MemoryBank) -> gmem_bank.Encoder:
         ours = bank is not None and made.path.resolve() == Path(bank).resolve()
@@ -122,6 +106,14 @@ def _run(bank: str, checkpoint: str | None) -> str:
     from gmem_gen.run import default_run
 
     return checkpoint or str(default_run(bank))
+
+
+def _folder(run: str | None) -> Path:
+    """Return where a report goes by default: into the run, also where one of its checkpoints is named."""
+    where = None if run is None else Path(run)
+    if where is not None and where.parent.name == "checkpoints":
+        return where.parent.parent / f"evaluation-{where.name}"
+    return Path("evaluation") if where is None or not (where / gmem_bank.RUN_MARKER).is_file() else where / "evaluation"
 
 
 def _sampling(run: str | None, settings: list[str]) -> Any:

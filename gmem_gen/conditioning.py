@@ -21,16 +21,14 @@ import gmem_bank
 from gmem_bank.errors import ConfigError, EncoderMismatchError, GMemError, SourceError, UnknownKeyError, first_three
 from gmem_bank.interface import INTERFACE_VERSION, Bank, ImagesFrom, SupportsConcepts, SupportsFactors, SupportsImages
 from gmem_gen.model import Generator
-from gmem_gen.snippets import absorbed_projection, regularise
+from gmem_gen.snippets import Reader, absorbed_projection, regularise, snippet_reader
 
 # The rest of the generator has the type of a bank from here, and nothing else of its interface.
 __all__ = [
-    "Bank", "Conditions", "ImagesFrom", "Join", "Reader", "absorb", "choose_conditions", "class_names", "concepts_of", "gather",
-    "join_images", "keys_of", "labels", "open_bank", "read_image", "reader", "record_of", "regularise", "require_interface",
-    "require_same_memory",
+    "Bank", "ImagesFrom", "Join", "Reader", "absorb", "class_names", "concept_keys", "concept_labels", "concept_rows", "concepts_of",
+    "gather", "join_images", "join_keys", "labels", "names_of", "open_bank", "read_image", "reader", "record_of",
+    "record_of_encoder", "regularise", "require_interface", "require_same_memory", "snippet_reader",
 ]  # fmt: skip
-
-DEFAULT_SAMPLES = 16
 
 
 def open_bank(path: str | os.PathLike[str]) -> Bank:
@@ -51,14 +49,20 @@ def require_interface(bank: Bank) -> Bank:
 
 def record_of(bank: Bank) -> dict[str, Any]:
     """Return what a checkpoint or a result remembers of a bank."""
+    numbers = {"fingerprint": bank.fingerprint, "num_rows": len(bank), "num_active": len(bank.rows())}
+    return record_of_encoder(bank.encoder) | {"dim": bank.dim, "space": bank.space, **numbers}
+
+
+def record_of_encoder(encoder: gmem_bank.EncoderSpec) -> dict[str, Any]:
+    """Return the like of `record_of` for snippets of an encoder, where no bank of them is at hand."""
     return {
-        "fingerprint": bank.fingerprint,
-        "dim": bank.dim,
-        "space": bank.space,
-        "encoder": bank.encoder.name,
-        "encoder_fingerprint": bank.encoder.fingerprint,
-        "num_rows": len(bank),
-        "num_active": len(bank.rows()),
+        "fingerprint": "",
+        "dim": encoder.dim,
+        "space": encoder.space,
+        "encoder": encoder.name,
+        "encoder_fingerprint": encoder.fingerprint,
+        "num_rows": 0,
+        "num_active": 0,
     }
 
 
@@ -124,6 +128,38 @@ def join_images(bank: Bank, images: ImagesFrom, *, allow_missing: bool) -> Join:
     return Join(rows=kept, keys=bank.keys(kept), num_derived=len(bank.rows()) - len(rows), missing=missing)
 
 
+def join_keys(
+    bank: Bank, holds: Callable[[Sequence[str]], NDArray[np.bool_]], *, allow_missing: bool, what: str, advice: str
+) -> Join:
+    """Return the rows to train on where what is learned lies ready by key: every active row that has it.
+
+    Args:
+        bank: must offer SupportsImages.
+        holds: keys → which of them are there.
+        allow_missing: leave out rows that have an image and nothing there, instead of stopping.
+        what: is looked for, and where, for messages.
+        advice: what to do about missing ones.
+
+    Raises:
+        SourceError: some are missing (how many, which, what to do), or all.
+    """
+    if not isinstance(bank, SupportsImages):
+        raise SourceError(f"this bank does not know the keys of its rows, so there are no {what} to be found")
+    rows = bank.rows()
+    there = holds(bank.keys(rows))
+    missing = bank.keys(np.setdiff1d(bank.image_rows(), rows[there]))
+    if not there.any():
+        examples = first_three(bank.keys(rows[:3]))
+        raise SourceError(f"there are no {what} for any row of this bank, whose keys are such as {examples}: {advice}")
+    if missing and not allow_missing:
+        raise SourceError(
+            f"there are no {what} for {len(missing)} of {len(missing) + int(there.sum())} rows, such as {first_three(missing)}: "
+            f"{advice}, or leave these rows out with --allow-missing"
+        )
+    kept = rows[there]
+    return Join(rows=kept, keys=bank.keys(kept), num_derived=len(rows) - len(kept) - len(missing), missing=missing)
+
+
 def read_image(bank: Bank, row: int, images: ImagesFrom) -> NDArray[np.uint8]:
     """Return the (H, W, 3) uint8 image of a row; raises SourceError."""
     if not isinstance(bank, SupportsImages):
@@ -134,17 +170,6 @@ def read_image(bank: Bank, row: int, images: ImagesFrom) -> NDArray[np.uint8]:
 def gather(bank: Bank, rows: NDArray[np.int64], device: torch.device) -> Tensor:
     """Return the (B, D) float32 snippets of rows on a device."""
     return torch.from_numpy(bank.snippets(rows)).to(device)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reader:
-    """A network, and how the conditions it takes are read from a bank."""
-
-    network: Generator
-    read: Callable[[NDArray[np.int64], torch.device], Tensor]
-    """Rows → (B, …) conditions."""
-    numbers_per_row: int
-    """How many numbers a row costs on its way to the device."""
 
 
 def reader(bank: Bank, model: Generator, classes: Sequence[str] = ()) -> Reader:
@@ -200,6 +225,13 @@ def class_names(bank: Bank) -> tuple[str, ...]:
     return bank.names
 
 
+def concept_keys(bank: Bank, name: str) -> frozenset[str]:
+    """Return the keys of a concept's active rows; raises UnknownKeyError for a concept that there is not."""
+    if not isinstance(bank, SupportsConcepts) or not isinstance(bank, SupportsImages):
+        raise UnknownKeyError("this bank has no concepts", key=name)
+    return frozenset(bank.keys(bank.rows_of(name)))
+
+
 def labels(bank: Bank, rows: NDArray[np.int64], classes: Sequence[str]) -> Tensor:
     """Return the (B,) int64 labels of rows: the number of the class whose concept holds them.
 
@@ -232,66 +264,30 @@ def labels(bank: Bank, rows: NDArray[np.int64], classes: Sequence[str]) -> Tenso
     return torch.from_numpy(result)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Conditions:
-    """What a batch of samples is conditioned on."""
-
-    rows: NDArray[np.int64]
-    """(B,) one row a sample."""
-    keys: list[str]
-    label: str
-    """A short name for files."""
+def concept_rows(bank: Bank, concept: str) -> NDArray[np.int64]:
+    """Return the active rows of a concept, ascending; raises UnknownKeyError with the nearest names."""
+    if not isinstance(bank, SupportsConcepts):
+        raise UnknownKeyError("this bank has no concepts", key=concept)
+    return bank.rows_of(concept)
 
 
-def choose_conditions(
-    bank: Bank, *, concept: str | None, keys: Sequence[str], num: int | None, per_snippet: int, seed: int
-) -> Conditions:
-    """Return the rows to sample from.
+def names_of(bank: Bank, rows: NDArray[np.int64]) -> list[str]:
+    """Return the keys of rows, or their numbers where the bank keeps no keys."""
+    return bank.keys(rows) if isinstance(bank, SupportsImages) else [str(row) for row in rows]
 
-    Args:
-        bank: where from.
-        concept: take its rows, in the bank's order, over and over where more are wanted; of more rows than are wanted, a
-            choice drawn by `seed`.
-        keys: or take exactly these rows, in this order.
-        num: samples wanted; None: of every key, or of 16 rows (fewer where the concept has fewer).
-        per_snippet: samples of each row, one after the other.
-        seed: for the choice; 0 or more.
 
-    Raises:
-        UnknownKeyError: no such concept or key, or all its rows are masked.
-        ConfigError: both a concept and keys, or counts below 1.
-    """
-    if concept is not None and keys:
-        raise ConfigError("give either a concept or keys, not both")
-    if seed < 0:
-        raise ConfigError(f"seed must be 0 or more, got {seed}", key="seed")
-    if per_snippet < 1 or (num is not None and num < 1):
-        raise ConfigError("the number of samples must be at least 1")
-    if keys:
-        pool, label = bank.rows_for(keys), "keys"
-    elif concept is not None:
-        if not isinstance(bank, SupportsConcepts):
-            raise UnknownKeyError("this bank has no concepts", key=concept)
-        pool, label = bank.rows_of(concept), concept
-        if not len(pool):
-            raise UnknownKeyError(f"every row of concept {concept!r} is masked", key=concept)
-    else:
-        pool, label = bank.rows(), "random"
-    total = num if num is not None else (len(pool) if keys else min(len(pool), DEFAULT_SAMPLES)) * per_snippet
-    wanted = -(-total // per_snippet)
-    if not keys and wanted < len(pool):
-        # Asking for more then only adds to what was drawn; a concept that fits whole keeps its order, so that an
-        # interpolation reads as the way it is.
-        pool = np.random.Generator(np.random.PCG64(seed)).permutation(pool)[:wanted]
-    rows = np.resize(np.repeat(pool, per_snippet), total)
-    return Conditions(rows=rows, keys=keys_of(bank, rows), label=label)
+def concept_labels(bank: Bank, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], tuple[str, ...]] | None:
+    """Return the (B,) numbers of the concepts that rows belong to, and the concepts; None unless each row has exactly one."""
+    if not isinstance(bank, SupportsConcepts) or not bank.names:
+        return None
+    found = np.full(len(bank), -1, np.int64)
+    for number, name in enumerate(bank.names):
+        members = bank.rows_of(name)
+        found[members] = np.where(found[members] == -1, number, -2)
+    result = found[rows]
+    return None if (result < 0).any() else (result, bank.names)
 
 
 def concepts_of(bank: Bank) -> dict[str, NDArray[np.int64]]:
     """Return concept → its active rows, in the bank's order; {} for a bank without concepts."""
     return {name: bank.rows_of(name) for name in bank.names} if isinstance(bank, SupportsConcepts) else {}
-
-
-def keys_of(bank: Bank, rows: NDArray[np.int64]) -> list[str]:
-    """Return the keys of rows; their numbers where the bank has none."""
-    return bank.keys(rows) if isinstance(bank, SupportsImages) else [str(row) for row in rows]

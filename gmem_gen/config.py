@@ -118,6 +118,9 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     if typing.get_origin(hint) is Literal:
         return choose(name, value, typing.get_args(hint))
     assert not isinstance(hint, types.UnionType), name
+    if typing.get_origin(hint) is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_typed(name, item, typing.get_args(hint)[0]) for item in items)
     if hint is float and type(value) is int:
         return float(value)
     if hint is float and type(value) is float and not math.isfinite(value):

@@ -1,6 +1,6 @@
 """Training images: decoded and cropped once into a mapped file, then read by row number; and the order they come in.
 
-Shapes: M training images, B batch, H×W pixels, C channels.
+Shapes: M training images, B batch, H×W pixels, C channels, c·h·w latent.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 import gmem_bank
 from gmem_bank.errors import GMemError, SourceError, WriteError
 from gmem_gen.conditioning import Bank, ImagesFrom, Join, read_image, record_of
-from gmem_gen.config import DataConfig, ModelConfig
+from gmem_gen.model import LatentShape
+from gmem_gen.tokenizers import Tokenizer
 
 DEFAULT_SIZE = 64
 PROBE = 256
@@ -27,19 +30,38 @@ Mapped = np.memmap[tuple[int, ...], np.dtype[np.uint8]]
 Progress = Callable[[int, int], None]
 
 
-def resolve_image_size(bank: Bank, join: Join, images: ImagesFrom, config: DataConfig, model: ModelConfig) -> int:
-    """Return the side to train at: as configured, or 64, or less where the images are smaller.
+class TrainingImages(Protocol):
+    """What a training learns to draw, by place among the training rows."""
 
-    "Smaller" is the short side of the smallest of up to 256 images spread over the rows, brought down to a multiple of
-    the patch where one is configured.
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What turns latents into pixels again."""
+
+    @property
+    def latent(self) -> LatentShape:
+        """(c, h = w)."""
+
+    def __len__(self) -> int:
+        """M."""
+
+    def read(self, places: NDArray[np.int64]) -> Tensor:
+        """Return (B, c, h, w) float32 normalised latents of (B,) places: the same every time, from any thread."""
+
+
+def default_image_size(bank: Bank, join: Join, images: ImagesFrom, *, most: int, multiple: int) -> int:
+    """Return the side to train at where none is configured: `most`, or less where the images are smaller.
+
+    Args:
+        bank: read through the interface.
+        join: its rows with images. "Smaller" is the short side of the smallest of up to 256 of them, spread over the rows.
+        images: override of the recorded folders.
+        most: a side in pixels.
+        multiple: the side is brought down to a multiple of it, at least once.
     """
-    if config.image_size:
-        return config.image_size
     chosen = join.rows[np.linspace(0, len(join.rows) - 1, min(PROBE, len(join.rows))).astype(np.int64)]
     short = min(int(min(read_image(bank, int(row), images).shape[:2])) for row in chosen)
-    size = min(DEFAULT_SIZE, short)
-    patch = max(1, model.patch_size)
-    return max(patch, size - size % patch)
+    size = min(most, short)
+    return max(multiple, size - size % multiple)
 
 
 def to_pixels(image: NDArray[np.uint8], size: int, channels: int) -> NDArray[np.uint8]:
@@ -126,6 +148,25 @@ class PixelCache:
     def read(self, places: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return (B, H, W, C) uint8 images by position in the join."""
         return np.ascontiguousarray(self._images[places])
+
+
+class PixelImages:
+    """Training images kept as pixels, and made latents each time they are read.
+
+    Args:
+        cache: the pixels.
+        tokenizer: what makes latents of them; of pixels, that is only a change of range.
+    """
+
+    def __init__(self, cache: PixelCache, tokenizer: Tokenizer) -> None:
+        self._cache, self.tokenizer, self.latent = cache, tokenizer, tokenizer.latent
+
+    def __len__(self) -> int:
+        return len(self._cache)
+
+    def read(self, places: NDArray[np.int64]) -> Tensor:
+        """Return (B, c, h, w) float32 normalised latents."""
+        return self.tokenizer.encode(self._cache.read(places))
 
 
 def _readable(bank: Bank, join: Join, place: int, images: ImagesFrom) -> NDArray[np.uint8]:

@@ -79,8 +79,8 @@ def _facts(report: EvaluationReport) -> str:
     samples, judge, reference = report.samples, report.judge, report.reference
     drawn = samples["sampling"]
     how = "" if not drawn else (
-        f" Drawn at step {drawn['step']} ({drawn['weights']} weights) by {drawn['settings']['method']} in "
-        f"{drawn['settings']['num_steps']} steps, guidance {drawn['settings']['guidance']:g}, seed {drawn['settings']['seed']}."
+        f" Drawn at step {drawn['step']} ({drawn['kind_of_weights']} weights) by {drawn['sample.method']} in "
+        f"{drawn['sample.num_steps']} steps, guidance {drawn['sample.guidance']:g}, seed {drawn['sample.seed']}."
     )  # fmt: skip
     return (
         f"{samples['count']} samples of {samples['width']}×{samples['height']} against {reference['count']}: "

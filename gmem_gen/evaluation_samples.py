@@ -6,7 +6,6 @@ Shapes: n samples, H×W pixels, C channels.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,19 +15,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import gmem_gen
 from gmem_bank.errors import ConfigError, OutputExistsError, WriteError
 from gmem_gen import conditioning
-from gmem_gen.checkpoint import EMA, MODEL, LoadedCheckpoint, read_state
+from gmem_gen.checkpoint import LoadedCheckpoint
 from gmem_gen.conditioning import Bank
+from gmem_gen.conditions import Conditions, choose_conditions
 from gmem_gen.config import SampleConfig
 from gmem_gen.evaluation_report import FEWEST, EvaluationOptions
 from gmem_gen.image_sets import ImageSet, Progress, from_pixels, from_source
+from gmem_gen.sample_files import SampleFiles, plan_of, sample_to
+from gmem_gen.sampling import sample
 
 MARKER = ".gmem-evaluation"
 LOOKED_AT = 16
 """Given samples whose pixels say whether all of them are grey."""
-ARRAY, RECORD = "samples.npz", "samples.json"
+ARRAY = "samples.npz"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ def draw_samples(
     bank: Bank, checkpoint: LoadedCheckpoint, options: EvaluationOptions, *, concepts: Sequence[str] = (),
     config: SampleConfig | None = None, weights: str = "ema", keep: Path | None = None, progress: Progress,
 ) -> SampleSet:  # fmt: skip
-    """Draw samples, or read them where the same ones were drawn before.
+    """Draw samples; what an earlier, interrupted or finished, call has drawn in the same way is taken.
 
     Args:
         bank: where the snippets are.
@@ -103,35 +104,35 @@ def draw_samples(
     """
     wanted = config or checkpoint.config.sample
     conditions = _chosen(bank, options, concepts)
-    plan = _plan(bank, checkpoint, wanted, weights, conditions.keys)
-    images = None if keep is None else _kept(keep, plan)
-    if images is None:
-        images = gmem_gen.sample(bank, checkpoint, conditions, wanted, progress=progress).images
-        if keep is not None:
-            _keep(keep, images, plan)
+    if keep is None:
+        images = sample(bank, checkpoint, conditions, wanted, progress=progress).images
+    else:
+        files = SampleFiles(npz=keep / ARRAY)
+        sample_to(files, bank, checkpoint, conditions, wanted, overwrite=True, progress=progress)
+        with np.load(keep / ARRAY, allow_pickle=False) as arrays:
+            images = arrays["arr_0"]
     memory = checkpoint.config.model.condition
     found = from_pixels(images, conditions.keys, "samples")
     asked = {} if memory == "none" else _asked(bank, conditions.rows, concepts)
+    plan = plan_of(bank, checkpoint, conditions, wanted)
     return SampleSet(
         images=dataclasses.replace(found, concepts=asked), size=images.shape[1:3], grey=images.shape[3] == 1,
         rows=conditions.rows if memory == "memory" else None,
-        sampling={name: value for name, value in plan.items() if name != "keys"},
+        sampling={"step": checkpoint.step, "kind_of_weights": weights, "condition": memory, **plan},
     )  # fmt: skip
 
 
-def _chosen(bank: Bank, options: EvaluationOptions, concepts: Sequence[str]) -> Any:
+def _chosen(bank: Bank, options: EvaluationOptions, concepts: Sequence[str]) -> Conditions:
     """Return the conditions: of all rows, or as many of each concept, the first ones getting what does not divide."""
 
-    def choose(concept: str | None, num: int) -> Any:
-        return gmem_gen.choose_conditions(
-            bank, concept=concept, keys=(), num=num, per_snippet=1, seed=options.seed
-        )  # fmt: skip
+    def choose(concept: str | None, num: int) -> Conditions:
+        return choose_conditions(bank, concept=concept, keys=(), num=num, per_snippet=1, seed=options.seed)
 
     if len(concepts) < 2:
         return choose(concepts[0] if concepts else None, options.num)
     each, more = divmod(options.num, len(concepts))
     keys = [key for place, name in enumerate(concepts) for key in choose(name, each + (place < more)).keys]
-    return gmem_gen.choose_conditions(bank, concept=None, keys=keys, num=None, per_snippet=1, seed=options.seed)
+    return choose_conditions(bank, concept=None, keys=keys, num=None, per_snippet=1, seed=options.seed)
 
 
 def _asked(bank: Bank, rows: NDArray[np.int64], concepts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
@@ -146,42 +147,3 @@ def _asked(bank: Bank, rows: NDArray[np.int64], concepts: Sequence[str]) -> dict
         free &= ~own
         asked[name] = np.flatnonzero(own)
     return asked
-
-
-def _plan(
-    bank: Bank, checkpoint: LoadedCheckpoint, config: SampleConfig, weights: str, keys: Sequence[str]
-) -> dict[str, Any]:
-    """Return all that decides the samples, as JSON."""
-    hashes = read_state(checkpoint.path)["hashes"]
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "batch_size"}
-    return {
-        "step": checkpoint.step, "weights": weights, "weights_sha256": hashes[EMA if weights == "ema" else MODEL],
-        "condition": checkpoint.config.model.condition, "settings": settings, "bank": conditioning.record_of(bank),
-        "keys": list(keys),
-    }  # fmt: skip
-
-
-def _kept(folder: Path, plan: Mapping[str, Any]) -> NDArray[np.uint8] | None:
-    """Return the samples of the same plan, where a folder has them."""
-    try:
-        if json.loads((folder / RECORD).read_text(encoding="utf-8")) != json.loads(json.dumps(plan)):
-            return None
-        with np.load(folder / ARRAY, allow_pickle=False) as arrays:
-            images: NDArray[np.uint8] = arrays["arr_0"]
-    except (OSError, ValueError, KeyError, EOFError):
-        return None
-    return images if images.ndim == 4 and len(images) == len(plan["keys"]) and images.dtype == np.uint8 else None
-
-
-def _keep(folder: Path, images: NDArray[np.uint8], plan: Mapping[str, Any]) -> None:
-    try:
-        (folder / RECORD).unlink(missing_ok=True)  # it says that the array is whole, so it comes last
-        temporary = folder / f".{ARRAY}.tmp"
-        with temporary.open("wb") as stream:
-            np.savez(stream, arr_0=images)
-        temporary.replace(folder / ARRAY)
-        (folder / RECORD).write_text(json.dumps(plan, ensure_ascii=False), encoding="utf-8")
-    except OSError as error:
-        raise WriteError(
-            f"could not keep the samples in {folder}: {error.strerror}: free some space", path=folder
-        ) from error

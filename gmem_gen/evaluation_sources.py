@@ -104,7 +104,7 @@ def rows_of_bank(bank: gmem_bank.MemoryBank) -> Embedded:
     place_of[rows] = np.arange(len(rows))
     factored = " reconstructed at rank " + str(len(bank.basis)) if hasattr(bank, "basis") else ""
     images = ImageSet(
-        what=f"a bank of {len(rows)} rows, {bank.space} space{factored}", keys=conditioning.keys_of(bank, rows),
+        what=f"a bank of {len(rows)} rows, {bank.space} space{factored}", keys=conditioning.names_of(bank, rows),
         read=lambda place: conditioning.read_image(bank, int(rows[place]), None),
         concepts={name: place_of[members] for name, members in conditioning.concepts_of(bank).items()},
     )  # fmt: skip

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 import gmem_bank
 from gmem_bank.errors import ConfigError, EncoderError, MissingDependencyError, SourceError
 from gmem_gen import conditioning, judgement
-from gmem_gen.checkpoint import load_checkpoint
 from gmem_gen.conditioning import Bank, ImagesFrom
 from gmem_gen.config import SampleConfig
 from gmem_gen.estimates import random_numbers
@@ -34,6 +33,7 @@ from gmem_gen.evaluation_sources import (
     snippets_of,
     space_of_features,
 )
+from gmem_gen.exporting import load_checkpoint
 from gmem_gen.image_sets import Embedded, ImageSet, Progress, embed, from_bank, matched
 from gmem_gen.memorisation import require_faiss
 from gmem_gen.runtime import pick_device
@@ -81,7 +81,7 @@ def evaluate(
         concepts: what to draw; none: rows of the whole bank.
         options: how to judge.
         sampling: how to draw; None: the checkpoint's own settings.
-        weights: "ema" or "model", of the checkpoint.
+        weights: "ema", "model" or "ema-<decay>", of the checkpoint.
         load_own: gives the encoder that made a bank, where the recorded weights are elsewhere.
         device: of generator and reloaded encoders.
         out: folder for what an interrupted call has done, and the samples; None keeps nothing.
@@ -268,7 +268,7 @@ class _Desk:
             found = from_bank(bank, images, "own images")
         except SourceError:
             return None
-        wanted = set(conditioning.keys_of(bank, np.unique(rows)))
+        wanted = set(conditioning.names_of(bank, np.unique(rows)))
         places = np.array([place for place, key in enumerate(found.keys) if key in wanted], np.int64)
         if not len(places):
             return None

@@ -1,4 +1,4 @@
-"""Writing samples: a grid to look at, single images for programs, a JSON that says how they were made.
+"""Writing samples: a grid to look at, with a JSON that says how they were made.
 
 Shapes: B images, H×W pixels, C channels.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,6 @@ from PIL import Image
 from gmem_bank.errors import ConfigError, OutputExistsError, WriteError
 
 GAP = 2
-SAMPLES_MARKER = ".gmem-samples"
-_SAMPLE_NAME = re.compile(r"\d{6,}\.png")
 
 
 def make_grid(images: NDArray[np.uint8], columns: int | None = None, *, min_cell: int = 64) -> Image.Image:
@@ -50,41 +48,28 @@ def to_image(pixels: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0])
 
 
-def write_samples(
-    images: NDArray[np.uint8],
-    record: dict[str, Any],
-    grid: Path,
-    *,
-    columns: int | None = None,
-    folder: Path | None = None,
+def write_grid(
+    images: NDArray[np.uint8], record: Mapping[str, Any], grid: Path, *, columns: int | None = None
 ) -> list[Path]:
-    """Write a grid PNG with a JSON beside it and, where a folder is given, every image as a PNG of its own.
+    """Write a grid PNG with a JSON beside it; return both.
 
     Raises:
+        ConfigError, OutputExistsError: as `require_own`.
         WriteError: the disk refused.
     """
     require_own(grid)
-    written = [grid, grid.with_suffix(".json")]
+    text = json.dumps(record, indent=1, ensure_ascii=False)
     try:
         grid.parent.mkdir(parents=True, exist_ok=True)
-        _replace(grid, lambda path: make_grid(images, columns).save(path, format="PNG"))
-        text = json.dumps(record, indent=1, ensure_ascii=False)
-        _replace(written[1], lambda path: path.write_text(text, encoding="utf-8"))
-        if folder is not None:
-            _empty(folder)
-            for index, pixels in enumerate(images):
-                written.append(folder / f"{index:06d}.png")
-                to_image(pixels).save(written[-1])
+        replace_file(grid, lambda path: make_grid(images, columns).save(path, format="PNG"))
+        replace_file(grid.with_suffix(".json"), lambda path: path.write_text(text, encoding="utf-8"))
     except OSError as error:
-        if isinstance(error, OutputExistsError):
-            raise
-        where = error.filename or grid.parent
         raise WriteError(
-            f"could not write samples to {where}: {error.strerror or error}. Free some space, or choose another place with -o "
-            "and --save-images",
+            f"could not write samples to {error.filename or grid.parent}: {error.strerror or error}. Free some space, or choose "
+            "another place with -o",
             path=grid,
         ) from error
-    return written
+    return [grid, grid.with_suffix(".json")]
 
 
 def require_own(grid: Path) -> None:
@@ -109,26 +94,8 @@ def require_own(grid: Path) -> None:
         )
 
 
-def _empty(folder: Path) -> None:
-    """Make a folder for samples, or clear one of ours: samples of two calls must not lie mixed in one folder.
-
-    Raises:
-        OutputExistsError: the folder holds something else than samples.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    present = sorted(path.name for path in folder.iterdir())
-    foreign = [name for name in present if name != SAMPLES_MARKER and not _SAMPLE_NAME.fullmatch(name)]
-    if foreign or (present and SAMPLES_MARKER not in present):
-        raise OutputExistsError(
-            f"{folder} holds other files, such as {(foreign or present)[0]!r}: give an empty folder to --save-images",
-            path=folder,
-        )
-    for name in present:
-        (folder / name).unlink()
-    (folder / SAMPLES_MARKER).touch()
-
-
-def _replace(path: Path, write: Any) -> None:
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file beside its place and rename it: it is whole or what it was before."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, E width, H heads, F head dimension (E/H), h·w token 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,13 @@ from torch.nn import functional
 TIME_FREQUENCIES = 128
 NORM_EPSILON = 1e-6
 PROJECTION_WIDTH = 2048
+MOST_TOKENS = 512
+"""For which attention in half precision on a CPU is made of single products."""
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return a tensor in float32, one in float64 as it is."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class RMSNorm(nn.Module):
@@ -28,6 +36,47 @@ class RMSNorm(nn.Module):
         values = x.float()
         unit = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + NORM_EPSILON)
         return unit.type_as(x) * self.weight
+
+
+class _ModulatedRMSNorm(torch.autograd.Function):
+    """x / rms(x) · weight · (1 + scale) + shift in one pass, with its derivative written out: a fifth of the memory traffic.
+
+    With u = x/rms(x), f = weight·(1 + scale), g the incoming gradient: ∂x = (g·f − u·mean(g·f·u))/rms(x), ∂f = Σ_T g·u.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, shift: Tensor | None, scale: Tensor, epsilon: float) -> Tensor:
+        wide = _wide(x)
+        inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+        inverse = inverse.div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        unit = wide * inverse
+        factor = (_wide(weight) * (1 + _wide(scale)))[:, None]
+        ctx.save_for_backward(unit, inverse, weight, scale, factor)
+        ctx.dtypes = (x.dtype, None if shift is None else shift.dtype)
+        moved = unit * factor if shift is None else torch.addcmul(_wide(shift)[:, None], unit, factor)
+        return moved.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        unit, inverse, weight, scale, factor = ctx.saved_tensors
+        x_dtype, shift_dtype = ctx.dtypes
+        incoming = _wide(gradients[0])
+        along = incoming * unit
+        of_factor = along.sum(1)
+        inner = torch.matmul(along, factor.transpose(1, 2)).div_(unit.shape[-1])
+        of_x = (incoming * factor).addcmul_(unit, inner, value=-1).mul_(inverse)
+        of_weight = (of_factor * (1 + _wide(scale))).sum(0).to(weight.dtype)
+        of_shift = None if shift_dtype is None else incoming.sum(1).to(shift_dtype)
+        return of_x.to(x_dtype), of_weight, of_shift, (of_factor * _wide(weight)).to(scale.dtype), None
+
+
+def normalise(norm: nn.Module, x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
+    """Return norm(x)·(1 + scale) + shift, with (B, E) shift and scale for (B, T, E) x."""
+    if isinstance(norm, RMSNorm) and not torch.compiler.is_compiling():
+        apply: Any = _ModulatedRMSNorm.apply
+        modulated: Tensor = apply(x, norm.weight, shift, scale, NORM_EPSILON)
+        return modulated
+    return modulate(norm(x), shift, scale)
 
 
 def make_norm(width: int, *, rms: bool) -> nn.Module:
@@ -98,10 +147,19 @@ def rope_tables(grid: int, head_dim: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Return (B, H, T, F) turned by the tables: (x₁, x₂) → (x₁cos − x₂sin, x₂cos + x₁sin) for neighbouring pairs."""
-    first, second = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
-    turned = torch.stack([-second, first], dim=-1).flatten(-2)
-    return x * cosines.to(x.dtype) + turned * sines.to(x.dtype)
+    """Return (B, T, H, F) turned by (T, F) tables: (x₁, x₂) → (x₁cos − x₂sin, x₂cos + x₁sin) for neighbouring pairs.
+
+    Eager, a pair is a complex number and the turn one product, a third of the time; a compiler fuses the real formula instead.
+    """
+    cosines, sines = cosines[:, None], sines[:, None]
+    if torch.compiler.is_compiling():
+        first, second = x.unflatten(-1, (-1, 2)).unbind(-1)  # type: ignore[no-untyped-call]
+        turned = torch.stack([-second, first], dim=-1).flatten(-2)
+        return x * cosines.to(x.dtype) + turned * sines.to(x.dtype)
+    wide = _wide(x)
+    turns = torch.complex(cosines[..., ::2], sines[..., ::2])
+    pairs = torch.view_as_complex(wide.reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
 
 class RotaryEmbedding(nn.Module):
@@ -116,8 +174,20 @@ class RotaryEmbedding(nn.Module):
         self.freqs_sin: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return queries or keys (B, H, T, F), turned."""
+        """Return queries or keys (B, T, H, F), turned."""
         return rotate(x, self.freqs_cos, self.freqs_sin)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return softmax(q·kᵀ/√F)·v for (B, H, T, F).
+
+    A CPU multiplies half-precision matrices twice as fast one by one as in PyTorch's fused kernel; up to 512 tokens the weights
+    in between have room.
+    """
+    if q.device.type == "cpu" and q.dtype not in (torch.float32, torch.float64) and q.shape[2] <= MOST_TOKENS:
+        weights = torch.softmax(torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)), dim=-1)
+        return torch.matmul(weights.to(v.dtype), v)
+    return functional.scaled_dot_product_attention(q, k, v)
 
 
 class Attention(nn.Module):
@@ -136,11 +206,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: RotaryEmbedding | None) -> Tensor:
         """Return (B, T, E)."""
         qkv: Tensor = self.qkv(x)
-        q, k, v = qkv.view(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = qkv.view(*x.shape[:2], 3, self.num_heads, -1).unbind(2)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rope(q), rope(k)
-        mixed = functional.scaled_dot_product_attention(q, k, v)
+        mixed = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         output: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
         return output
 

@@ -6,14 +6,18 @@ Shapes: B batch, C·H·W latent, T tokens, E width, D snippet dimension, P patch
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from gmem_bank.errors import ConfigError
+from gmem_bank.errors import CheckpointError, ConfigError
 from gmem_gen.config import ModelConfig
 from gmem_gen.layers import (
     Attention,
@@ -25,10 +29,11 @@ from gmem_gen.layers import (
     SwiGLU,
     TimestepEmbedder,
     make_norm,
-    modulate,
+    normalise,
     position_table,
     projection_head,
 )
+from gmem_gen.pretrained import read_model, write_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +74,8 @@ class Block(nn.Module):
             parts = [None, *parts[:2], None, *parts[2:]]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = parts
         assert scale_1 is not None and gate_1 is not None and scale_2 is not None and gate_2 is not None
-        x = x + gate_1[:, None] * self.attn(modulate(self.norm1(x), shift_1, scale_1), rope)
-        mixed: Tensor = x + gate_2[:, None] * self.mlp(modulate(self.norm2(x), shift_2, scale_2))
+        x = x + gate_1[:, None] * self.attn(normalise(self.norm1, x, shift_1, scale_1), rope)
+        mixed: Tensor = x + gate_2[:, None] * self.mlp(normalise(self.norm2, x, shift_2, scale_2))
         return mixed
 
 
@@ -86,7 +91,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """Return (B, T, P·P·C)."""
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
-        output: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
+        output: Tensor = self.linear(normalise(self.norm_final, x, shift, scale))
         return output
 
 
@@ -141,6 +146,8 @@ class Generator(nn.Module):
         if config.projection_dim:
             self.projector = nn.ModuleList([projection_head(config.width, config.projection_dim)])
         self.final_layer = FinalLayer(config, self.patch_size**2 * latent.channels)
+        self.recompute = False
+        """Whether the backward pass computes each block again instead of keeping what is in it."""
         self._initialise()
 
     def _initialise(self) -> None:
@@ -195,13 +202,43 @@ class Generator(nn.Module):
         condition = self._condition(t, conditions)
         tokens, projected = self.x_embedder(x_t) + self.pos_embed, None
         for number, block in enumerate(self.blocks, start=1):
-            tokens = block(tokens, condition, self.feat_rope)
+            if self.recompute and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, condition, self.feat_rope, use_reentrant=False)
+            else:
+                tokens = block(tokens, condition, self.feat_rope)
             if project and number == self.config.encoder_depth:
                 projected = self.projector[0](tokens)
         output = self._unpatchify(self.final_layer(tokens, condition))
         if projected is None:
             return output
         return Projected(output, projected)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write config.json and the weights into a folder, as `from_pretrained` reads them; raises WriteError."""
+        facts = {
+            "model": dataclasses.asdict(self.config), "latent": dataclasses.asdict(self.latent),
+            "snippet_dim": self.snippet_dim,
+        }  # fmt: skip
+        write_model(Path(folder), facts, self.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, place: str | os.PathLike[str], *, revision: str | None = None) -> Generator:
+        """Return a model, in evaluation mode, from a folder that `save_pretrained` or 'gmem-gen export' wrote.
+
+        Args:
+            place: the folder, or "OWNER/NAME" on the hub.
+            revision: of the hub.
+
+        Raises:
+            CheckpointError: not there, damaged, or weights that do not fit.
+        """
+        facts, tensors = read_model(place, revision)
+        try:
+            model = cls(ModelConfig(**facts["model"]), LatentShape(**facts["latent"]), int(facts["snippet_dim"]))
+            model.load_state_dict(tensors)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"the weights of {place} do not fit its configuration: {error}") from error
+        return model.eval()
 
     def null_conditions(self, conditions: Tensor) -> Tensor:
         """Return the null conditions for a batch of conditions, of the same shape."""

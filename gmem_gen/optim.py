@@ -1,4 +1,4 @@
-"""Optimizer, learning rate and averaged weights."""
+"""Optimizer, learning rate, scaling of gradients and averaged weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
+        fused=config.adamw == "fused",
+        foreach=config.adamw == "foreach",
     )
+
+
+def make_scaler(device: torch.device, config: TrainConfig) -> torch.amp.GradScaler:
+    """Return what keeps the gradients of fp16 within its range; without fp16 it does nothing."""
+    return torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
 
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
@@ -51,3 +58,12 @@ def make_average(model: nn.Module, decay: float, *, warmup: bool = True) -> Aver
     if not warmup:
         average.update_parameters(model)  # the first update copies
     return average
+
+
+def make_averages(model: nn.Module, config: TrainConfig) -> dict[str, AveragedModel]:
+    """Return an average for each decay of `train.ema_decay`, by name: "ema" the first, "ema-<decay>" the others."""
+    names = ["ema", *(f"ema-{decay!r}" for decay in config.ema_decay[1:])]
+    return {
+        name: make_average(model, decay, warmup=config.ema_warmup)
+        for name, decay in zip(names, config.ema_decay, strict=True)
+    }

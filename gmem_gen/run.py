@@ -31,11 +31,26 @@ FREE_SETTINGS = frozenset(
         "max_minutes",
         "checkpoint_every",
         "keep_checkpoints",
+        "keep_every",
+        "keep_best",
         "log_every",
+        "validate_every",
+        "sample_every",
+        "sample_images",
+        "accumulation",
+        "gradient_checkpointing",
+        "num_workers",
         "device",
         "num_threads",
     )
-) | {"data.allow_missing", *(f"sample.{field.name}" for field in dataclasses.fields(SampleConfig))}
+) | {
+    "data.allow_missing",
+    "data.tokens",
+    "data.validation_keys",
+    # where the same weights and latents lie; that they are the same is seen from the checkpoint's record of its tokenizer
+    *("data.tokenizer_weights", "data.tokenizer_revision", "data.latents"),
+    *(f"sample.{field.name}" for field in dataclasses.fields(SampleConfig)),
+}
 BUDGET_SETTINGS = frozenset({"train.epochs", "train.max_steps"})
 
 
@@ -97,7 +112,38 @@ def occupied(run: Path) -> Iterator[None]:
         yield
 
 
-def find_resumption(run: Path, config: Config, bank: Bank, *, keys_digest: str, accept_bank_change: bool) -> Resumption:
+def choose_checkpoint(run: Path, resume_from: str = "latest") -> Path | None:
+    """Return the checkpoint that a training goes on from, None to begin anew.
+
+    Args:
+        run: the run's folder.
+        resume_from: "latest", "previous" (the one before it), or a checkpoint's or another run's folder.
+
+    Raises:
+        CheckpointError: no such checkpoint, or one of another run although this one has its own.
+    """
+    found = checkpoints.list_checkpoints(run)
+    if resume_from == "latest":
+        return found[-1] if found else None
+    if resume_from == "previous":
+        if len(found) < 2:
+            raise CheckpointError(f"{run} has {len(found)} checkpoints: there is none before the latest", path=run)
+        return found[-2]
+    where = Path(resume_from)
+    inside = checkpoints.list_checkpoints(where)
+    chosen = where if (where / checkpoints.STATE).exists() else inside[-1] if inside else None
+    if chosen is None:
+        raise CheckpointError(f"no checkpoint in {where}: --resume-from takes latest, previous or a folder", path=where)
+    if found and chosen.resolve().parent != found[0].resolve().parent:
+        raise CheckpointError(
+            f"{run} has checkpoints of its own: to go on from {chosen} choose another --out", path=run
+        )
+    return chosen
+
+
+def find_resumption(
+    run: Path, checkpoint: Path | None, config: Config, bank: Bank, *, keys_digest: str, accept_bank_change: bool
+) -> Resumption:
     """Return where to go on, after making sure that this is the same training.
 
     Raises:
@@ -105,12 +151,11 @@ def find_resumption(run: Path, config: Config, bank: Bank, *, keys_digest: str, 
         EncoderMismatchError: the bank has another encoder.
         CheckpointError: the bank was edited and `accept_bank_change` is False, or the checkpoint is damaged.
     """
-    found = checkpoints.list_checkpoints(run)
-    if not found:
+    if checkpoint is None:
         return Resumption(checkpoint=None, step=0, elapsed=0.0)
-    state = checkpoints.read_state(found[-1])
+    state = checkpoints.read_state(checkpoint)
     conditioning.require_same_memory(bank, state["bank"], f"the training in {run}")
-    _require_same_settings(run, Config.from_mapping(state["config"]), config)
+    _require_same_settings(run, _config_in(state), config)
     before, now = state["bank"], conditioning.record_of(bank)
     same_bank = before["fingerprint"] == now["fingerprint"] and state["keys_digest"] == keys_digest
     if not (same_bank or accept_bank_change):
@@ -121,22 +166,34 @@ def find_resumption(run: Path, config: Config, bank: Bank, *, keys_digest: str, 
             path=run,
         )
     return Resumption(
-        checkpoint=found[-1],
+        checkpoint=checkpoint,
         step=int(state["step"]),
         elapsed=float(state["elapsed"]),
         losses=tuple(state.get("losses", ())),
     )
 
 
-def stored_config(run: Path) -> Config | None:
-    """Return the configuration of the training that began in a folder, None where none did; raises CheckpointError."""
-    found = checkpoints.list_checkpoints(run)
-    if not found:
+def stored_config(checkpoint: Path | None) -> Config | None:
+    """Return the configuration of the training that goes on, None of a new one; raises CheckpointError."""
+    if checkpoint is None:
         return None
     try:
-        return Config.from_mapping(checkpoints.read_state(found[-1])["config"])
+        return _config_in(checkpoints.read_state(checkpoint))
     except ConfigError as error:
-        raise CheckpointError(f"the configuration in {found[-1]} cannot be used: {error}", path=found[-1]) from error
+        raise CheckpointError(f"the configuration in {checkpoint} cannot be used: {error}", path=checkpoint) from error
+
+
+def _config_in(state: dict[str, Any]) -> Config:
+    """Return the configuration that a checkpoint's state holds; before there were tokenizers, they were pixels."""
+    config = Config.from_mapping(state["config"])
+    data = dataclasses.replace(config.data, tokenizer=config.data.tokenizer or "pixels")
+    return dataclasses.replace(config, data=data)
+
+
+def stored_tokenizer(checkpoint: Path | None) -> dict[str, Any] | str | None:
+    """Return the record of the tokenizer of the training that goes on, None of a new one; raises CheckpointError."""
+    record: dict[str, Any] | str | None = checkpoints.read_state(checkpoint)["tokenizer"] if checkpoint else None
+    return record
 
 
 def _require_same_settings(run: Path, stored: Config, config: Config) -> None:

@@ -48,20 +48,54 @@ def _choose_all(config: Any, section: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which pixels are learned."""
+    """Which images are learned, and as what."""
 
     image_size: int = 0
-    """Side in pixels; 0: 64, or the short side of the smallest image where that is smaller."""
+    """Side in pixels; 0: 64 (256 with an autoencoder), or the short side of the smallest image where that is smaller."""
     channels: int = 3
-    """3: RGB; 1: grey."""
+    """3: RGB; 1: grey, for pixels only."""
     allow_missing: bool = False
-    """Train without the rows whose image is gone, instead of stopping."""
+    """Train without the rows whose image or latent is gone, instead of stopping."""
+    tokenizer: str = ""
+    """pixels, sd-vae, taesd, dc-ae, taef2 or va-vae; "": what `latents` were made with, else pixels."""
+    tokenizer_weights: str = ""
+    """Folder or file with the tokenizer's weights, or OWNER/NAME on the hub; "": the tokenizer's own repository there."""
+    tokenizer_revision: str = ""
+    """Branch, tag or commit on the hub; "": its main branch. Checkpoints record the commit."""
+    posterior: Literal["mean", "sample"] = "mean"
+    """Of a variational autoencoder: the mean of each latent's distribution, or a sample that the image decides."""
+    latents: str = ""
+    """Folder that 'gmem-gen encode' wrote; "": the images are encoded into the run's cache before training starts."""
+    encode_on_the_fly: bool = False
+    """Encode the images of every batch as it is read, and keep no latents."""
+    statistics_images: int = 4096
+    """Of encoding on the fly: images whose latents decide mean and standard deviation of each channel, spread evenly over all."""
+    flip: Literal["rows", "random", "none"] = "rows"
+    """Mirrored twins of a bank ("#flip" rows). rows: each is a sample of its own; random: a picture and its twin are one
+    sample, and a coin decides at every step for latent, snippet and patch tokens together; none: twins are left out."""
+    validation_fraction: float = 0.0
+    """Share of the pictures held out: never trained on, chosen by a hash of key and train.seed, a picture's twin with it."""
+    validation_keys: str = ""
+    """File with keys to hold out, one a line."""
+    validation_concept: str = ""
+    """Concept whose rows are held out."""
+    tokens: str = ""
+    """Folder that 'gmem-bank tokens' wrote: the encoder's patch tokens, which a projection head learns to predict (REPA)."""
+    token_resampling: Literal["bilinear", "bicubic", "none"] = "bilinear"  # noqa: S105 - no password
+    """How patch tokens come to the model's grid where it is another (with antialias where it is smaller); none: refused."""
 
     def __post_init__(self) -> None:
+        _choose_all(self, "data")
+        _require(
+            0 <= self.validation_fraction < 1, "data", "validation_fraction", self.validation_fraction, "in [0, 1)"
+        )
         _require(
             0 <= self.image_size <= 4096, "data", "image_size", self.image_size, "0 or a number of pixels up to 4096"
         )
         _require(self.channels in (1, 3), "data", "channels", self.channels, "1 or 3")
+        _require(self.statistics_images >= 1, "data", "statistics_images", self.statistics_images, "at least 1")
+        _require(not (self.latents and self.encode_on_the_fly), "data", "encode_on_the_fly", self.encode_on_the_fly,
+                 "false with data.latents, which are encoded already")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +202,9 @@ class TrainConfig:
     """Stop after this much training time, earlier runs of the same training included; 0: no limit; -1: 10 on a CPU, none
     on a GPU."""
     batch_size: int = 64
-    """Images a step."""
+    """Images a step, over all processes and parts; where there are fewer images, all of them."""
+    accumulation: int = 1
+    """Parts that each process computes its share of a step in, one after the other: the same step in less memory."""
     learning_rate: float = 2e-3
     """Peak learning rate of AdamW."""
     beta1: float = 0.9
@@ -183,8 +219,9 @@ class TrainConfig:
     """After warm-up: constant, or cosine to 0 at the last step of the budget."""
     clip_norm: float = 1.0
     """Largest gradient norm; 0: no clipping."""
-    ema_decay: float = 0.9999
-    """Decay of the averaged weights that sampling uses."""
+    ema_decay: tuple[float, ...] = (0.9999,)
+    """Decay of the averaged weights that sampling uses; several are averaged side by side, and sampling chooses
+    ('--weights ema' is the first, '--weights ema-0.999' another)."""
     ema_warmup: bool = True
     """Approach ema_decay as (1 + step) / (10 + step); False: from the first step, from the initial weights, as published."""
     null_probability: float = 0.1
@@ -199,10 +236,28 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept; 0: all."""
+    keep_every: int = 0
+    """Checkpoints of steps that are a multiple of this are kept for good; 0: none."""
+    keep_best: bool = True
+    """With validation: save at every best validation loss of the averaged weights, and keep the best."""
     log_every: int = 20
     """Steps between lines of log.jsonl."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast; pays from a width of about 384 on a CPU with AMX, and on a GPU."""
+    validate_every: int = 500
+    """Steps between validation losses, where something is held out."""
+    sample_every: int = 0
+    """Steps between grids of samples in RUN/samples, of the same rows from the same noise; 0: none."""
+    sample_images: int = 16
+    """Images of such a grid."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16, fp16: autocast, fp16 with scaled gradients; bf16 pays from a width of about 384 on a CPU with AMX, and on a GPU."""
+    compile: bool = False
+    """Compile the network (torch.compile): minutes at the beginning, faster steps; rounding differs."""
+    gradient_checkpointing: bool = False
+    """Compute each block again in the backward pass instead of keeping what is in it: less memory, a third more work."""
+    adamw: Literal["fused", "foreach", "loop"] = "fused"
+    """How AdamW walks over the weights; fused is fastest on a CPU and on a GPU."""
+    num_workers: int = 1
+    """Threads that read the next batches while a step is computed; 0: none."""
     device: str = "auto"
     """auto, cpu, cuda, …; auto takes a GPU where there is one."""
     num_threads: int = 0
@@ -211,16 +266,28 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _choose_all(self, "train")
         for name, least in (("batch_size", 1), ("checkpoint_every", 1), ("log_every", 1), ("epochs", 1), ("max_steps", 0),
-                            ("warmup_steps", 0), ("keep_checkpoints", 0), ("num_threads", 0)):  # fmt: skip
+                            ("warmup_steps", 0), ("keep_checkpoints", 0), ("keep_every", 0), ("num_threads", 0),
+                            ("accumulation", 1), ("validate_every", 1), ("sample_every", 0), ("sample_images", 1),
+                            ("num_workers", 0)):  # fmt: skip
             value = getattr(self, name)
             _require(value >= least, "train", name, value, f"at least {least}")
-        for name in ("ema_decay", "null_probability", "snippet_dropout", "beta1", "beta2"):
+        several: Any = self.ema_decay  # one number is one decay
+        object.__setattr__(
+            self, "ema_decay", tuple(several) if isinstance(several, (tuple, list)) else (float(several),)
+        )
+        _require(len(set(self.ema_decay)) == len(self.ema_decay) > 0 and all(0 <= decay < 1 for decay in self.ema_decay),
+                 "train", "ema_decay", self.ema_decay, "one or several different numbers in [0, 1)")  # fmt: skip
+        for name in ("null_probability", "snippet_dropout", "beta1", "beta2"):
             value = getattr(self, name)
             _require(0 <= value < 1, "train", name, value, "in [0, 1)")
         for name in ("weight_decay", "clip_norm", "snippet_noise"):
             value = getattr(self, name)
             _require(value >= 0, "train", name, value, "0 or more")
         _require(0 <= self.seed < 2**32, "train", "seed", self.seed, "0 to 4294967295")
+        _require(self.num_workers <= 64, "train", "num_workers", self.num_workers, "at most 64")
+        _require(self.sample_images <= 1024, "train", "sample_images", self.sample_images, "at most 1024")
+        _require(self.accumulation <= self.batch_size, "train", "accumulation", self.accumulation,
+                 f"at most train.batch_size, which is {self.batch_size}")  # fmt: skip
         _require(self.num_threads <= 1024, "train", "num_threads", self.num_threads, "at most 1024")
         _require(self.learning_rate > 0, "train", "learning_rate", self.learning_rate, "positive")
 
@@ -262,6 +329,8 @@ class SampleConfig:
     overshoot: bool = True
     """Of dopri5: step past t = 1 and interpolate back, as published; the network is then asked at times that it never
     learned. False: end on t = 1."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What the network computes in: bf16 and fp16 by autocast. Solver and noise stay in fp32."""
     seed: int = 0
     """Of the first sample; sample i is decided by (seed, i)."""
     batch_size: int = 64

@@ -5,14 +5,28 @@ B batch, D snippet dimension, R rank, E width of the model; B basis, μ mean, c 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from gmem_bank.errors import ConfigError
 from gmem_gen.layers import ConditionProjection
+from gmem_gen.model import Generator
 
 
 def regularise(
-    snippets: Tensor, *, null_probability: float, dropout: float, noise: float, generator: torch.Generator
+    snippets: Tensor,
+    *,
+    null_probability: float,
+    dropout: float,
+    noise: float,
+    null: Tensor,
+    kept: Tensor,
+    normals: Tensor,
 ) -> Tensor:
     """Return snippets as training sees them.
 
@@ -25,18 +39,16 @@ def regularise(
         null_probability: 0 to 1.
         dropout: share of elements set to zero; the rest is divided by 1 − dropout.
         noise: standard deviation relative to each snippet's root mean square.
-        generator: CPU generator; every number drawn comes from it.
+        null: (B, 1) uniform in [0, 1), each sample's own.
+        kept: (B, D) uniform in [0, 1), not looked at without dropout.
+        normals: (B, D) standard normal, not looked at without noise.
     """
-    count = len(snippets)
-    known = torch.rand(count, 1, generator=generator) >= null_probability
     result = snippets
     if noise:
-        draws = torch.randn(snippets.shape, generator=generator).to(snippets.device)
-        result = result + noise * snippets.square().mean(1, keepdim=True).sqrt() * draws
+        result = result + noise * snippets.square().mean(1, keepdim=True).sqrt() * normals
     if dropout:
-        kept = (torch.rand(snippets.shape, generator=generator) >= dropout).to(snippets.device)
-        result = result * kept / (1 - dropout)
-    return result * known.to(snippets.device)
+        result = result * (kept >= dropout) / (1 - dropout)
+    return result * (null >= null_probability)
 
 
 def absorbed_projection(projection: ConditionProjection, basis: Tensor, mean: Tensor) -> ConditionProjection:
@@ -63,3 +75,38 @@ def absorbed_projection(projection: ConditionProjection, basis: Tensor, mean: Te
         absorbed.linear.weight.copy_(merged)
         absorbed.linear.bias.copy_(projection.linear.bias)
     return absorbed.to(weight.device, weight.dtype).requires_grad_(False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """A network, and how the conditions it takes are read from a bank."""
+
+    network: Generator
+    read: Callable[[NDArray[np.int64], torch.device], Tensor]
+    """Rows → (B, …) conditions."""
+    numbers_per_row: int
+    """How many numbers a row costs on its way to the device."""
+
+
+def snippet_reader(model: Generator, snippets: NDArray[np.float32]) -> Reader:
+    """Return how a model reads snippets that are in no bank: as they are, whatever kind of bank it was trained on.
+
+    Args:
+        model: with a memory.
+        snippets: (K, D) in the space of that bank; rows are numbers of these.
+
+    Raises:
+        ConfigError: a model without memory, or snippets of another dimension.
+    """
+    if model.config.condition != "memory":
+        raise ConfigError(
+            f"this model has no memory (model.condition={model.config.condition!r}): it is drawn from by --concept or --key, not "
+            "by an image, a text or arithmetic",
+            key="model.condition",
+        )
+    if snippets.shape[1] != model.snippet_dim:
+        raise ConfigError(f"the snippets have dimension {snippets.shape[1]}, the model takes {model.snippet_dim}")
+    return Reader(
+        network=model, read=lambda rows, device: torch.from_numpy(snippets[rows]).to(device),
+        numbers_per_row=snippets.shape[1],
+    )  # fmt: skip

@@ -1,8 +1,9 @@
 """One training: model, averaged weights, optimizer, data and the steps made so far.
 
-Everything random is drawn from (seed, step), so a resumed training needs no generator state.
+Everything random is drawn from (seed, step, sample), so a resumed training needs no generator state, and neither the number of
+processes nor that of parts changes a step.
 
-Shapes: M training images, B batch, C·H·W latent, D snippet dimension.
+Shapes: M rows with images, B batch of all processes together, b of one part of one process, C·H·W latent.
 """
 
 from __future__ import annotations
@@ -11,29 +12,44 @@ import dataclasses
 import math
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from gmem_bank.errors import CheckpointError, GMemError
+from gmem_bank.errors import CheckpointError, ConfigError, GMemError
 from gmem_gen import checkpoint as checkpoints
-from gmem_gen import conditioning, losses, optim, paths, times
+from gmem_gen import conditioning, losses, optim, paths
 from gmem_gen.conditioning import Bank
 from gmem_gen.config import Config
-from gmem_gen.data import Order, PixelCache
+from gmem_gen.data import TrainingImages
+from gmem_gen.distributed import Processes
+from gmem_gen.loader import Batch, BatchMaker, Prefetch, Tokens
 from gmem_gen.model import Generator
 from gmem_gen.run import Resumption
 from gmem_gen.runtime import versions
-from gmem_gen.tokenizers import make_tokenizer
+from gmem_gen.splits import Split
+
+TERMS = ("loss", "mse", "cosine", "projection")
+LEAST_SCALE = 2.0**-10
+"""Of fp16's gradients: below it there is no scale at which they are finite."""
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """Return the CPU generator of everything random in a step."""
-    state = np.random.SeedSequence([seed & 0xFFFFFFFF, step]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> 1))
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a step was like."""
+
+    terms: dict[str, float]
+    """Those of TERMS that the training has, over the whole batch; the first is their weighted sum."""
+    norm: float
+    """Of the gradient, before clipping."""
+    requests: tuple[bool, ...] = ()
+    """Whether any process asked for each of what was asked."""
 
 
 class Trainer:
@@ -41,43 +57,78 @@ class Trainer:
 
     Args:
         bank: read through the interface.
-        config: with image_size and patch_size resolved.
-        cache: the training images.
-        join: the rows they belong to.
-        device: where the model lives.
-        tokens: places among the training images → (B, T, P) patch tokens of the encoder, for a model with a projection head.
+        config: resolved.
+        images: what is learned, by place among the rows of `join`.
+        join: rows with images.
+        processes: that train together, and their device.
+        split: which rows are trained on; None: all.
+        tokens: places among the rows → (B, T, P) patch tokens of the encoder, for a model with a projection head.
+        facts: further entries of the checkpoints' state.
 
     Raises:
-        ConfigError: rows that belong to none of the classes, or to two.
+        ConfigError: rows that belong to none of the classes, or to two; fewer samples a step than processes and parts.
     """
 
     def __init__(
-        self, bank: Bank, config: Config, cache: PixelCache, join: conditioning.Join, device: torch.device,
-        *, tokens: Callable[[NDArray[np.int64]], Tensor] | None = None,
+        self, bank: Bank, config: Config, images: TrainingImages, join: conditioning.Join, processes: Processes,
+        *, split: Split | None = None, tokens: Tokens | None = None, facts: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        self.tokens = tokens
         self.classes = conditioning.class_names(bank) if config.model.condition == "class" else ()
-        self.labels = conditioning.labels(bank, join.rows, self.classes) if self.classes else None
-        self.bank, self.config, self.cache, self.join, self.device = bank, config, cache, join, device
-        self.tokenizer = make_tokenizer("pixels", config.data.image_size, config.data.channels)
+        labels = conditioning.labels(bank, join.rows, self.classes) if self.classes else None
+        self.bank, self.config, self.images, self.join, self.processes = bank, config, images, join, processes
+        self.device, self.facts = processes.device, facts or {}
+        places = np.arange(len(join.rows))
+        self.split = split or Split(samples=np.stack([places, places], axis=1), held_out=places[:0])
         dim = int(conditioning.record_of(bank)["dim"])
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not ours to change
             torch.manual_seed(config.train.seed)
-            self.model: Generator = checkpoints.make_model(config, self.tokenizer.latent, dim).to(device)
-        self.average = optim.make_average(self.model, config.train.ema_decay, warmup=config.train.ema_warmup)
+            self.model: Generator = checkpoints.make_model(config, images.latent, dim).to(self.device)
+        self.model.recompute = config.train.gradient_checkpointing
+        self.averages = optim.make_averages(self.model, config.train)
         self.optimizer = optim.make_optimizer(self.model, config.train)
-        self.order = Order(len(join.rows), config.train.batch_size, config.train.seed)
+        self.scaler = optim.make_scaler(self.device, config.train)
+        self.maker = BatchMaker(bank, config, images, join, self.split, labels=labels, tokens=tokens)
+        self.order = self.maker.order
+        self.share = processes.share(self.order.batch_size)
+        if self.order.batch_size < processes.count * config.train.accumulation:
+            raise ConfigError(
+                f"a step has {self.order.batch_size} images for {processes.count} processes and train.accumulation "
+                f"{config.train.accumulation}: one each at least", key="train.accumulation",
+            )  # fmt: skip
         self.total_steps = config.train.max_steps or config.train.epochs * self.order.steps_per_epoch
         self.step = 0
         self.elapsed = 0.0
         self.losses: deque[float] = deque(maxlen=config.train.log_every)
+        self.best: tuple[int, float] | None = None
+        """Step and loss of the best validation so far."""
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self.wrapped = self.processes.wrap(self.model)
+        self.network: Any = torch.compile(self.wrapped) if self.config.train.compile else self.wrapped
+        self.loader = Prefetch(self._read, self.total_steps, self.config.train.num_workers)
+
+    def _read(self, step: int) -> Batch:
+        batch = self.maker.training(step, self.share)
+        return batch.pinned() if self.device.type == "cuda" else batch
+
+    def close(self) -> None:
+        """Let the loader's threads end."""
+        self.loader.close()
+
+    @property
+    def average(self) -> Generator:
+        """The averaged weights that are validated and drawn with: those of the first decay."""
+        module: Any = self.averages["ema"].module
+        assert isinstance(module, Generator)
+        return module
 
     def restore(self, resumption: Resumption) -> None:
         """Take up a checkpoint; raises CheckpointError."""
         if resumption.checkpoint is None:
             return
-        where = resumption.checkpoint
-        if checkpoints.read_state(where).get("classes", []) != list(self.classes):
+        where, state = resumption.checkpoint, checkpoints.read_state(resumption.checkpoint)
+        if state.get("classes", []) != list(self.classes):
             raise CheckpointError(
                 f"the bank has other concepts than the classes that {where} was trained on: a class-conditional model cannot go "
                 "on with them; choose another --out",
@@ -86,77 +137,122 @@ class Trainer:
         names = [name for name, _ in self.model.named_parameters()]
         try:
             self.model.load_state_dict(checkpoints.read_tensors(where, checkpoints.MODEL))
-            self.average.load_state_dict(checkpoints.read_tensors(where, checkpoints.EMA))
+            for name, average in self.averages.items():
+                average.load_state_dict(checkpoints.read_tensors(where, checkpoints.weights_file(name)))
             checkpoints.restore_optimizer(self.optimizer, names, checkpoints.read_tensors(where, checkpoints.OPTIMIZER))
+            if self.scaler.is_enabled() and state.get("scaler"):
+                self.scaler.load_state_dict(state["scaler"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{where} does not fit this training: {error}", path=where) from error
         self.step, self.elapsed = resumption.step, resumption.elapsed
         self.losses.extend(resumption.losses)
+        self.best = tuple(state["best"]) if state.get("best") else None
 
-    def make_step(self) -> float:
-        """Make one optimizer step, keep its loss, return its gradient norm; raises GMemError where they are not finite."""
-        config, generator = self.config.train, step_generator(self.config.train.seed, self.step)
-        places = self.order.batch(self.step)
-        x_1 = self.tokenizer.encode(self.cache.read(places)).to(self.device)
-        x_0 = torch.randn(x_1.shape, generator=generator).to(self.device)
-        t = times.draw_times(self.config.flow, len(places), generator).to(self.device)
-        conditions = self._conditions(places, generator)
-        x_t = paths.interpolant(x_0, x_1, t, self.config.flow.path)
-        output, projected = self._predict(x_t, t, conditions)
-        tokens = None if self.tokens is None or projected is None else self.tokens(places).to(self.device)
-        loss = losses.flow_losses(output, x_0, x_1, x_t, t, self.config.flow, projected=projected, tokens=tokens).total
+    def make_step(self, asked: Callable[[], tuple[bool, ...]] = tuple) -> Step:
+        """Make one optimizer step.
+
+        Args:
+            asked: called once, after the gradients are there: what this process asks of all of them.
+
+        Raises:
+            GMemError: loss or gradient are not finite; the weights are those of before.
+        """
+        batch = self.loader.take(self.step).to(self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm or math.inf)
+        own = self._backward(batch)
+        self.scaler.unscale_(self.optimizer)
+        clip = self.config.train.clip_norm or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip))
+        requests = asked()
+        numbers = self.processes.sum([*own, *map(float, requests)])
+        terms = {name: numbers[place] for place, name in enumerate(TERMS) if not math.isnan(own[place]) or place < 2}
+        self._require_finite(terms["loss"], norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = optim.learning_rate(self.step, self.total_steps, config)
-        value, norm_value = float(loss.detach()), float(norm)
-        if not (math.isfinite(value) and math.isfinite(norm_value)):
-            raise GMemError(
-                f"the loss became {value} (gradient norm {norm_value}) at step {self.step}: earlier checkpoints stand. "
-                "Lower train.learning_rate, or set train.clip_norm"
-            )
-        self.optimizer.step()
-        self.average.update_parameters(self.model)
+            group["lr"] = optim.learning_rate(self.step, self.total_steps, self.config.train)
+        if self._update():
+            for average in self.averages.values():
+                average.update_parameters(self.model)
         self.step += 1
-        self.losses.append(value)
-        return norm_value
+        self.losses.append(terms["loss"])
+        return Step(terms=terms, norm=norm, requests=tuple(number > 0 for number in numbers[len(TERMS) :]))
 
-    def _conditions(self, places: NDArray[np.int64], generator: torch.Generator) -> Tensor:
-        """Return what the model sees of the conditions of a batch: regularised snippets, labels, or nothing."""
-        config, rows = self.config.train, self.join.rows[places]
-        if self.config.model.condition == "none":
-            return torch.zeros(len(places), 0, device=self.device)
-        if self.labels is not None:
-            labels = self.labels[torch.from_numpy(places)]
-            known = torch.rand(len(labels), generator=generator) >= config.null_probability
-            return torch.where(known, labels, self.config.model.num_classes).to(self.device)
-        return conditioning.regularise(
-            conditioning.gather(self.bank, rows, self.device), null_probability=config.null_probability,
-            dropout=config.snippet_dropout, noise=config.snippet_noise, generator=generator,
-        )  # fmt: skip
+    def _backward(self, batch: Batch) -> list[float]:
+        """Add up the gradient over the parts, and return this process's share of each term, NaN for those that there are not."""
+        parts, total = self.config.train.accumulation, self.order.batch_size
+        sums: Tensor | None = None
+        for number in range(parts):
+            part = batch.part(number, parts)
+            with self.processes.without_exchange(self.wrapped, number + 1 < parts):
+                found = self.evaluate(self.network, part)
+                weight = len(part) / total
+                # wrapping takes the mean over the processes, and a step is the mean over its samples
+                scaled = found.total if weight == 1 else found.total * (weight * self.processes.count)
+                self.scaler.scale(scaled).backward()  # type: ignore[no-untyped-call]
+            own = stack_terms(found) * weight
+            sums = own if sums is None else sums + own
+        assert sums is not None
+        return [float(value) for value in sums.tolist()]
 
-    def _predict(self, x_t: Tensor, t: Tensor, conditions: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the model's output and, with a projection head, its projection."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
-            if self.config.model.projection_dim:
-                projected = self.model(x_t, t, conditions, project=True)
-                return projected.output, projected.tokens
-            return self.model(x_t, t, conditions), None
+    def evaluate(self, network: nn.Module, batch: Batch) -> losses.Losses:
+        """Return the losses of a network on a batch."""
+        flow = self.config.flow
+        x_t = paths.interpolant(batch.x_0, batch.x_1, batch.t, flow.path)
+        with self.autocast():
+            if batch.tokens is not None:
+                output, projected = network(x_t, batch.t, batch.conditions, project=True)
+            else:
+                output, projected = network(x_t, batch.t, batch.conditions), None
+        return losses.flow_losses(
+            output, batch.x_0, batch.x_1, x_t, batch.t, flow, projected=projected, tokens=batch.tokens
+        )
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context of the network's precision."""
+        dtype = AUTOCAST.get(self.config.train.precision)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    def _update(self) -> bool:
+        """Change the weights; False where fp16's gradients overflowed, and the next step is made with a smaller scale."""
+        before = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return not self.scaler.is_enabled() or self.scaler.get_scale() >= before
+
+    def _require_finite(self, loss: float, norm: float) -> None:
+        overflow = self.scaler.is_enabled() and self.scaler.get_scale() > LEAST_SCALE
+        if math.isfinite(loss) and (math.isfinite(norm) or overflow):
+            return
+        raise GMemError(
+            f"the loss became {loss} (gradient norm {norm}) at step {self.step}: earlier checkpoints stand. "
+            "Lower train.learning_rate, or set train.clip_norm"
+        )
 
     def save(self, run: Path, keys_digest: str) -> Path:
         """Write a checkpoint and remove superseded ones."""
+        train = self.config.train
         state = {
             "elapsed": self.elapsed,
             "losses": list(self.losses),
             "config": self.config.to_json(),
-            "latent": dataclasses.asdict(self.tokenizer.latent),
-            "tokenizer": self.tokenizer.name,
+            "latent": dataclasses.asdict(self.images.latent),
+            "tokenizer": self.images.tokenizer.record(),
             "bank": conditioning.record_of(self.bank),
             "keys_digest": keys_digest,
             "classes": list(self.classes),
             "versions": versions(),
+            "best": self.best,
+            "scaler": self.scaler.state_dict(),
+            **self.facts,
         }
-        path = checkpoints.save(run, self.step, state, self.model, self.average, self.optimizer)
-        checkpoints.clean(run, self.config.train.keep_checkpoints)
+        weights = {"model": self.model, **self.averages}
+        path = checkpoints.save(run, self.step, state, weights, self.optimizer)
+        checkpoints.clean(run, train.keep_checkpoints, every=train.keep_every, best=self.best[0] if self.best else None)
         return path
+
+
+def stack_terms(found: losses.Losses) -> Tensor:
+    """Return (4,) float32 terms in the order of TERMS, detached, NaN for those that there are not."""
+    values = [found.total, found.mse, found.cosine, found.projection]
+    return torch.stack(
+        [found.total.new_tensor(math.nan) if value is None else value.detach().float() for value in values]
+    )

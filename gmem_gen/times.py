@@ -47,12 +47,20 @@ def sde_interval(path: str, prediction: str, config: SampleConfig, epsilon: floa
 
 def draw_times(config: FlowConfig, count: int, generator: torch.Generator) -> Tensor:
     """Return (B,) training times: uniform, or with logit(t) ~ N(mean, std²) (arXiv 2403.03206), inside the usable interval."""
-    if config.time_sampling == "uniform":
-        draws = torch.rand(count, generator=generator)
-    else:
-        draws = logistic_normal(torch.randn(count, generator=generator), config.time_mean, config.time_std)
+    draw = torch.randn if needs_normals(config) else torch.rand
+    return place_times(config, draw(count, generator=generator))
+
+
+def needs_normals(config: FlowConfig) -> bool:
+    """Return whether times are made from standard normal numbers, instead of uniform ones."""
+    return config.time_sampling == "logit-normal"
+
+
+def place_times(config: FlowConfig, draws: Tensor) -> Tensor:
+    """Return (B,) training times made from (B,) random numbers, normal or uniform as `needs_normals` says."""
+    inside = logistic_normal(draws, config.time_mean, config.time_std) if needs_normals(config) else draws
     start, end = training_interval(config.path, config.prediction)
-    return draws * (end - start) + start
+    return inside * (end - start) + start
 
 
 def logistic_normal(normals: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:

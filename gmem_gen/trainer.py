@@ -1,9 +1,9 @@
 """Training: the same call again resumes, bit for bit on a CPU in float32.
 
-Everything random is drawn from (seed, step), so a resumed run needs no generator state: model, averaged weights, optimizer
-and the step number are all there is.
+Everything random is drawn from (seed, step, sample), so a resumed run needs no generator state: model, averaged weights,
+optimizer and the step number are all there is.
 
-Shapes: M training images, B batch, C·H·W latent, D snippet dimension.
+Shapes: M rows with images, B batch, C·H·W latent, D snippet dimension.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import hashlib
 import json
 import math
 import os
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,20 +22,35 @@ from typing import Any
 import numpy as np
 import torch
 
-from gmem_bank.errors import ConfigError
+from gmem_bank.errors import CheckpointError, ConfigError
 from gmem_gen import checkpoint as checkpoints
-from gmem_gen import conditioning, optim
+from gmem_gen import conditioning
 from gmem_gen.conditioning import Bank, ImagesFrom
 from gmem_gen.config import Config
-from gmem_gen.data import PixelCache, resolve_image_size
+from gmem_gen.distributed import Processes
+from gmem_gen.image_plan import ImagePlan, plan_images
+from gmem_gen.journal import Journal, require_tensorboard
+from gmem_gen.loop import Loop
 from gmem_gen.model import auto_patch_size
-from gmem_gen.run import Log, default_run, find_resumption, occupied, stored_config, writing
+from gmem_gen.patch_tokens import PatchTokens
+from gmem_gen.previews import preview_conditions, require_drawable
+from gmem_gen.run import (
+    choose_checkpoint,
+    default_run,
+    find_resumption,
+    occupied,
+    stored_config,
+    stored_tokenizer,
+    writing,
+)
 from gmem_gen.runtime import StopRequest, cpu_threads, pick_device
 from gmem_gen.sizes import num_parameters
+from gmem_gen.splits import Split, split_rows
 from gmem_gen.stepping import Trainer
-from gmem_gen.tokenizers import make_tokenizer
 
 CPU_MINUTES = 10.0
+HELD_OUT = "validation_keys.txt"
+"""In the run's folder: the keys that are held out, one a line."""
 Progress = Callable[[int, int], None]
 Say = Callable[[str], None]
 
@@ -67,6 +81,9 @@ class TrainReport:
     """Training time, earlier parts of the same training included."""
     steps_per_second: float | None
     """Of this part."""
+    best: tuple[int, float] | None
+    """Step and loss of the best validation, where something is held out."""
+    num_processes: int
     stopped: str
     """"budget", "time", "signal" or "nothing to do"."""
 
@@ -81,22 +98,31 @@ def train(
     *,
     images: ImagesFrom = None,
     out: str | os.PathLike[str] | None = None,
+    resume_from: str = "latest",
     accept_bank_change: bool = False,
+    tensorboard: bool = False,
     handle_signals: bool = False,
     say: Say = _silent,
+    status: Say = _silent,
     read_progress: Progress = _silent_progress,
     progress: Progress = _silent_progress,
 ) -> TrainReport:
     """Train a generator on the images of a bank; the same call again goes on where the last one stopped.
+
+    Started by torchrun or accelerate, its processes share every step; the first one writes and speaks.
 
     Args:
         bank: a bank file, or any object with the Bank interface and SupportsImages.
         config: from `preset` or `load_config`; None: the smallest preset.
         images: folder (or folders) with the images under their keys, instead of where the provenance says they are.
         out: the run's folder; None: `runs/<bank stem>`, which needs `bank` to be a path.
+        resume_from: "latest", "previous" (the checkpoint before it), or the folder of a checkpoint. Later checkpoints are
+            set aside under another name.
         accept_bank_change: go on although the bank was edited since.
+        tensorboard: also write RUN/tensorboard.
         handle_signals: on SIGINT or SIGTERM save a checkpoint and return.
         say: told remarks, one line each.
+        status: told a few figures at every line of the log.
         read_progress: told images read and images in all, before training.
         progress: told steps made and steps in all.
 
@@ -104,79 +130,170 @@ def train(
         A TrainReport.
 
     Raises:
-        SourceError: images are missing.
+        SourceError: images or patch tokens are missing.
         ConfigError, CheckpointError, EncoderMismatchError: the run's folder holds another training.
+        MissingDependencyError: TensorBoard is asked for and not installed.
         GMemError: the loss is no longer finite.
         WriteError: no room for a checkpoint.
     """
-    if isinstance(bank, (str, os.PathLike)):
-        opened, run = conditioning.open_bank(bank), Path(out) if out is not None else default_run(bank)
-    else:
-        opened = conditioning.require_interface(bank)
-        if out is None:
-            raise ConfigError("training on a bank that is not a file needs a folder for the run: out", key="out")
-        run = Path(out)
+    opened, run = _bank_and_run(bank, out)
     wanted = config or Config()
-    device = pick_device(wanted.train.device)
-    join = conditioning.join_images(opened, images, allow_missing=wanted.data.allow_missing)
-    digest = hashlib.sha256(json.dumps(join.keys).encode()).hexdigest()
-    with occupied(run):
-        resolved = resolve(wanted, opened, join, images, stored_config(run))
-        resumption = find_resumption(run, resolved, opened, keys_digest=digest, accept_bank_change=accept_bank_change)
-        size, channels = resolved.data.image_size, resolved.data.channels
-        cache = PixelCache(run / "cache", opened, join, images, size=size, channels=channels, progress=read_progress)
+    if tensorboard:
+        require_tensorboard()
+    with contextlib.closing(Processes(wanted.train.device)) as processes, _entered(run, processes):
+        checkpoint = choose_checkpoint(run, resume_from)
+        stored = stored_config(checkpoint)
+        planned = plan_images(
+            opened, images, wanted, stored=stored, record=stored_tokenizer(checkpoint), device=str(processes.device)
+        )
+        join = planned.join
+        tokens = _patch_tokens(wanted, join.keys)
+        resolved = resolve(wanted, opened, planned, stored, tokens)
+        digest = hashlib.sha256(json.dumps(join.keys).encode()).hexdigest()
+        resumption = find_resumption(
+            run, checkpoint, resolved, opened, keys_digest=digest, accept_bank_change=accept_bank_change
+        )
+        split, facts = _split(opened, join, resolved), _token_facts(tokens, checkpoint)
+        _require_still_held(run, checkpoint, join.keys, split)
         with cpu_threads(resolved.train.num_threads), writing(run):
-            trainer = Trainer(opened, resolved, cache, join, device)
-            trainer.restore(resumption)
-            _introduce(trainer, run, say)
-            (run / "config.toml").write_text(resolved.to_toml(), encoding="utf-8")
-            return _loop(trainer, run, digest, StopRequest(), handle_signals, progress)
+            with processes.first_goes_first():
+                ready = planned.open(run / "cache", read_progress)
+            trainer = Trainer(opened, resolved, ready, join, processes, split=split, tokens=tokens, facts=facts)
+            with contextlib.closing(trainer):
+                if tokens is not None:
+                    tokens.fit(trainer.model.grid)
+                trainer.restore(resumption)
+                processes.wait()  # all have read before the first one writes
+                journal = _begin(trainer, run, checkpoint, say, tensorboard) if processes.is_first else None
+                loop = Loop(
+                    trainer=trainer, run=run, keys_digest=digest, journal=journal, stop=StopRequest(), progress=progress,
+                    seconds=minutes_allowed(resolved, processes.device) * 60, say=say, status=status,
+                )  # fmt: skip
+                with (
+                    contextlib.closing(journal) if journal else contextlib.nullcontext(),
+                    loop.stop.listening(handle_signals),
+                ):
+                    return _ended(loop, loop.go())
+
+
+def _bank_and_run(bank: str | os.PathLike[str] | Bank, out: str | os.PathLike[str] | None) -> tuple[Bank, Path]:
+    if isinstance(bank, (str, os.PathLike)):
+        return conditioning.open_bank(bank), Path(out) if out is not None else default_run(bank)
+    if out is None:
+        raise ConfigError("training on a bank that is not a file needs a folder for the run: out", key="out")
+    return conditioning.require_interface(bank), Path(out)
+
+
+@contextlib.contextmanager
+def _entered(run: Path, processes: Processes) -> Iterator[None]:
+    """Keep other trainings out of the run's folder; the other processes of this one wait until it is there."""
+    with occupied(run) if processes.is_first else contextlib.nullcontext():
+        processes.wait()
+        yield
+
+
+def _patch_tokens(config: Config, keys: list[str]) -> PatchTokens | None:
+    return PatchTokens(config.data.tokens, keys, config.data.token_resampling) if config.data.tokens else None
+
+
+def _token_facts(tokens: PatchTokens | None, checkpoint: Path | None) -> dict[str, Any]:
+    """Return what checkpoints remember of the patch tokens; raises CheckpointError where the training began with others."""
+    facts = {"tokens": tokens.record() if tokens else None}
+    if checkpoint is not None and checkpoints.read_state(checkpoint).get("tokens") != facts["tokens"]:
+        raise CheckpointError(
+            f"{checkpoint} was trained with other patch tokens (data.tokens): give them, or choose another --out",
+            path=checkpoint,
+        )
+    return facts
+
+
+def _split(bank: Bank, join: conditioning.Join, config: Config) -> Split:
+    name = config.data.validation_concept
+    concept = conditioning.concept_keys(bank, name) if name else frozenset()
+    return split_rows(join.keys, config.data, config.train.seed, concept)
+
+
+def _require_still_held(run: Path, checkpoint: Path | None, keys: list[str], split: Split) -> None:
+    """Raise ConfigError where a row that was held out so far would be trained on."""
+    if checkpoint is None or not (run / HELD_OUT).exists():
+        return
+    before = set((run / HELD_OUT).read_text(encoding="utf-8").splitlines())
+    lost = [keys[place] for place in np.unique(split.samples) if keys[place] in before]
+    if lost:
+        raise ConfigError(
+            f"{len(lost)} rows, such as {lost[0]!r}, were held out so far and would now be trained on: hold them out again "
+            "(data.validation_*), or choose another --out", key="data.validation_keys",
+        )  # fmt: skip
+
+
+def _begin(trainer: Trainer, run: Path, checkpoint: Path | None, say: Say, tensorboard: bool) -> Journal:
+    """Write what a run's folder has from the beginning, and say what comes; only in the first process."""
+    if checkpoint is not None and checkpoint.resolve().parent == checkpoints.checkpoints_folder(run).resolve():
+        for moved in checkpoints.set_aside_after(checkpoint):
+            say(f"a later checkpoint is now {moved}")
+    (run / "config.toml").write_text(trainer.config.to_toml(), encoding="utf-8")
+    held = [trainer.join.keys[place] for place in trainer.split.held_out]
+    (run / HELD_OUT).write_text("".join(key + "\n" for key in held), encoding="utf-8")
+    _introduce(trainer, run, say)
+    return Journal(run, trainer.step, tensorboard=tensorboard)
+
+
+def _ended(loop: Loop, reason: str) -> TrainReport:
+    trainer, made = loop.trainer, loop.trainer.step - loop.first
+    return TrainReport(
+        run=str(loop.run),
+        checkpoint=str(checkpoints.list_checkpoints(loop.run)[-1]),
+        step=trainer.step,
+        total_steps=trainer.total_steps,
+        epochs=round(trainer.step / trainer.order.steps_per_epoch, 3),
+        num_images=len(trainer.join.rows) - len(trainer.split.held_out),
+        num_parameters=num_parameters(trainer.model),
+        image_size=trainer.config.data.image_size,
+        loss=float(np.mean(trainer.losses)) if made else None,
+        seconds=round(trainer.elapsed, 2),
+        steps_per_second=round(made / loop.spent, 3) if made else None,
+        best=trainer.best,
+        num_processes=trainer.processes.count,
+        stopped=reason,
+    )
 
 
 def plan(bank: str | os.PathLike[str], config: Config, *, images: ImagesFrom = None) -> Config:
     """Return the configuration that `train` would use, having checked bank, images and device; trains nothing."""
     opened = conditioning.open_bank(bank)
-    pick_device(config.train.device)
-    join = conditioning.join_images(opened, images, allow_missing=config.data.allow_missing)
-    resolved = resolve(config, opened, join, images, None)
-    latent = make_tokenizer("pixels", resolved.data.image_size, resolved.data.channels).latent
+    planned = plan_images(opened, images, config, device=str(pick_device(config.train.device)))
+    tokens = _patch_tokens(config, planned.join.keys)
+    resolved = resolve(config, opened, planned, None, tokens)
+    _split(opened, planned.join, resolved)
     with torch.device("meta"):
-        checkpoints.make_model(resolved, latent, int(conditioning.record_of(opened)["dim"]))
+        model = checkpoints.make_model(resolved, planned.latent, int(conditioning.record_of(opened)["dim"]))
+    if tokens is not None:
+        tokens.fit(model.grid)
     return resolved
 
 
 def resolve(
-    config: Config,
-    bank: Bank,
-    join: conditioning.Join,
-    images: ImagesFrom,
-    stored: Config | None,
+    config: Config, bank: Bank, planned: ImagePlan, stored: Config | None, tokens: PatchTokens | None = None
 ) -> Config:
     """Return the configuration with everything that was left to us filled in.
 
     Args:
         config: as asked for.
         bank: what is trained on.
-        join: its rows with images.
-        images: override of the recorded folders.
+        planned: its rows with images, and what is made of these.
         stored: of the training that goes on: it keeps what was chosen when it began; None for a new one.
+        tokens: patch tokens to learn from; None: none.
     """
+    require_drawable(config)
     facts = conditioning.record_of(bank)
-    size = config.data.image_size or (stored.data.image_size if stored else 0)
-    size = size or resolve_image_size(bank, join, images, config.data, config.model)
-    patch = config.model.patch_size or (stored.model.patch_size if stored else auto_patch_size(size))
+    patch = config.model.patch_size or (stored.model.patch_size if stored else auto_patch_size(planned.latent.size))
     scale = config.model.snippet_scale or (stored.model.snippet_scale if stored else 0.0)
     scale = scale or (math.sqrt(facts["dim"]) if facts["space"] == "unit" else 1.0)
     prediction = config.flow.prediction
     if prediction == "auto":
-        fits = 2 * patch**2 * config.data.channels <= config.model.width
+        fits = 2 * patch**2 * planned.latent.channels <= config.model.width
         prediction = stored.flow.prediction if stored else ("velocity" if fits else "data")
-    if config.model.projection_dim:
-        raise ConfigError(
-            "a projection head (model.projection_dim) learns from the encoder's patch tokens, and this training has no source of "
-            "them: set model.projection_dim=0",
-            key="model.projection_dim",
-        )
+    projection = _projection_dim(config, tokens)
     classes = config.model.num_classes
     if config.model.condition == "class":
         present = len(conditioning.class_names(bank))
@@ -187,10 +304,27 @@ def resolve(
         classes = present
     return dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, image_size=size),
-        model=dataclasses.replace(config.model, patch_size=patch, snippet_scale=scale, num_classes=classes),
+        data=planned.data,
+        model=dataclasses.replace(
+            config.model, patch_size=patch, snippet_scale=scale, num_classes=classes, projection_dim=projection
+        ),
         flow=dataclasses.replace(config.flow, prediction=prediction),
     )
+
+
+def _projection_dim(config: Config, tokens: PatchTokens | None) -> int:
+    """Return the outputs of the projection head: those of the patch tokens, 0 without any."""
+    asked, there = config.model.projection_dim, tokens.dim if tokens else 0
+    if asked and not there:
+        raise ConfigError(
+            "a projection head (model.projection_dim) learns from the encoder's patch tokens: write them with 'gmem-bank tokens' "
+            "and give their folder with --tokens, or set model.projection_dim=0", key="model.projection_dim",
+        )  # fmt: skip
+    if asked not in (0, there):
+        raise ConfigError(
+            f"model.projection_dim is {asked}, the patch tokens have {there} dimensions", key="model.projection_dim"
+        )
+    return there
 
 
 def minutes_allowed(config: Config, device: torch.device) -> float:
@@ -205,71 +339,25 @@ def _introduce(trainer: Trainer, run: Path, say: Say) -> None:
     config, join = trainer.config, trainer.join
     left_out = f", {join.num_derived} derived rows left out" if join.num_derived else ""
     left_out += f", {len(join.missing)} rows without image left out" if join.missing else ""
+    held = f", {len(trainer.split.held_out)} more held out" if len(trainer.split.held_out) else ""
     say(
-        f"{len(join.rows)} images at {config.data.image_size} px{left_out}; "
+        f"{len(trainer.split.samples)} images{held}, at {config.data.image_size} px{left_out}; "
         f"{num_parameters(trainer.model) / 1e6:.2f} M parameters, "
-        f"{trainer.model.grid**2} tokens, {trainer.device}"
+        f"{trainer.model.grid**2} tokens, {trainer.device}{_together(trainer)}"
     )
     minutes = minutes_allowed(config, trainer.device)
     limit = f", or {minutes:g} minutes" if math.isfinite(minutes) else ""
     epochs = trainer.total_steps / trainer.order.steps_per_epoch
     steps = f"{trainer.total_steps} steps of {trainer.order.batch_size} = {epochs:.4g} epochs"
     say(f"budget: {steps}{limit} (train.epochs, train.max_minutes)")
+    if trainer.order.batch_size < trainer.config.train.batch_size:
+        say(f"a step sees all {trainer.order.batch_size} images: there are fewer than train.batch_size")
+    if trainer.config.train.sample_every:
+        say(f"samples on the way are of {', '.join(preview_conditions(trainer).keys)}")
     if trainer.step:
         say(f"resuming {run} at step {trainer.step}")
 
 
-def _loop(
-    trainer: Trainer, run: Path, digest: str, stop: StopRequest, handle_signals: bool, progress: Progress
-) -> TrainReport:
-    config, log = trainer.config.train, Log(run, trainer.step)
-    seconds = minutes_allowed(trainer.config, trainer.device) * 60
-    began, first, before = time.perf_counter(), trainer.step, trainer.elapsed
-    reason = "nothing to do" if trainer.step >= trainer.total_steps else "budget"
-    saved = trainer.step
-    with stop.listening(handle_signals), contextlib.closing(log):
-        progress(trainer.step, trainer.total_steps)
-        while trainer.step < trainer.total_steps:
-            if trainer.elapsed >= seconds:
-                reason = "time"
-                break
-            norm = trainer.make_step()
-            trainer.elapsed = before + time.perf_counter() - began
-            progress(trainer.step, trainer.total_steps)
-            if trainer.step % config.log_every == 0 or trainer.step == trainer.total_steps:
-                log.write(_log_line(trainer, norm))
-            if stop.signal is not None:
-                reason = "signal"
-                break
-            if trainer.step % config.checkpoint_every == 0:
-                trainer.save(run, digest)
-                saved = trainer.step
-        if trainer.step != saved:
-            trainer.save(run, digest)
-    made, spent = trainer.step - first, time.perf_counter() - began
-    return TrainReport(
-        run=str(run),
-        checkpoint=str(checkpoints.list_checkpoints(run)[-1]),
-        step=trainer.step,
-        total_steps=trainer.total_steps,
-        epochs=round(trainer.step / trainer.order.steps_per_epoch, 3),
-        num_images=len(trainer.join.rows),
-        num_parameters=num_parameters(trainer.model),
-        image_size=trainer.config.data.image_size,
-        loss=float(np.mean(trainer.losses)) if made else None,
-        seconds=round(trainer.elapsed, 2),
-        steps_per_second=round(made / spent, 3) if made else None,
-        stopped=reason,
-    )
-
-
-def _log_line(trainer: Trainer, norm: float) -> dict[str, Any]:
-    return {
-        "step": trainer.step,
-        "loss": trainer.losses[-1],
-        "mean_loss": float(np.mean(trainer.losses)),
-        "gradient_norm": norm,
-        "learning_rate": optim.learning_rate(trainer.step - 1, trainer.total_steps, trainer.config.train),
-        "epoch": trainer.step / trainer.order.steps_per_epoch,
-        "elapsed": round(trainer.elapsed, 3),
-    }
+def _together(trainer: Trainer) -> str:
+    count, parts = trainer.processes.count, trainer.config.train.accumulation
+    return (f", {count} processes" if count > 1 else "") + (f", steps in {parts} parts" if parts > 1 else "")

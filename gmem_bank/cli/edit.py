@@ -162,12 +162,11 @@ def rename(name: str, to: str, bank: str, output: str | None, dry_run: bool, no_
 def _resolver(weights: str | None, device: str) -> Any:
     """Return what turns a key, a concept or an image file into a snippet; the encoder is loaded only for an image."""
     import gmem_bank
-    from gmem_bank.query import snippet_or_image
 
     def load(bank: Any) -> Any:
         return gmem_bank.reload_encoder(bank.encoder, bank.folder, weights=weights, device=device)
 
-    return lambda bank, item: snippet_or_image(bank, item, lambda: load(bank))
+    return lambda bank, item: gmem_bank.snippet_or_image(bank, item, lambda: load(bank))
 
 
 @click.command()

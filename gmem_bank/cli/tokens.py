@@ -22,7 +22,11 @@ from gmem_bank.console import (
     "--output", "-o", default="tokens", show_default=True, metavar="FOLDER", help="The folder of shards to write."
 )
 @click.option(
-    "--dtype", type=click.Choice(["f16", "f32"]), default="f16", show_default=True, help="How tokens are stored."
+    "--dtype",
+    type=click.Choice(["f16", "f32", "bf16"]),
+    default="f16",
+    show_default=True,
+    help="How tokens are stored.",
 )
 @click.option("--flip", is_flag=True, help="Also the mirrored twin of each image, under its key with '#flip'.")
 @click.option("--images", multiple=True, metavar="FOLDER", help="Where the images are now; may be repeated.")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gmem_bank.encoders.names import HUB_MODELS
+from gmem_bank.encoders.names import may_understand_text as may_understand_text
 from gmem_bank.encoders.preprocess import preprocessing_problem
 from gmem_bank.encoders.protocols import DEFAULT_BATCH_SIZE as DEFAULT_BATCH_SIZE
 from gmem_bank.encoders.protocols import Encoder as Encoder

@@ -66,3 +66,9 @@ def model_named(name: str) -> HubModel:
     if name.startswith("hf:"):
         return HubModel(repository=name.removeprefix("hf:"))
     return HUB_MODELS[name]
+
+
+def may_understand_text(name: str) -> bool:
+    """Say whether the encoder of a name may have a text tower: False only where it is known to have none."""
+    model = HUB_MODELS.get(name)
+    return model is None or bool({"clip", "siglip"} & set(model.model_types))

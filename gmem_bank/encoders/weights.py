@@ -6,6 +6,7 @@ Shapes: none here.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from gmem_bank.errors import EncoderError
 from gmem_bank.provenance import sha256_of, sha256_of_file
 
 WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
+STEM = "model"
+"""Weights of the transformers library are named after it, those of diffusers "diffusion_pytorch_model"."""
 CONFIG = "config.json"
 TOKENIZER = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "spiece.model", "*.tiktoken")
 # Fields of config.json that name things without changing a number.
 CONFIG_LABELS = (
     "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "id2label", "label2id",
+    "_diffusers_version", "_class_name",
 )  # fmt: skip
 
 
@@ -29,31 +32,80 @@ def local_folder(folder: Path) -> Path:
     return folder
 
 
-def hub_folder(repository: str, revision: str | None = None, *, or_main: bool = False) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """A model's files, found."""
+
+    folder: Path
+    repository: str | None
+    """Of the hub; None for a local folder."""
+    revision: str | None
+    """The commit, where it is known."""
+    config: dict[str, Any]
+    sha256: str
+    """Over weights and those fields of the config that change numbers."""
+
+
+def find_model(
+    place: str, *, stem: str, revision: str | None = None, or_main: bool = False, option: str = "--weights"
+) -> ModelFiles:
+    """Return the files of a model in a local folder, in the hub cache or on the hub.
+
+    Args:
+        place: a folder with config.json and weights, or "OWNER/NAME" on the hub.
+        stem: the weights are `<stem>.safetensors`, or shards of it with an index.
+        revision: as in `hub_folder`.
+        or_main: as in `hub_folder`.
+        option: what the command calls the folder, for messages.
+
+    Raises:
+        EncoderError: it is in none of them, or its weights are not safetensors.
+    """
+    folder = Path(place)
+    known = place.count("/") == 1 and not place.startswith((".", "/", "~")) and not folder.is_dir()
+    if known:
+        folder = hub_folder(place, revision, or_main=or_main, stem=stem, option=option)
+    elif not folder.is_dir():
+        raise EncoderError(f"no folder {folder}: {option} takes a folder with {CONFIG} and {stem}.safetensors, or "
+                           "OWNER/NAME of the hub", path=folder)  # fmt: skip
+    config = read_config(folder)
+    return ModelFiles(
+        folder=folder, repository=place if known else None, revision=revision_of(folder), config=config,
+        sha256=model_sha256(folder, config, stem),
+    )  # fmt: skip
+
+
+def hub_folder(
+    repository: str, revision: str | None = None, *, or_main: bool = False, stem: str = STEM, option: str = "--weights"
+) -> Path:
     """Return the folder of a repository in the hub cache, fetched where it is not there and a network is.
 
     Args:
         repository: "facebook/dinov2-base".
         revision: branch, tag or commit; None takes the main branch.
         or_main: take the main branch where the revision is not to be had; the caller compares the weights.
+        stem: how the weights' files begin.
+        option: what the command calls a folder of weights, for the message.
 
     Raises:
         EncoderError: it is not in the cache and could not be fetched; what to do instead is said.
     """
     from huggingface_hub import snapshot_download
 
-    patterns = [CONFIG, WEIGHTS, WEIGHTS_INDEX, "model-*.safetensors", "preprocessor_config.json", *TOKENIZER]
+    weights = [f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}-*.safetensors"]
+    patterns = [CONFIG, *weights, *(("preprocessor_config.json", *TOKENIZER) if stem == STEM else ())]
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises its own, its transport's and the system's errors
         if or_main and revision is not None:
-            return hub_folder(repository)
+            return hub_folder(repository, stem=stem, option=option)
         at, which = ("", "") if revision is None else (f" at {revision}", f" --revision {revision}")
         raise EncoderError(
             f"the weights of {repository}{at} are not in the hub cache and could not be fetched ({type(error).__name__}). "
             f"On a machine with a network run 'hf download {repository}{which}' and copy the cache (HF_HOME), or give a "
-            f"folder with {CONFIG} and {WEIGHTS}: --weights FOLDER. A new bank can also be built without weights: "
-            "--encoder hog",
+            f"folder with {CONFIG} and {stem}.safetensors: {option} FOLDER."
+            + " A new bank can also be built without weights: --encoder hog"
+            * (stem == STEM),
             key=repository,
         ) from error
 
@@ -74,26 +126,26 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def model_sha256(folder: Path, config: dict[str, Any]) -> str:
+def model_sha256(folder: Path, config: dict[str, Any], stem: str = STEM) -> str:
     """Return one sha256 over weights and those fields of the config that change numbers; raises EncoderError."""
     deciding = {name: value for name, value in config.items() if name not in CONFIG_LABELS}
-    return sha256_of({"config": deciding, "weights": _weights_sha256(folder)})
+    return sha256_of({"config": deciding, "weights": _weights_sha256(folder, stem)})
 
 
-def _weights_sha256(folder: Path) -> str:
-    if (folder / WEIGHTS).is_file():
-        return sha256_of_file(folder / WEIGHTS)
-    if (folder / WEIGHTS_INDEX).is_file():
-        files = [WEIGHTS_INDEX, *_shards(folder)]
+def _weights_sha256(folder: Path, stem: str) -> str:
+    whole, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+    if (folder / whole).is_file():
+        return sha256_of_file(folder / whole)
+    if (folder / index).is_file():
+        files = [index, *_shards(folder / index)]
         return sha256_of({name: sha256_of_file(folder / name) for name in files})
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     reason = f" (it has {pickles[0]}, a pickle, which can run code and is never read)" if pickles else ""
-    raise EncoderError(f"{folder} has no {WEIGHTS}{reason}: convert the weights to safetensors", path=folder)
+    raise EncoderError(f"{folder} has no {whole}{reason}: convert the weights to safetensors", path=folder)
 
 
-def _shards(folder: Path) -> list[str]:
+def _shards(index: Path) -> list[str]:
     """Return the names of the files that an index of weights refers to, each once; raises EncoderError."""
-    index = folder / WEIGHTS_INDEX
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -102,7 +154,7 @@ def _shards(folder: Path) -> list[str]:
         ) from error
     for name in names or {""}:
         plain = isinstance(name, str) and name.endswith(".safetensors") and not set("/\\\0") & set(name)
-        if not plain or not (folder / name).is_file():
+        if not plain or not (index.parent / name).is_file():
             raise EncoderError(
                 f"{index} names {name!r}, which is not a safetensors file beside it: fetch the model anew", path=index
             )

@@ -156,8 +156,8 @@ def lay_out(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Entr
     return entries
 
 
-def render(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
-    """Return length prefix and JSON header, padded with spaces so that the data starts on a 64-byte boundary."""
+def render(entries: Mapping[str, Entry], metadata: Mapping[str, str], alignment: int = ALIGNMENT) -> bytes:
+    """Return length prefix and JSON header, padded with spaces so that the data starts on a boundary of so many bytes."""
     record: dict[str, Any] = {"__metadata__": dict(metadata)}
     for entry in sorted(entries.values(), key=lambda e: e.begin):
         record[entry.name] = {
@@ -166,5 +166,5 @@ def render(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
             "data_offsets": [entry.begin, entry.end],
         }
     text = json.dumps(record, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(PREFIX_BYTES + len(text)) % ALIGNMENT)
+    text += b" " * (-(PREFIX_BYTES + len(text)) % alignment)
     return len(text).to_bytes(PREFIX_BYTES, "little") + text

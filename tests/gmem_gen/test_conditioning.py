@@ -13,14 +13,22 @@ import gmem_bank
 from gmem_bank import derive
 from gmem_bank.errors import ConfigError, EncoderMismatchError, GMemError, SourceError, UnknownKeyError
 from gmem_gen import conditioning
+from gmem_gen.conditions import Conditions, choose_conditions
 from tests.conftest import BankMaker
 
 SNIPPETS = torch.randn(4000, 16, generator=torch.Generator().manual_seed(0))
 
 
 def regularised(**options: float) -> torch.Tensor:
-    defaults = {"null_probability": 0.0, "dropout": 0.0, "noise": 0.0}
-    return conditioning.regularise(SNIPPETS, **{**defaults, **options}, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    draws = {
+        "null": torch.rand(len(SNIPPETS), 1, generator=generator),
+        "kept": torch.rand(SNIPPETS.shape, generator=generator),
+        "normals": torch.randn(SNIPPETS.shape, generator=generator),
+    }
+    return conditioning.regularise(
+        SNIPPETS, **{"null_probability": 0.0, "dropout": 0.0, "noise": 0.0, **options}, **draws
+    )
 
 
 def test_without_regularisation_snippets_are_unchanged() -> None:
@@ -115,8 +123,8 @@ def test_conditions_are_what_was_asked_for(make_bank: BankMaker) -> None:
     """Concepts in a seeded order and over again, keys as given, several samples of each snippet together."""
     bank = make_bank(rows=9)
 
-    def choose(**options: object) -> conditioning.Conditions:
-        return conditioning.choose_conditions(
+    def choose(**options: object) -> Conditions:
+        return choose_conditions(
             bank, **{"concept": None, "keys": (), "num": None, "per_snippet": 1, "seed": 0, **options}
         )
 
@@ -139,4 +147,4 @@ def test_conditions_are_what_was_asked_for(make_bank: BankMaker) -> None:
         choose(concept="class1", keys=keys)
     masked = make_bank("masked.safetensors", rows=3, active=np.array([True, False, True]))
     with pytest.raises(UnknownKeyError, match="masked"):
-        conditioning.choose_conditions(masked, concept="class1", keys=(), num=1, per_snippet=1, seed=0)
+        choose_conditions(masked, concept="class1", keys=(), num=1, per_snippet=1, seed=0)

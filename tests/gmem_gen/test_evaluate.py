@@ -285,7 +285,7 @@ def test_the_command_draws_as_many_of_each_concept(bank: Path, held_out: Path) -
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
     assert np.array(record["concepts"]["confusion"]).sum(axis=1).tolist() == [0, 26, 0, 25]
-    assert record["samples"]["sampling"]["settings"]["num_steps"] == 1
+    assert record["samples"]["sampling"]["sample.num_steps"] == 1
     assert record["distribution"]["frechet"]["low"] is None
     assert (Path(run) / "evaluation" / "report.html").is_file()
     assert "rank-deficient" in result.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -23,6 +24,7 @@ from gmem_gen import checkpoint as checkpoints
 from gmem_gen import optim
 from gmem_gen.config import Config, DataConfig, ModelConfig, TrainConfig
 from gmem_gen.data import Order
+from gmem_gen.distributed import Processes
 
 TINY = ModelConfig(width=16, depth=1, num_heads=2)
 
@@ -56,7 +58,9 @@ def tensors(run: str) -> dict[str, torch.Tensor]:
 def lines(run: str) -> list[dict]:
     """The lines of a run's log, without the times."""
     whole = [json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "elapsed"} for line in whole]
+    return [
+        {name: value for name, value in line.items() if name not in ("elapsed", "images_per_second")} for line in whole
+    ]
 
 
 def losses(run: str) -> list[tuple[int, float]]:
@@ -140,15 +144,14 @@ def test_seeds_decide_everything(bank: str) -> None:
 def test_a_step_is_the_formula(bank: str) -> None:
     """The first logged loss is the mean squared error of a fresh model, which predicts zero: mean of (x_1 − x_0)²."""
     gmem_gen.train(bank, config(max_steps=1), out="run")
-    from gmem_gen.stepping import step_generator
-
     opened = gmem_bank.open(bank)
     places = Order(24, 8, 0).batch(0)
     rows = opened.image_rows()[places]
     from gmem_gen.data import to_pixels
 
     x_1 = np.stack([to_pixels(opened.read_image(int(row)), 8, 3) for row in rows]).astype(np.float32) / 127.5 - 1
-    x_0 = torch.randn(8, 3, 8, 8, generator=step_generator(0, 0)).numpy()
+    streams = [np.random.Philox(key=[0, 0], counter=[0, 0, sample, 0]) for sample in range(8)]
+    x_0 = np.stack([np.random.Generator(each).standard_normal((3, 8, 8), dtype=np.float32) for each in streams])
     expected = float(((x_1.transpose(0, 3, 1, 2) - x_0) ** 2).mean())
     assert losses("run")[0][1] == pytest.approx(expected, rel=1e-5)
 
@@ -422,7 +425,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(bank: str) -> None:
 def test_a_projection_head_learns_from_patch_tokens(bank: str) -> None:
     """A step with tokens moves the head; the command, which has none, refuses."""
     from gmem_gen import conditioning, stepping
-    from gmem_gen.data import PixelCache
+    from gmem_gen.data import PixelCache, PixelImages
+    from gmem_gen.tokenizers import PixelTokenizer
 
     opened = gmem_bank.open(bank)
     whole = gmem_gen.apply_settings(
@@ -436,10 +440,14 @@ def test_a_projection_head_learns_from_patch_tokens(bank: str) -> None:
         seen.append(places)
         return torch.ones(len(places), 16, 6)
 
-    trainer = stepping.Trainer(opened, whole, cache, join, torch.device("cpu"), tokens=tokens)
-    before = trainer.model.projector[0][4].weight.detach().clone()
-    assert trainer.make_step() > 0
-    assert trainer.losses[-1] < np.inf
+    images = PixelImages(cache, PixelTokenizer(8, 3))
+    with contextlib.closing(Processes("cpu")) as processes:
+        trainer = stepping.Trainer(opened, whole, images, join, processes, tokens=tokens)
+        before = trainer.model.projector[0][4].weight.detach().clone()
+        step = trainer.make_step()
+        trainer.close()
+    assert step.norm > 0
+    assert step.terms["loss"] == pytest.approx(step.terms["mse"] + 0.5 * step.terms["projection"], rel=1e-5)
     assert len(seen[0]) == 8
     assert not torch.equal(trainer.model.projector[0][4].weight, before)
     with pytest.raises(ConfigError, match="patch tokens"):

@@ -25,8 +25,8 @@ from gmem_gen.snippets import Reader, absorbed_projection, regularise, snippet_r
 
 # The rest of the generator has the type of a bank from here, and nothing else of its interface.
 __all__ = [
-    "Bank", "ImagesFrom", "Join", "Reader", "absorb", "class_names", "concept_keys", "concept_labels", "concept_rows", "concepts_of",
-    "gather", "join_images", "join_keys", "labels", "names_of", "open_bank", "read_image", "reader", "record_of",
+    "Bank", "ImagesFrom", "Join", "Reader", "absorb", "class_names", "concept_keys", "concept_labels", "concept_rows",
+    "concepts_of", "gather", "join_images", "join_keys", "labels", "names_of", "open_bank", "read_image", "reader", "record_of",
     "record_of_encoder", "regularise", "require_interface", "require_same_memory", "snippet_reader",
 ]  # fmt: skip
 

@@ -53,14 +53,13 @@ def test_ratios_are_of_steps_to_the_baselines_best() -> None:
     assert ratios(rows) == {"classes": 4.0, "nothing": None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
         ("speed", ["steps=[2,4]", "num=50"]),
-        pytest.param(
-            "compression", ["steps=2", "num=50", "ranks=[8]", 'dtypes=["i8"]', "keep=[1.0,0.5]"], marks=pytest.mark.slow
-        ),
-        pytest.param("insertion", ["steps=2", "num=50"], marks=pytest.mark.slow),
+        ("compression", ["steps=2", "num=50", "ranks=[8]", 'dtypes=["i8"]', "keep=[1.0,0.5]"]),
+        ("insertion", ["steps=2", "num=50"]),
     ],
 )
 def test_an_experiment_runs_and_is_written_from_its_figures(name: str, settings: list[str], monkeypatch) -> None:

@@ -3,7 +3,7 @@
 python -m tools.bench_train [--preset LightningDiT-S/1 --size 16 --channels 32 --batch 8] [--threads 2] [--pairs 3] [--compile]
 [--projection] [--device cpu]
 
-- `ours`: the trainer's whole step: random numbers, batch, transfers, forward, backward, clipping, AdamW, averaged weights, checks.
+- `ours`: the trainer's whole step: random numbers, batch, transfers, forward, backward, clipping, AdamW, averages, checks.
   `bare`: the same module, loss, optimizer and averaged weights in a loop over a batch that lies ready, and nothing else. They are
   timed in turn; `ratio` is the median of bare/ours over the pairs (asked: 0.95).
 - `products`: each product of a matrix with a matrix that the step has, forward and both of its derivatives, one after the other;

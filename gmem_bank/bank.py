@@ -202,16 +202,16 @@ class MemoryBank:
         return False
 
     def _gathered(
-        self, rows: NDArray[np.int64], gather: Callable[[str, NDArray[np.int64]], NDArray[np.float32]]
+        self, rows: NDArray[np.int64], gather: Callable[[str, NDArray[np.int64], bool], NDArray[np.float32]]
     ) -> NDArray[np.float32]:
         wanted = self._allowed(rows)
         first_look = not self._looked_at[wanted].all()
         if len(self.header.segments) == 1:
-            result = gather(self.header.segments[0].name, wanted)
+            result = gather(self.header.segments[0].name, wanted, not first_look)
         else:
             result = np.empty((len(wanted), self.dim), np.float32)
             for name, places, local in self._by_segment(wanted):
-                result[places] = gather(name, local)
+                result[places] = gather(name, local, not first_look)
         if first_look:
             if not all_finite(result):
                 self._name_bad_row(result, wanted)
@@ -249,12 +249,12 @@ class MemoryBank:
             yield start, self.snippets(rows[start : start + step])
             self._stored.release()
 
-    def _gather(self, segment: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return the snippets of a segment's rows, a new array in the bank's space."""
-        raise AssertionError(f"{type(self).__name__} does not read snippets: {segment}, {len(rows)} rows")
+    def _gather(self, segment: str, rows: NDArray[np.int64], finite: bool) -> NDArray[np.float32]:
+        """Return the snippets of a segment's rows, a new array in the bank's space; `finite`: they were looked at before."""
+        raise AssertionError(f"{type(self).__name__} does not read snippets: {segment}, {len(rows)} rows, {finite}")
 
-    def _gather_directions(self, segment: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        return self._gather(segment, rows)
+    def _gather_directions(self, segment: str, rows: NDArray[np.int64], finite: bool) -> NDArray[np.float32]:
+        return self._gather(segment, rows, finite)
 
     # -- concepts
 

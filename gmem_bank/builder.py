@@ -22,7 +22,7 @@ from gmem_bank import kinds, segments
 from gmem_bank.batch_size import AUTO, BatchSize, resumed
 from gmem_bank.columns import Columns
 from gmem_bank.contents import content_digest, list_source
-from gmem_bank.decode_worker import decode_one
+from gmem_bank.decode_pool import decode_batch
 from gmem_bank.encoders import Encoder, SupportsPrecision
 from gmem_bank.encoding import Encoded, encode_listings
 from gmem_bank.errors import ConfigError, GMemError, OutputExistsError
@@ -30,7 +30,7 @@ from gmem_bank.listing import Listing, Skipped
 from gmem_bank.narrowing import Narrowing, narrowed
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import EncoderSpec, Json, canonical_json, relative_to_bank
-from gmem_bank.staging import has_batches, make_plan, sweep
+from gmem_bank.staging import has_batches, make_plan, num_outdated, sweep
 from gmem_bank.storage import atomic, previous, real_target, write
 from gmem_bank.storage.rules import SNIPPET_DTYPES
 from gmem_bank.storage.schema import Header, Segment
@@ -56,6 +56,8 @@ class BuildReport:
     """Of those, images that could not be used."""
     num_resumed: int
     """Images that an earlier, interrupted run had encoded."""
+    num_outdated: int
+    """Batches that an earlier, interrupted run had encoded, of no use since other images are listed now."""
     seconds: float
     images_per_second: float
     bytes: int
@@ -137,22 +139,18 @@ def build(
             arguments["num_listed"] = len(whole.items)
         if built:
             _require_already_built(target, listing, spec, arguments)
-        if built and not has_batches(staging, make_plan([listing], encoder, size)):
+        plan = make_plan([listing], encoder, size)
+        if built and not has_batches(staging, plan):
             return _unchanged(target, listing, started)
+        outdated = num_outdated(staging, plan)
         # A kill may have come between the bank and its report: then the batches are still there, and give the report.
         encoded = encode_listings(
-            [listing],
-            encoder,
-            staging_folder=staging,
-            batch_size=size,
-            num_workers=num_workers,
-            progress=progress,
+            [listing], encoder, staging_folder=staging, batch_size=size, num_workers=num_workers, progress=progress
         )
         if not built:
             _write_new(target, encoded, listing, with_accuracy(spec, encoder, listing), arguments)
-        report = _report(
-            target, [*encoded.skipped, *listing.ignored], len(encoded.skipped), encoded.num_resumed, started
-        )
+        skipped = [*encoded.skipped, *listing.ignored]
+        report = _report(target, skipped, started, len(encoded.skipped), encoded.num_resumed, outdated)
         previous.tidy(target, ())  # states of a bank that was overwritten are of no use
         atomic.write_bytes(report_path(target), (canonical_json(report.to_json()) + "\n").encode())
         encoded.staging.discard_all()
@@ -189,11 +187,10 @@ def with_accuracy(spec: EncoderSpec, encoder: Encoder, listing: Listing) -> Enco
     """
     if not isinstance(encoder, SupportsPrecision) or encoder.spec.parameters.get("dtype", "fp32") == "fp32":
         return spec
-    decoded = [decode_one(item, spec.preprocessing)[1] for item in listing.items[:PROBE_IMAGES]]
-    crops = [found for found in decoded if not isinstance(found, str)]
-    if not crops:
+    crops = decode_batch(listing.items[:PROBE_IMAGES], spec.preprocessing).crops
+    if not len(crops):
         return spec
-    cosine = encoder.cosine_to_fp32(np.stack(crops))
+    cosine = encoder.cosine_to_fp32(crops)
     if cosine is None or not np.isfinite(cosine):  # none of them has a direction: no reason to lose a finished build
         return spec
     return dataclasses.replace(spec, labels={**spec.labels, "cosine_to_fp32": round(float(cosine), 6)})
@@ -226,12 +223,13 @@ def _write_new(target: Path, encoded: Encoded, listing: Listing, spec: EncoderSp
 
 def finished_report(target: Path, started: float) -> BuildReport:
     """Return the report of a build that skipped nothing."""
-    return _report(target, [], 0, 0, started)
+    return _report(target, [], started)
 
 
 def _report(
-    target: Path, skipped: Sequence[Skipped], num_unreadable: int, num_resumed: int, started: float
-) -> BuildReport:
+    target: Path, skipped: Sequence[Skipped], started: float, num_unreadable: int = 0, num_resumed: int = 0,
+    num_outdated: int = 0,
+) -> BuildReport:  # fmt: skip
     bank = kinds.open(target)
     seconds = time.perf_counter() - started
     return BuildReport(
@@ -244,6 +242,7 @@ def _report(
         skipped=[entry.to_json() for entry in skipped],
         num_unreadable=num_unreadable,
         num_resumed=num_resumed,
+        num_outdated=num_outdated,
         seconds=round(seconds, 3),
         images_per_second=round(max(0, len(bank) + num_unreadable - num_resumed) / seconds, 2),
         bytes=bank.stored.num_bytes,
@@ -282,7 +281,7 @@ def _unchanged(target: Path, listing: Listing, started: float) -> BuildReport:
     reasons = _stored_reasons(target)
     unknown = "it gave no row; the report that said why is gone"
     skipped = [Skipped(path=key, reason=reasons.get(key, unknown)) for key in absent]
-    report = _report(target, [*skipped, *listing.ignored], len(absent), 0, started)
+    report = _report(target, [*skipped, *listing.ignored], started, len(absent))
     return dataclasses.replace(report, images_per_second=0.0, unchanged=True)
 
 

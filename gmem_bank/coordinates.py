@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from gmem_bank.bank import MemoryBank
 
 BLOCK_BYTES = 64 << 20
+PLAIN = (1e-20, 1e30)
+"""Squared lengths of queries that float32 holds, and that are no shorter than TINY_NORM."""
 
 
 class Coordinates:
@@ -129,6 +131,14 @@ def frame_of(
     return tuple(np.ascontiguousarray(part, np.float32) for part in parts)  # type: ignore[return-value]
 
 
+def require_active(bank: MemoryBank, num_rows: int) -> None:
+    """Raise ConfigError where a bank has no active rows."""
+    if not num_rows:
+        raise ConfigError(
+            f"every row of {bank.path} is masked, so there is none to find: 'gmem-bank unmask' lifts a mask", key="k"
+        )
+
+
 def require_queries(bank: MemoryBank, queries: NDArray[np.float32], k: int, num_rows: int) -> None:
     """Raise where queries cannot be asked.
 
@@ -146,12 +156,13 @@ def require_queries(bank: MemoryBank, queries: NDArray[np.float32], k: int, num_
         raise EncoderMismatchError(
             f"queries of shape {list(queries.shape)} for a bank of dimension {bank.dim}", path=bank.path
         )
-    if not num_rows:
-        raise ConfigError(
-            f"every row of {bank.path} is masked, so there is none to find: 'gmem-bank unmask' lifts a mask", key="k"
-        )
+    require_active(bank, num_rows)
     if not 1 <= k <= num_rows:
         raise ConfigError(f"k must be 1 to {num_rows}, the active rows of {bank.path}; got {k}", key="k")
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.vecdot(queries, queries)
+    if squares.min(initial=PLAIN[1]) >= PLAIN[0] and squares.max(initial=PLAIN[0]) <= PLAIN[1]:
+        return  # finite, and long enough: no query has to be looked at number by number
     bad = np.flatnonzero(~np.isfinite(queries).all(axis=1))
     if len(bad):
         raise ConfigError(f"a query is not finite: number {bad[0]} of {len(queries)}", key="queries")

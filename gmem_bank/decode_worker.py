@@ -1,7 +1,8 @@
-"""A process that decodes images for another: `python -m gmem_bank.decode_worker`, started by `decode_pool`.
+"""A process that decodes images for another, started by `decode_process`.
 
-It reads a JSON line for each job on stdin and answers on stdout with a JSON line and the raw pixels; at the end of its input
-it ends. Neither side unpickles anything, no memory is shared, and nothing of the caller's program is imported again.
+It reads a JSON line for each job on stdin, puts the pixels into memory that it shares with whoever asks, and answers on stdout
+with a JSON line; at the end of its input it ends. Neither side unpickles anything, and nothing of the caller's program is
+imported again.
 
 Shapes: n images of a job, S×S pixels.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import signal
 import sys
@@ -30,6 +32,8 @@ from gmem_bank.listing import Item
 
 NICE = 10
 """Workers yield to the encoder: on a CPU its threads wait for one another, and one that is held up holds up all."""
+MOST_REASON = 500
+"""Characters: answers to jobs ahead must fit into a pipe, or both sides would wait for the other to read."""
 
 
 def decode_one(item: Item, preprocessing: Mapping[str, Any]) -> tuple[str, NDArray[np.uint8] | str]:
@@ -39,7 +43,7 @@ def decode_one(item: Item, preprocessing: Mapping[str, Any]) -> tuple[str, NDArr
         data = read_item(item)
         pixels = crop(decode_picture(data), preprocessing)
     except SourceError as error:
-        return _sha256(data), error.message.removeprefix(f"{item.path}: ")
+        return _sha256(data), error.message.removeprefix(f"{item.path}: ")[:MOST_REASON]
     return _sha256(data), np.ascontiguousarray(pixels[:, ::-1]) if item.flipped else pixels
 
 
@@ -47,19 +51,28 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest() if data else ""
 
 
-def answer(line: bytes, output: BinaryIO) -> None:
-    """Do one job: {"items": [[key, path, size, flipped, inside, place, column], …], "preprocessing": {…}}.
+def answer(line: bytes, memory: NDArray[np.uint8]) -> bytes:
+    """Do one job: {"items": [[key, path, size, flipped, inside, place, column], …], "preprocessing": {…}, "place": byte}.
 
-    The answer is [[sha256, reason or null], …] on a line, then the pixels of those that have no reason.
+    Args:
+        line: the job, as JSON.
+        memory: (bytes,); pixels of images that can be used are put there one after the other, from "place" on.
+
+    Returns:
+        [[sha256, reason or null], …], as JSON on a line.
     """
     job = json.loads(line)
-    results = [decode_one(_item(record), job["preprocessing"]) for record in job["items"]]
-    facts = [[digest, found if isinstance(found, str) else None] for digest, found in results]
-    output.write(json.dumps(facts).encode() + b"\n")
-    for _, found in results:
-        if not isinstance(found, str):
-            output.write(found.data)
-    output.flush()
+    place: int = job["place"]
+    facts: list[tuple[str, str | None]] = []
+    for record in job["items"]:
+        digest, found = decode_one(_item(record), job["preprocessing"])
+        if isinstance(found, str):
+            facts.append((digest, found))
+            continue
+        memory[place : place + found.size] = found.reshape(-1)
+        place += found.size
+        facts.append((digest, None))
+    return json.dumps(facts).encode() + b"\n"
 
 
 def record_of(item: Item) -> list[Any]:
@@ -85,17 +98,16 @@ def _own_output() -> BinaryIO:
     return answers
 
 
-def main() -> int:
-    """Answer jobs until the input ends."""
+def main(descriptor: int) -> int:
+    """Answer jobs until the input ends; the descriptor is that of the shared memory."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever started this; then the input ends
     os.nice(NICE)
     warnings.simplefilter("ignore")  # Pillow warns of oddities that decode well; failures raise
     answers = _own_output()
+    memory = np.frombuffer(mmap.mmap(descriptor, 0), np.uint8)
+    os.close(descriptor)
     with contextlib.suppress(BrokenPipeError):  # whoever asked is gone
         for line in sys.stdin.buffer:
-            answer(line, answers)
+            answers.write(answer(line, memory))
+            answers.flush()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -23,8 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmem_bank.batch_size import BatchSize, resolve
-from gmem_bank.decode_pool import Decoded, DecodePool, default_workers
-from gmem_bank.decode_worker import decode_one
+from gmem_bank.decode_pool import Decoded, DecodePool, decode_batch, default_workers
 from gmem_bank.encoders import Encoder
 from gmem_bank.errors import EncoderError, GMemError, SourceError, is_out_of_memory
 from gmem_bank.listing import Digest, Item, Items, Listing, Skipped
@@ -157,8 +156,8 @@ def _batches(
     workers = workers_for(num_workers, sum(stop - start for start, stop in map(jobs.span, missing)))
     starts = iter(missing)
 
-    def work(own: Sequence[Item], found: Sequence[Decoded], crops: NDArray[np.uint8]) -> Batch:
-        return _encode_batch(own, found, crops, jobs.span(next(starts))[0], encoder)
+    def work(own: Sequence[Item], decoded: Decoded) -> Batch:
+        return _encode_batch(own, decoded, jobs.span(next(starts))[0], encoder)
 
     encoded = encoded_ahead((jobs.batch(index) for index in missing), encoder.spec.preprocessing, workers, work)
     with contextlib.closing(encoded):
@@ -177,8 +176,7 @@ def _batches(
 def _encode_again(jobs: Jobs, index: int, encoder: Encoder) -> Batch:
     """Return a batch that lay damaged in the staging folder."""
     own = jobs.batch(index)
-    found = [decode_one(item, encoder.spec.preprocessing) for item in own]
-    return _encode_batch(own, found, _stacked(found), jobs.span(index)[0], encoder)
+    return _encode_batch(own, decode_batch(own, encoder.spec.preprocessing), jobs.span(index)[0], encoder)
 
 
 Result = TypeVar("Result")
@@ -188,32 +186,26 @@ def encoded_ahead(
     batches: Iterable[list[Item]],
     preprocessing: Mapping[str, Json],
     num_workers: int,
-    work: Callable[[Sequence[Item], Sequence[Decoded], NDArray[np.uint8]], Result],
+    work: Callable[[Sequence[Item], Decoded], Result],
 ) -> Generator[Result, None, None]:
-    """Yield what `work` makes of each batch: its images, what decoding gave, and the (b, S, S, 3) crops of the readable ones.
+    """Yield what `work` makes of each batch: its images, and what decoding gave.
 
     With worker processes, `work` runs in one thread of its own and its next batch waits for it there: a device does not idle
-    while this thread stacks pixels and the caller writes. Without them everything runs here, one after the other.
+    while this thread waits for pixels and the caller writes. Without them everything runs here, one after the other.
     """
     if not num_workers:
         for own in batches:
-            found = [decode_one(item, preprocessing) for item in own]
-            yield work(own, found, _stacked(found))
+            yield work(own, decode_batch(own, preprocessing))
         return
     waiting: deque[Future[Result]] = deque()
     ahead, asked = tee(batches)
     with DecodePool(preprocessing, num_workers) as pool, _one_thread() as thread:
-        for own, found in zip(asked, pool.batches(ahead), strict=True):
-            waiting.append(thread.submit(work, own, found, _stacked(found)))
+        for own, decoded in zip(asked, pool.batches(ahead), strict=True):
+            waiting.append(thread.submit(work, own, decoded))
             if len(waiting) > 1:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-
-def _stacked(found: Sequence[Decoded]) -> NDArray[np.uint8]:
-    crops = [pixels for _, pixels in found if not isinstance(pixels, str)]
-    return np.stack(crops) if crops else np.zeros((0, 0, 0, 3), np.uint8)
 
 
 @contextlib.contextmanager
@@ -248,8 +240,7 @@ def encode_in_memory(
     batch_size = resolve(batch_size, encoder)
     for start in range(0, len(listing.items), batch_size):
         own = listing.items[start : start + batch_size]
-        found = [decode_one(item, encoder.spec.preprocessing) for item in own]
-        batches.append(_encode_batch(own, found, _stacked(found), start, encoder))
+        batches.append(_encode_batch(own, decode_batch(own, encoder.spec.preprocessing), start, encoder))
         progress(min(start + batch_size, len(listing.items)), len(listing.items))
     skipped = [entry for batch in batches for entry in batch.skipped]
     items = [listing.items[place] for batch in batches for place in batch.places]
@@ -260,16 +251,13 @@ def encode_in_memory(
     return items, np.concatenate([batch.snippets for batch in batches]), skipped
 
 
-def _encode_batch(
-    items: Sequence[Item], decoded: Sequence[Decoded], crops: NDArray[np.uint8], start: int, encoder: Encoder
-) -> Batch:
-    spec = encoder.spec
-    hashes = [digest for digest, _ in decoded]
-    places = [start + place for place, (_, found) in enumerate(decoded) if not isinstance(found, str)]
+def _encode_batch(items: Sequence[Item], decoded: Decoded, start: int, encoder: Encoder) -> Batch:
+    spec, hashes, crops = encoder.spec, decoded.hashes, decoded.crops
+    places = [start + place for place, reason in enumerate(decoded.reasons) if reason is None]
     skipped = [
-        Skipped(path=item.key, reason=found)
-        for item, (_, found) in zip(items, decoded, strict=True)
-        if isinstance(found, str)
+        Skipped(path=item.key, reason=reason)
+        for item, reason in zip(items, decoded.reasons, strict=True)
+        if reason is not None
     ]
     if not len(crops):
         return Batch(places=[], hashes=hashes, snippets=np.zeros((0, spec.dim), np.float32), skipped=skipped)

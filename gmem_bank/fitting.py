@@ -19,11 +19,11 @@ from gmem_bank import moments
 from gmem_bank.errors import CorruptError
 from gmem_bank.moments import Moments, RunningSums, SumStore
 from gmem_bank.progress import Progress, no_progress
-from gmem_bank.segment_rows import Chunk, Plan, SegmentRows
+from gmem_bank.segment_rows import SUMMED_ROWS, Chunk, Plan, SegmentRows
 from gmem_bank.storage import atomic
 from gmem_bank.threads import in_order
 
-PROJECT_ROWS = 1024
+PROJECT_ROWS = SUMMED_ROWS
 """Of a chunk of the second pass at most: it goes over its rows several times, and should stay in the cache."""
 TELLING = 0.01
 """Share of a squared norm from which on a difference of two float32 sums says enough."""

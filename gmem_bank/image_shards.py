@@ -209,18 +209,18 @@ class _Job:
 
 def _all(
     make: Callable[[NDArray[np.uint8]], Arrays],
-) -> Callable[[Sequence[Item], Sequence[Decoded], NDArray[np.uint8]], Arrays]:
+) -> Callable[[Sequence[Item], Decoded], Arrays]:
     """Return what works on a decoded batch, all of whose images have to be there."""
 
-    def work(own: Sequence[Item], found: Sequence[Decoded], crops: NDArray[np.uint8]) -> Arrays:
-        for item, (_, pixels) in zip(own, found, strict=True):
-            if isinstance(pixels, str):
+    def work(own: Sequence[Item], decoded: Decoded) -> Arrays:
+        for item, reason in zip(own, decoded.reasons, strict=True):
+            if reason is not None:
                 raise SourceError(
-                    f"the image of row {item.key!r} cannot be used: {pixels}. It could be read when the bank was built: restore "
+                    f"the image of row {item.key!r} cannot be used: {reason}. It could be read when the bank was built: restore "
                     "it, or give another folder with --images",
                     key=item.key,
                 )
-        return make(crops)
+        return make(decoded.crops)
 
     return work
 

@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 
 from gmem_bank.errors import CorruptError
 from gmem_bank.index import matrix_products, require_faiss
-from gmem_bank.index_choice import MOST_EFFORT
+from gmem_bank.index_choice import GPU_CODE_BYTES, MOST_EFFORT
 from gmem_bank.index_file import IndexState
 
 GPU_KINDS = ("ivf-flat", "ivf-pq")
 """Kinds that FAISS searches on a GPU."""
+GPU_WIDE_CODE_BYTES = 48
+"""Length of product codes up to which FAISS's tables for them may be f32 on a GPU; candidates are compared again anyway."""
 GPU_MOST = 2048
 """Lists looked into, and candidates, that FAISS's kernels for GPUs take at most."""
 MOST_QUERIES = 4096
@@ -51,8 +53,10 @@ class Candidates:
 
     @property
     def is_on_gpu(self) -> bool:
-        """Whether a GPU searches: it knows no mask, and not every kind."""
-        return self._state.kind in GPU_KINDS and not self.is_masked and require_faiss().get_num_gpus() > 0
+        """Whether a GPU searches: it knows no mask, not every kind, and not product codes of every length."""
+        if self._state.kind not in GPU_KINDS or self.is_masked or not require_faiss().get_num_gpus():
+            return False
+        return self._state.kind != "ivf-pq" or self._state.faiss.pq.M in GPU_CODE_BYTES
 
     def find(self, projected: NDArray[np.float32], num: int, effort: int) -> NDArray[np.int64]:
         """Return the (B, c) rows that the index finds for (B, E) queries, best estimate first; -1 where it finds fewer."""
@@ -124,7 +128,12 @@ class Candidates:
             return self._state.faiss
         faiss = require_faiss()
         self._resources = faiss.StandardGpuResources()  # must live as long as the index
-        return faiss.index_cpu_to_gpu(self._resources, 0, self._state.faiss)
+        options = faiss.GpuClonerOptions()
+        if (
+            self._state.kind == "ivf-pq"
+        ):  # tables of codes as long as those of 768 dimensions fit no GPU's fast memory in f32
+            options.useFloat16 = self._state.faiss.pq.M > GPU_WIDE_CODE_BYTES
+        return faiss.index_cpu_to_gpu(self._resources, 0, self._state.faiss, options)
 
 
 def queries_at_once(num: int) -> int:

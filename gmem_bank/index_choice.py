@@ -21,6 +21,8 @@ MOST_LISTS = 1 << 16
 HNSW_LINKS = 32
 MOST_EFFORT = 1 << 16
 """Candidates that an HNSW index keeps in view, at most."""
+GPU_CODE_BYTES = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)
+"""Lengths of product codes that FAISS's kernels for GPUs know."""
 ROW_TABLE_BYTES = 24
 """Of a row in the index file: its number, and the hashes of key and value."""
 LABEL_BYTES = 8
@@ -91,7 +93,13 @@ def plan_index(
     if recall == 1:
         reasons = [("flat", "exact, as recall 1 asks for")]
     elif num_gpus:
-        reasons += [("ivf-flat", "on the GPU"), ("ivf-pq", "on the GPU, whole vectors take more than --max-bytes")]
+        reasons.append(("ivf-flat", "on the GPU"))
+        if pq_parts(dim) in GPU_CODE_BYTES:
+            reasons.append(("ivf-pq", "on the GPU, whole vectors take more than --max-bytes"))
+        else:
+            reasons.append(
+                ("ivf-rabitq", "on the CPU, whole vectors take more than --max-bytes, and GPUs know no such codes")
+            )
     else:
         reasons.append(("ivf-rabitq", "one bit a coordinate, ordered again by exact values"))
     fitting = [(name, why) for name, why in reasons if max_bytes is None or sizes[name] <= max_bytes]
@@ -186,5 +194,8 @@ def ladder(kind: str, num_lists: int, fixed: int | None) -> Sequence[int]:
         return (fixed,)
     if kind == "hnsw":
         return tuple(16 << step for step in range(7))
-    steps = [1 << step for step in range(num_lists.bit_length()) if 1 << step < num_lists]
-    return (*steps, num_lists)
+    powers = [1 << step for step in range(num_lists.bit_length())]
+    between = [
+        3 * step // 2 for step in powers[1:]
+    ]  # 3, 6, 12, …: half as many lists more, where twice as many would be tried
+    return (*sorted(step for step in (*powers, *between) if step < num_lists), num_lists)

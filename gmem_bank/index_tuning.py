@@ -26,12 +26,13 @@ from gmem_bank.provenance import Json
 
 NUM_PROBES = 256
 K = 10
-FACTORS = {"ivf-rabitq": (1, 2, 4, 8, 16, 32), "ivf-pq": (1, 2, 4, 8, 16, 32)}
+FINE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+FACTORS = {"ivf-rabitq": FINE, "ivf-pq": FINE}
 """Kind → candidates a neighbour wanted; other kinds hold whole vectors, so that their order is right already."""
 MARGIN = 2
 """Standard errors by which the measured recall must lie above the one asked for: other queries will be asked."""
 TIMINGS = 3
-SLOWER = 2
+SLOWER = 3
 """Efforts in a row that are slower than the fastest, after which no more are tried."""
 TIE = 1e-6
 """Cosines nearer than this are equal: rounding of f32 sums."""

@@ -28,7 +28,7 @@ from gmem_bank.space import to_space
 
 GATHERED, WIDENED = 70, 28
 """What a gathered row costs, and what a streamed one costs to read and widen, in comparisons of a streamed row with a query."""
-PART_BYTES = 1 << 20
+PART_BYTES = 2 << 20
 """Of f32 vectors that are compared at a time: they are read, widened and multiplied while they are in the cache."""
 
 
@@ -87,7 +87,8 @@ class BankIndex:
         """
         require_queries(self.bank, queries, k, self._num_active)
         unit = to_space(np.ascontiguousarray(queries, np.float32), "unit")
-        empty = np.flatnonzero(~unit.any(axis=1))
+        begin_with_zero = np.flatnonzero(unit[:, 0] == 0)
+        empty = begin_with_zero[~unit[begin_with_zero].any(axis=1)]
         if len(empty):
             raise ConfigError(
                 f"query number {empty[0]} of {len(queries)} is all zeros: it has no direction", key="queries"
@@ -123,11 +124,8 @@ class BankIndex:
         for start in range(0, len(unit), step):
             asked = slice(start, start + step)
             candidates = self._candidates.find(self._projected(unit[asked]), num, effort)
-
-            def order(part: slice, asked: slice = asked, candidates: NDArray[np.int64] = candidates) -> None:
-                scores[asked][part], rows[asked][part] = self._ordered(turned[asked][part], candidates[part], k)
-
-            self._in_parts(order, len(candidates), num)
+            exact = self._exact(turned[asked], candidates)
+            scores[asked], rows[asked] = _first(exact, candidates, k)
         return scores, rows
 
     def _look_further(
@@ -206,13 +204,7 @@ class BankIndex:
         """Return the (B, c) rows that the index itself finds, best estimate first, and their exact cosines."""
         unit = to_space(np.ascontiguousarray(queries, np.float32), "unit")
         turned, rows = self._coordinates.of_unit(unit), self._candidates.find(self._projected(unit), num, nprobe)
-        scores = np.empty(rows.shape, np.float32)
-
-        def compare(part: slice) -> None:
-            scores[part] = self._exact(turned[part], rows[part])
-
-        self._in_parts(compare, len(rows), num)
-        return rows, scores
+        return rows, self._exact(turned, rows)
 
     # -- exact values
 
@@ -230,31 +222,33 @@ class BankIndex:
 
     def _exact(self, turned: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the (B, c) cosines to (B, c) rows of the bank, for (B, E) coordinates of queries; -inf for row -1."""
-        known = rows >= 0
+        scores, known = np.full(rows.shape, -np.inf, np.float32), rows >= 0
         if not known.any():
-            return np.full(rows.shape, -np.inf, np.float32)
+            return scores
         filled = np.where(known, rows, rows[known][0])
-        scores = np.empty(rows.shape, np.float32)
-        step = max(
-            1, BLOCK_BYTES // (4 * self._coordinates.dim * len(rows))
-        )  # one query may have any number of candidates
-        for start in range(0, rows.shape[1], step):
-            part = slice(start, start + step)
-            scores[:, part] = self._coordinates.cosines(filled[:, part], turned)
+
+        def compare(part: slice) -> None:
+            # one query may have any number of candidates
+            step = max(1, BLOCK_BYTES // (4 * self._coordinates.dim * len(filled[part])))
+            for start in range(0, rows.shape[1], step):
+                own = part, slice(start, start + step)
+                scores[own] = self._coordinates.cosines(filled[own], turned[part])
+
+        self._in_parts(compare, *rows.shape)
         scores[~known] = -np.inf
         return scores
 
-    def _ordered(
-        self, turned: NDArray[np.float32], rows: NDArray[np.int64], k: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return the (B, k) best of (B, c) candidates; -1 where there are fewer."""
-        scores = self._exact(turned, rows)
-        order = np.lexsort((rows, -scores))[:, :k]  # of equal scores the lower row comes first
-        scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
-        if rows.shape[1] == k:
-            return scores, rows
-        missing = ((0, 0), (0, k - rows.shape[1]))
-        return np.pad(scores, missing, constant_values=-np.inf), np.pad(rows, missing, constant_values=-1)
+
+def _first(
+    scores: NDArray[np.float32], rows: NDArray[np.int64], k: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return the (B, k) best of (B, c) candidates, of equal scores the lower row first; -1 where there are fewer."""
+    order = np.lexsort((rows, -scores))[:, :k]
+    scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+    if rows.shape[1] == k:
+        return scores, rows
+    missing = ((0, 0), (0, k - rows.shape[1]))
+    return np.pad(scores, missing, constant_values=-np.inf), np.pad(rows, missing, constant_values=-1)
 
 
 def open_index(bank: MemoryBank, path: str | os.PathLike[str] | None = None) -> BankIndex:

@@ -46,8 +46,8 @@ class DenseBank(MemoryBank):
         names = {segment.name: segment.entry("snippets") for segment in self.header.segments}
         return {name: segments.Gatherer(self._stored.array(entry)) for name, entry in names.items()}
 
-    def _gather(self, segment: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        values = self._gatherers[segment](rows)
+    def _gather(self, segment: str, rows: NDArray[np.int64], finite: bool) -> NDArray[np.float32]:
+        values = self._gatherers[segment](rows, finite=finite)
         if self.space == "raw" or self._stored.dtype(f"{segment}/snippets") == "F32":
             return values  # f32 is in the bank's space as it is stored, bit for bit
         return scale_to_unit(values)
@@ -58,8 +58,8 @@ class DenseBank(MemoryBank):
         types = {self._stored.dtype(segment.entry("snippets")) for segment in self.header.segments}
         return self.space == "unit" and types <= {"F32"}
 
-    def _gather_directions(self, segment: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        return self._gatherers[segment](rows)
+    def _gather_directions(self, segment: str, rows: NDArray[np.int64], finite: bool) -> NDArray[np.float32]:
+        return self._gatherers[segment](rows, finite=finite)
 
 
 class FactoredBank(MemoryBank):
@@ -115,7 +115,7 @@ class FactoredBank(MemoryBank):
         """Return (B,) float32 1/‖coefficients · basis + mean‖."""
         return factors.inverse_norms(self.coefficients(rows), self.basis, self.mean)
 
-    def _gather(self, segment: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _gather(self, segment: str, rows: NDArray[np.int64], finite: bool) -> NDArray[np.float32]:  # noqa: ARG002 - few values
         columns = read_coefficients(self._stored, segment, rows, self.rank)
         with np.errstate(over="ignore", invalid="ignore"):
             snippets = factors.reconstruct(columns, self.basis[: columns.shape[1]], self.mean)

@@ -12,12 +12,24 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from gmem_bank import kinds
 from gmem_bank.arrays import is_array_file, read_array
 from gmem_bank.bank import MemoryBank
 from gmem_bank.batch_size import AUTO, BatchSize
+from gmem_bank.coordinates import require_active
 from gmem_bank.encoders import Encoder, SupportsText, may_understand_text, reload_encoder, require_same_encoder
 from gmem_bank.encoding import encode_in_memory
-from gmem_bank.errors import ConfigError, EncoderError, EncoderMismatchError, SourceError, UnknownKeyError, suggest
+from gmem_bank.errors import (
+    ConfigError,
+    CorruptError,
+    EncoderError,
+    EncoderMismatchError,
+    FormatError,
+    FormatVersionError,
+    SourceError,
+    UnknownKeyError,
+    suggest,
+)
 from gmem_bank.index import require_faiss
 from gmem_bank.indexed import BankIndex
 from gmem_bank.progress import Progress, no_progress
@@ -147,8 +159,8 @@ def search(
 
     Args:
         bank: where to look.
-        query: a concept or a key of the bank, or else a path: to an image, to a folder (each image is a query), or to an array
-            file (each row is a query; its length does not count).
+        query: a concept or a key of the bank, or else a path: to an image, to a folder (each image is a query), to an array
+            file (each row is a query; its length does not count), or to another bank of the same encoder (each active row is).
         k: rows a query; more than the bank has gives all of them.
         index: from `open_index`; None compares with every row.
         load: called when images or text have to be encoded; None loads the encoder that the bank records.
@@ -159,13 +171,14 @@ def search(
     Raises:
         UnknownKeyError: not a path, nor a concept or key.
         SourceError: no image there, or an array file that cannot be read.
-        EncoderMismatchError: the loaded encoder did not make the bank, or an array of another dimension.
+        EncoderMismatchError: the loaded encoder did not make the bank, or a bank of another one or an array of another dimension.
         EncoderError: text, and the encoder understands none.
         ConfigError: a query without a direction or not finite, or every row is masked.
     """
     if not query:
         raise UnknownKeyError("the query is empty: give a concept, a key, an image or a folder", key=query)
-    require_faiss()  # before minutes go into encoding images
+    require_faiss()  # this, and that there are rows to find, before minutes go into encoding images
+    require_active(bank, len(bank.rows()))
     loader = load or (lambda: reload_encoder(bank.encoder, bank.folder))
     if text:
         labels, snippets = [query], text_snippets(bank, [query], loader)
@@ -184,6 +197,11 @@ def _snippets_of(
     path = Path(query)
     if query in bank.names or bank.find_rows([query])[0] >= 0 or not path.exists():
         return [query], snippet_of(bank, query)[None]
+    other = _bank_at(path)
+    if other is not None:
+        require_same_encoder(other.encoder, bank.encoder)
+        rows = other.rows()
+        return other.keys(rows), other.snippets(rows)
     if is_array_file(path):
         found = read_array(path)
         if found.snippets.shape[1] != bank.dim:
@@ -197,6 +215,16 @@ def _snippets_of(
     require_same_encoder(encoder.spec, bank.encoder)
     items, snippets, _ = encode_in_memory(list_images(query), encoder, batch_size=batch_size, progress=progress)
     return [item.key for item in items], snippets
+
+
+def _bank_at(path: Path) -> MemoryBank | None:
+    """Return the bank that lies at a path, None where something else does."""
+    try:
+        return kinds.open(path)
+    except (FormatVersionError, CorruptError):
+        raise
+    except FormatError:
+        return None
 
 
 def _require_direction(labels: Sequence[str], snippets: NDArray[np.float32]) -> None:

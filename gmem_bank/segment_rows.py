@@ -11,7 +11,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -29,6 +29,8 @@ from gmem_bank.storage.stored import Place
 
 CHUNK_ROWS = 2048
 CHUNK_BYTES = 16 << 20
+SUMMED_ROWS = 1024
+"""Whose bytes have one sum."""
 FEWEST_CHUNK_ROWS = 64
 MOST_WORKERS = 4
 ROW_BYTES = 60
@@ -69,6 +71,8 @@ class SegmentRows:
     """Of that bank, for messages."""
     place: Place | None = None
     """Where float32 snippets lie as they are, to be read straight into chunks."""
+    sums: dict[tuple[int, int], int] = field(default_factory=dict)
+    """(first row, rows) → sum of their bytes when they were read, of a segment whose bytes at that time had the right hash."""
 
     def stored(self, *, check: bool) -> Iterator[NDArray[np.float32]]:
         """Yield (b, D) snippets, or (b, R) coefficients of a factored segment.
@@ -93,18 +97,37 @@ class SegmentRows:
 
         Args:
             size: rows.
-            check: raise CorruptError in the place of the last chunk where an entry does not match its hash.
+            check: raise CorruptError in the place of the last chunk where an entry does not match its hash; or, of rows that
+                were read and hashed before, where they are not what they were then.
         """
-        row, digest = self.first, hashlib.sha256()
+        row, digest, known = self.first, hashlib.sha256(), check and self._is_summed(size)
         read = rechunked(self.stored(check=check), size, self.num_rows) if self.place is None else self._read(size)
         for values, last in with_last(read):  # one chunk behind, so that what is checked at the end is so before it
-            if check:
+            if known and sum_of(values) != self.sums[row, len(values)]:
+                self._require_hash()
+            if check and not known:
                 digest.update(values.view(np.uint8).data.cast("B"))
-            if check and last and self.place is not None and digest.hexdigest() != self.entries["snippets"].sha256:
-                for _ in streams.checked(self.entries["snippets"]):  # raises, in the words of all edits
-                    pass
+                self._note_sums(row, values)
+                if last and self.place is not None and digest.hexdigest() != self.entries["snippets"].sha256:
+                    self._require_hash()
             yield Chunk(segment=self.number, first=row, values=values, digest=digest.hexdigest() if check else "")
             row += len(values)
+
+    def _is_summed(self, size: int) -> bool:
+        starts = range(0, self.num_rows, size)
+        return all((self.first + start, min(size, self.num_rows - start)) in self.sums for start in starts)
+
+    def _note_sums(self, row: int, values: NDArray[np.float32]) -> None:
+        if self.place is not None:
+            for start in range(0, len(values), SUMMED_ROWS):
+                part = values[start : start + SUMMED_ROWS]
+                self.sums[row + start, len(part)] = sum_of(part)
+
+    def _require_hash(self) -> None:
+        """Raise CorruptError: what was read is not what the bank's hash is of, or not what was read before."""
+        for _ in streams.checked(self.entries["snippets"]):  # raises, in the words of all edits
+            pass
+        raise CorruptError(f"{self.path} was changed while it was read: run the same command again", path=self.path)
 
     def _read(self, size: int) -> Iterator[NDArray[np.float32]]:
         """Yield chunks as `chunks` does, one copy of the file's bytes and no more."""
@@ -130,6 +153,13 @@ class SegmentRows:
             "is wrong; build it again, or remove the row",
             path=self.path, row=row,
         )  # fmt: skip
+
+
+def sum_of(values: NDArray[np.float32]) -> int:
+    """Return the sum of the bytes of (b, D) rows in words of 64 bits, modulo 2^64: what tells a second reading from the first."""
+    words = values.reshape(-1).view(np.uint32)
+    even = len(words) // 2 * 2
+    return (int(words[:even].view(np.uint64).sum()) + int(words[even:].sum())) % (1 << 64)
 
 
 def rows_of(draft: Draft, banks: Sequence[MemoryBank], origins: Sequence[int]) -> list[SegmentRows]:

@@ -10,6 +10,7 @@ Shapes: N rows, n rows of a shard, E shape of one row's array.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -216,12 +217,14 @@ class _File:
     """An open file, closed when the last who reads it lets go."""
 
     def __init__(self, path: Path) -> None:
+        self.descriptor = -1  # where opening fails
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         if hasattr(os, "posix_fadvise"):  # rows are asked for in any order: what follows them is not wanted
             os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
     def __del__(self) -> None:
-        os.close(self.descriptor)
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
         """Fill a buffer from an offset; returns what could be read."""
@@ -248,11 +251,22 @@ class _Files:
         with self._lock:
             file = self._open.get(path)
             if file is None:
-                file = self._open[path] = _File(path)
+                file = self._open[path] = self._opened(path)
                 if len(self._open) > self._most:
                     self._open.popitem(last=False)
             self._open.move_to_end(path)
             return file
+
+    def _opened(self, path: Path) -> _File:
+        """Open a file; where the process may open no more, after letting go of those that were used first."""
+        while True:
+            try:
+                return _File(path)
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._open:
+                    raise
+                self._open.popitem(last=False)
+                self._most = max(1, len(self._open))
 
 
 class Shards:

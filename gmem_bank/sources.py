@@ -113,7 +113,7 @@ def list_file(path: str | os.PathLike[str], *, prefix: str = "") -> Listing:
             ignored.append(Skipped(path=printable_path(line), reason=found))
     twice = KeyPlaces(items).repeated()
     if twice:
-        raise SourceError(f"{where} names an image twice: {items.key(twice[1])!r}", path=where)
+        raise SourceError(f"{where} names an image twice, {items.key(twice[1])!r}: remove one line", path=where)
     if not items:
         raise SourceError(_no_images(where, ignored), path=where)
     return Listing(root=where.parent, items=items, ignored=tuple(ignored), kind="list")

@@ -144,6 +144,24 @@ def planned_batch_size(folder: Path, listed: Callable[[int], list[Listing]], enc
     return None
 
 
+def num_outdated(folder: Path, plan: dict[str, Json]) -> int:
+    """Return how many finished batches unfinished work on the same source has left that was listed otherwise.
+
+    Args:
+        folder: of the work on a bank.
+        plan: of the job that is to be done now.
+    """
+    own = {**plan, "listings": [listing[:-1] for listing in plan["listings"]]}
+    count = 0
+    for place in folder.glob(f"*/{PLAN}"):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            found = json.loads(_read_text(place) or "{}")
+            other = {**found, "listings": [listing[:-1] for listing in found["listings"]]}
+            if canonical_json(other) == canonical_json(own) and canonical_json(found) != canonical_json(plan):
+                count += sum(1 for _ in place.parent.glob("*.safetensors"))
+    return count
+
+
 def has_batches(folder: Path, plan: Json) -> bool:
     """Say whether an unfinished job with this very plan has left anything."""
     return _read_text(_own_folder(folder, plan) / PLAN) == canonical_json(plan)

@@ -62,6 +62,8 @@ class SweepReport:
     bank: str
     num_rows: int
     dim: int
+    rank: int
+    """Of the bank as it is: R of a factored one, else D."""
     num_sampled: int
     """Active rows that all but bytes and energy are measured on."""
     bytes: int
@@ -76,7 +78,7 @@ class SweepReport:
 
     def table(self) -> str:
         """Return the table as text."""
-        first = (self.dim, "as it is", "all", self.bytes, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, self.knn_accuracy)
+        first = (self.rank, "as it is", "all", self.bytes, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, self.knn_accuracy)
         lines = [first, *(self._line(way) for way in self.ways)]
         cells = [COLUMNS, *([_cell(value) for value in line] for line in lines)]
         widths = [max(len(row[place]) for row in cells) for place in range(len(COLUMNS))]
@@ -159,7 +161,8 @@ def sweep(
         ways = [replace(way, bytes=size_of(job, edit, way.rank, way.dtype, way.keep)) for way in measured]
         progress(2 * len(bank), 2 * len(bank))
     return SweepReport(
-        bank=str(bank.path), num_rows=len(bank), dim=bank.dim, num_sampled=len(rows), bytes=bank.stored.num_bytes,
+        bank=str(bank.path), num_rows=len(bank), dim=bank.dim,
+        rank=bank.rank if isinstance(bank, FactoredBank) else bank.dim, num_sampled=len(rows), bytes=bank.stored.num_bytes,
         knn_accuracy=knn_accuracy(sample.snippets, sample.labels), ways=ways,
     )  # fmt: skip
 
@@ -177,7 +180,8 @@ class _Sample:
 def _ways(found: Moments, ranks: Sequence[int], dtypes: Sequence[str], sample: _Sample) -> Iterator[Way]:
     """Yield what each way keeps of a sample; bytes are still open."""
     energies = spectrum_of(found)
-    shares = np.cumsum(energies) / max(energies.sum(), np.finfo(np.float64).tiny)
+    total = energies.sum()
+    shares = np.cumsum(energies) / total if total > 0 else np.ones(len(energies))  # equal rows: nothing is left out
     directions = principal(found, max(ranks))
     basis, mean = directions.basis.astype(np.float32), found.mean.astype(np.float32)
     for rank in dict.fromkeys(min(rank, len(basis)) for rank in ranks):

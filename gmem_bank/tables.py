@@ -65,7 +65,8 @@ def list_tables(source: str | Path, *, prefix: str = "", columns: Columns | None
     twice = KeyPlaces(items).repeated()
     if twice:
         key = items.key(twice[1])
-        raise SourceError(f"two rows of {source} have the key {key!r}: keys must differ within a bank", key=key)
+        advice = "; leave --key-column out to number the rows" if asked.key else ", so rename one of the files"
+        raise SourceError(f"two rows of {source} have the key {key!r}: keys must differ within a bank{advice}", key=key)
     record = {
         name: value for name, value in (("image", image), ("label", label), ("key", asked.key)) if value is not None
     }

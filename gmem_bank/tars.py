@@ -63,7 +63,8 @@ def list_tars(pattern: str | Path, *, prefix: str = "") -> Listing:
     if twice:
         first, second = (items[place] for place in twice)
         raise SourceError(
-            f"{second.path} and {first.path} both have an image {second.key!r}: keys must differ within a bank",
+            f"the image {second.key!r} is twice in the source, in {first.path} and in {second.path}: keys must differ within a "
+            "bank, so rename or remove one",
             path=second.path,
             key=second.key,
         )
@@ -94,7 +95,11 @@ def _members(path: Path, prefix: str) -> Iterator[tuple[str, int, int, str]]:
             if len(block) < tarfile.BLOCKSIZE:
                 yield prefix, 0, 0, "the archive has no end mark: it may have been cut short"
     except (OSError, tarfile.TarError, ValueError, EOFError, MemoryError, OverflowError) as error:
-        raise SourceError(f"{path} is not a readable tar file: {error or type(error).__name__}", path=path) from error
+        raise SourceError(
+            f"{path} is not a readable tar file: {error or type(error).__name__}. It may have been cut short or forged: fetch or "
+            "pack it anew",
+            path=path,
+        ) from error
 
 
 def _problem(member: tarfile.TarInfo, name: str, key: str, file_size: int) -> str:

@@ -48,6 +48,7 @@ def sample(
     """  # noqa: D205 - click takes the first paragraph for the summary
     import gmem_gen
     from gmem_gen.conditioning import open_bank
+    from gmem_gen.exporting import held_weights
     from gmem_gen.run import default_run
     from gmem_gen.runtime import pick_device
 
@@ -70,7 +71,7 @@ def sample(
             report = gmem_gen.sample_to(
                 files, opened, loaded, conditions, config, num_shards=options["num_shards"], shard=options["shard"],
                 overwrite=options["overwrite"], progress=progress, say=lambda text: click.echo(text, err=True),
-                facts={"weights": weights, "bank_path": bank},
+                facts={"weights": held_weights(loaded, weights), "bank_path": bank},
             )  # fmt: skip
     except KeyboardInterrupt:
         if files.folder is not None or files.npz is not None:

@@ -13,9 +13,9 @@ from gmem_gen.cli_shared import json_option, print_json, set_option
 
 @click.command("import-checkpoint")
 @click.argument("file", type=click.Path())
-@click.option("--out", "-o", required=True, metavar="RUN", help="The run's folder, new or empty.")
+@click.option("--out", "-o", default=None, metavar="RUN", help="The run's folder, new or empty. [runs/<FILE's stem>]")
 @click.option("--bank", "-b", default=None, metavar="BANK", help="A bank of the snippets that it was trained on; or:")
-@click.option("--encoder", "-e", default=None, metavar="NAME", help="Their encoder; of the published models dinov2.")
+@click.option("--encoder", "-e", default=None, metavar="NAME", help="Their encoder. [neither: dinov2, as published]")
 @click.option("--encoder-weights", default=None, metavar="FOLDER", help="The encoder's weights.")
 @click.option(
     "--encoder-set",
@@ -49,7 +49,7 @@ from gmem_gen.cli_shared import json_option, print_json, set_option
 @set_option
 @json_option
 def import_checkpoint(
-    file: str, out: str, bank: str | None, encoder: str | None, encoder_weights: str | None,
+    file: str, out: str | None, bank: str | None, encoder: str | None, encoder_weights: str | None,
     encoder_settings: tuple[str, ...], space: str, tokenizer: str, tokenizer_weights: str, latent_stats: str | None,
     num_heads: int | None, settings: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
@@ -67,7 +67,8 @@ def import_checkpoint(
         )
         spec = loaded.spec
     report = gmem_gen.import_checkpoint(
-        file, out, memory=gmem_gen.Memory(bank=bank, encoder=spec), num_heads=num_heads or 0, settings=settings,
+        file, out or Path("runs") / Path(file).stem,
+        memory=gmem_gen.Memory(bank=bank, encoder=spec), num_heads=num_heads or 0, settings=settings,
         latents=gmem_gen.LatentSource(
             tokenizer=tokenizer, weights=tokenizer_weights, stats=None if latent_stats is None else Path(latent_stats)
         ),
@@ -75,6 +76,8 @@ def import_checkpoint(
     if as_json:
         print_json(report.to_json())
         return
+    for remark in report.remarks:
+        click.echo(remark, err=True)
     model, latent = report.model, report.latent
     click.echo(
         f"{report.checkpoint}: {' and '.join(report.parts)}, {report.num_tensors} tensors, "
@@ -86,7 +89,9 @@ def import_checkpoint(
 
 
 @click.command()
-@click.option("--checkpoint", "-c", required=True, metavar="RUN", help="A run or one of its checkpoints.")
+@click.option(
+    "--checkpoint", "-c", default="runs/bank", show_default=True, metavar="RUN", help="A run or one of its checkpoints."
+)
 @click.option(
     "--to", "target", type=click.Choice(["diffusers", "official"]), default="diffusers", show_default=True,
     help="diffusers: a folder with config.json, safetensors and a model card; official: the published names in one .safetensors.",

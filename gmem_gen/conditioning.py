@@ -71,11 +71,12 @@ def require_same_memory(bank: Bank, record: Mapping[str, Any], what: str) -> Non
 
     Args:
         bank: the bank offered; its own fingerprint is free to differ, an edited bank must work.
-        record: from `record_of`, as the checkpoint stores it.
+        record: from `record_of`, as the checkpoint stores it; of an imported one the encoder's name may be all that is known.
         what: what was trained, for the message.
     """
-    offered = (bank.encoder.fingerprint, bank.dim, bank.space)
-    if offered != (record["encoder_fingerprint"], record["dim"], record["space"]):
+    name, known = bank.encoder.name.removesuffix("-base"), record["encoder_fingerprint"]
+    offered = (bank.encoder.fingerprint if known else name, bank.dim, bank.space)
+    if offered != (known or record["encoder"], record["dim"], record["space"]):
         raise EncoderMismatchError(
             f"{what} was trained on snippets of {record['encoder']} (dim {record['dim']}, {record['space']} space, "
             f"{record['encoder_fingerprint'][:8]}), the bank holds snippets of {bank.encoder.describe()}: give a bank of the "

@@ -160,6 +160,13 @@ def is_exported(folder: Path) -> bool:
     return (folder / INDEX).is_file() and (folder / FACTS).is_file()
 
 
+def held_weights(checkpoint: LoadedCheckpoint, asked: str) -> str:
+    """Return the name of a loaded checkpoint's weights: as asked for, or what an exported folder says that it holds."""
+    if not is_exported(checkpoint.path):
+        return asked
+    return str(json.loads((checkpoint.path / FACTS).read_text(encoding="utf-8"))["weights"])
+
+
 def load_exported(folder: Path, *, weights: str, device: str) -> LoadedCheckpoint:
     """Return what a folder of `export_folder` holds; raises CheckpointError."""
     try:

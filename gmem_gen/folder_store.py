@@ -22,7 +22,9 @@ from gmem_gen.stores import Plan, add_up, json_in, require_same_plan, write_json
 
 MARKER, RECORD = ".gmem-samples", "samples.json"
 """The plan; the record, there when all samples are."""
-_OURS = re.compile(r"\d{6,}\.png|\.tally-\d+-of-\d+\.json|\.gmem-samples|samples\.json|\..*\.tmp")
+_OURS = re.compile(r"\d{6,}\.png|\.tally-\d+-of-\d+\.json|\.gmem-samples|samples\.json")
+_LEFT = re.compile(r"\..*\.tmp")
+"""What a killed process had not finished."""
 
 
 class FolderStore:
@@ -43,7 +45,7 @@ class FolderStore:
         self.path, self.num_images, self.record = folder, num_images, folder / RECORD
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            present = sorted(path.name for path in folder.iterdir())
+            present = sorted(path.name for path in folder.iterdir() if not _LEFT.fullmatch(path.name))
             foreign = [name for name in present if not _OURS.fullmatch(name)]
             if foreign or (present and MARKER not in present):
                 raise OutputExistsError(
@@ -92,7 +94,8 @@ class FolderStore:
     def finish(self, record: Mapping[str, Any]) -> list[Path]:
         """Write the record."""
         with writing(self.path):
-            for left in self.path.glob(".*.png.*.tmp"):
-                left.unlink(missing_ok=True)
+            for pattern in (".*.png.*.tmp", f".{MARKER}.*.tmp"):  # not tallies, which others may be writing
+                for left in self.path.glob(pattern):
+                    left.unlink(missing_ok=True)
             write_json(self.record, record)
         return [self.path, self.record]

@@ -20,7 +20,15 @@ from gmem_gen.data import DEFAULT_SIZE, PixelCache, PixelImages, Progress, Train
 from gmem_gen.latents import DEFAULT_SIDE, encode, join_latents, open_latent_images, open_latents
 from gmem_gen.model import LatentShape
 from gmem_gen.moments import Moments
-from gmem_gen.tokenizers import PIXELS, AutoencoderTokenizer, Normalisation, Record, Tokenizer, with_statistics
+from gmem_gen.tokenizers import (
+    PIXELS,
+    AutoencoderTokenizer,
+    Normalisation,
+    Record,
+    Tokenizer,
+    TokenizerMaker,
+    with_statistics,
+)
 
 STATISTICS_BATCH = 32
 
@@ -99,13 +107,14 @@ def _of_images(
     bank: Bank, images: ImagesFrom, config: Config, record: Record | str | None, device: str
 ) -> tuple[ImagePlan, Tokenizer]:
     """Plan a training on images: as pixels, or encoded first, or encoded as they are read."""
-    data, name = config.data, tokenizers.check_name(config.data.tokenizer or PIXELS)
+    data, name = config.data, config.data.tokenizer or PIXELS
     weights = Weights(place=data.tokenizer_weights, revision=data.tokenizer_revision, posterior=data.posterior)
+    maker = TokenizerMaker(name, weights, device)
     join = conditioning.join_images(bank, images, allow_missing=data.allow_missing)
-    multiple = tokenizers.factor_of(name, weights, device) * max(1, config.model.patch_size)
+    multiple = maker.factor * max(1, config.model.patch_size)
     most = DEFAULT_SIZE if name == PIXELS else DEFAULT_SIDE
     size = data.image_size or default_image_size(bank, join, images, most=most, multiple=multiple)
-    tokenizer = tokenizers.new_tokenizer(name, size, data.channels, weights=weights, device=device)
+    tokenizer = maker.make(size, data.channels)
     data = dataclasses.replace(data, tokenizer=name, image_size=size)
 
     def open_images(folder: Path, progress: Progress) -> TrainingImages:

@@ -17,17 +17,17 @@ from torch import Tensor
 
 import gmem_bank
 from gmem_bank.errors import ConfigError, SourceError
-from gmem_gen import conditioning, tokenizers
+from gmem_gen import conditioning
 from gmem_gen.autoencoders import Weights
 from gmem_gen.conditioning import Bank, ImagesFrom, Join
 from gmem_gen.config import DataConfig
 from gmem_gen.data import default_image_size, to_pixels
 from gmem_gen.moments import Moments
-from gmem_gen.tokenizers import AutoencoderTokenizer, Record, Tokenizer, make_tokenizer, with_statistics
+from gmem_gen.tokenizers import AutoencoderTokenizer, Record, Tokenizer, TokenizerMaker, make_tokenizer, with_statistics
 
 HOLDS = "latents"
 DEFAULT_SIDE = 256
-SHARD_BYTES = 64 << 20
+SHARD_BYTES = 32 << 20
 """Most that a shard's latents take as f32."""
 SHARD_ROWS = 1024
 BATCH_SIZES = {"cpu": 16, "cuda": 64}
@@ -91,10 +91,9 @@ def encode(
                           key="data.encode_on_the_fly")  # fmt: skip
     join = join or conditioning.join_images(opened, images, allow_missing=allow_missing)
     if isinstance(tokenizer, str):
-        where = weights or Weights()
-        multiple = tokenizers.factor_of(tokenizer, where, device)
-        size = image_size or default_image_size(opened, join, images, most=DEFAULT_SIDE, multiple=multiple)
-        tokenizer = tokenizers.new_tokenizer(tokenizer, size, 3, weights=where, device=device)
+        maker = TokenizerMaker(tokenizer, weights, device)
+        size = image_size or default_image_size(opened, join, images, most=DEFAULT_SIDE, multiple=maker.factor)
+        tokenizer = maker.make(size)
     if not isinstance(tokenizer, AutoencoderTokenizer):
         raise ConfigError(
             "pixels are kept as they are: latents are of sd-vae, taesd, dc-ae, taef2 or va-vae", key="tokenizer"

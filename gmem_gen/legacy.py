@@ -29,13 +29,22 @@ from gmem_gen.tokenizers import PIXELS, check_name, make_tokenizer, new_tokenize
 
 FACTORS = {"sd-vae": 8, "taesd": 8, "taef2": 8, "dc-ae": 32, "va-vae": 16}
 """Pixels on a side of one latent pixel, for tokenizers whose weights are not at hand."""
+PUBLISHED_MEMORY = {
+    "fingerprint": "", "dim": 768, "space": "unit", "encoder": "dinov2", "encoder_fingerprint": "", "num_rows": 0,
+    "num_active": 0,
+}  # fmt: skip
+"""The record of the memory of the published models."""
 USUAL = {1: PIXELS, 3: PIXELS, 4: "sd-vae", 32: "va-vae"}
 """Channels → tokenizer, where none is named."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """What kind of snippets a checkpoint was trained on; the file does not say. One of the two."""
+    """What kind of snippets a checkpoint was trained on; the file does not say. One of the two, or neither.
+
+    Neither stands for those of the published models, where the dimension is theirs: DINOv2-B with GMem's preprocessing, in unit
+    space; banks are then compared by the encoder's name, since the hash of its weights is not known.
+    """
 
     bank: str | None = None
     """A bank of such snippets."""
@@ -70,6 +79,7 @@ class ImportReport:
     latent: dict[str, int]
     memory: dict[str, Any]
     tokenizer: dict[str, Any]
+    remarks: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as a JSON object."""
@@ -146,7 +156,27 @@ def import_checkpoint(
         run=str(run), checkpoint=str(written), parts=tuple(official.parts), num_tensors=len(shown),
         num_parameters=sum(tensor.numel() for tensor in shown.values()), step=official.step,
         model=dataclasses.asdict(layout.model), latent=dataclasses.asdict(layout.latent), memory=bank, tokenizer=tokenizer,
+        remarks=_remarks(bank, tokenizer),
     )  # fmt: skip
+
+
+def _remarks(memory: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what was taken for granted."""
+    remarks = []
+    if not memory["encoder_fingerprint"]:
+        remarks.append(
+            "taken to remember what the published models do, snippets of dinov2 in unit space, whatever its weights: --bank or "
+            "--encoder says it exactly"
+        )
+    if tokenizer["name"] != PIXELS and not tokenizer["weights_sha256"]:
+        remarks.append(
+            f"the weights of tokenizer {tokenizer['name']!r} are not known: give them here or to 'sample' by --tokenizer-weights"
+        )
+    if tokenizer["name"] != PIXELS and set(tokenizer["mean"]) == {0.0}:
+        remarks.append(
+            "its latents are taken to have mean 0 and standard deviation 1: --latent-stats says what they have"
+        )
+    return tuple(remarks)
 
 
 def _layout_of(official: OfficialFile, num_heads: int) -> Layout:
@@ -162,19 +192,22 @@ def _layout_of(official: OfficialFile, num_heads: int) -> Layout:
 
 def _memory_of(memory: Memory, layout: Layout) -> tuple[dict[str, Any], tuple[str, ...], Layout]:
     """Return the record of the memory, the classes of a class-conditional model, and the layout with the dimension known."""
-    if (memory.bank is None) == (memory.encoder is None):
-        raise ConfigError(
-            "the file does not say which snippets it was trained on: give either a bank of such snippets with --bank, or their "
-            "encoder with --encoder (the published models: --encoder dinov2)", key="memory",
-        )  # fmt: skip
+    if memory.bank is not None and memory.encoder is not None:
+        raise ConfigError("give a bank or an encoder for the memory, not both", key="memory")
     classes: tuple[str, ...] = ()
     if memory.bank is not None:
         bank = conditioning.open_bank(memory.bank)
         record = conditioning.record_of(bank)
         classes = conditioning.class_names(bank) if layout.model.condition == "class" else ()
-    else:
-        assert memory.encoder is not None
+    elif memory.encoder is not None:
         record = conditioning.record_of_encoder(memory.encoder)
+    elif layout.model.condition == "memory" and layout.snippet_dim == PUBLISHED_MEMORY["dim"]:
+        record = dict(PUBLISHED_MEMORY)
+    else:
+        raise ConfigError(
+            "the file does not say which snippets it was trained on, and they are not those of the published models: give a bank "
+            "of such snippets with --bank, or their encoder with --encoder", key="memory",
+        )  # fmt: skip
     if len(classes) != layout.model.num_classes:
         raise ConfigError(
             f"it has {layout.model.num_classes} classes, the memory names {len(classes)}: give a bank with as many concepts, in "

@@ -6,19 +6,18 @@ Shapes: E width, D snippet dimension.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gmem_bank.errors import CheckpointError, ConfigError, FormatError, OutputExistsError, WriteError
 from gmem_gen import checkpoint as checkpoints
 from gmem_gen.config import Config
+from gmem_gen.pretrained import save_tensors
 
 ONE_LINE = (
     "python -c \"import json, torch; from safetensors import safe_open; f = safe_open({source!r}, 'pt'); "
@@ -69,13 +68,10 @@ def export_official(
     settings = [f"flow.{name}={getattr(flow, name)}" for name in ("path", "prediction")]
     settings.append(f"train.null_probability={loaded.config.train.null_probability}")
     metadata = {"gmem": json.dumps({"order": order, "step": loaded.step, "settings": settings})}
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata=metadata)
-        temporary.replace(target)
+        save_tensors(tensors, target, metadata)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise WriteError(f"could not write {target}: {error}. Free some space", path=target) from error
     line = ONE_LINE.format(source=str(target), parts=parts, target=str(target.with_suffix(".pt")))
     return {

@@ -59,14 +59,16 @@ class Loop:
         trainer = self.trainer
         reason = "nothing to do" if trainer.step >= trainer.total_steps else "budget"
         self.progress(trainer.step, trainer.total_steps)
+        if trainer.looked != trainer.step < trainer.total_steps:
+            self._look()  # a signal came between a step and its validation
         while trainer.step < trainer.total_steps:
             if trainer.processes.count == 1 and trainer.elapsed >= self.seconds:
                 reason = "time"
                 break
             step = trainer.make_step(self._asked)
             self._clock()
-            self.progress(trainer.step, trainer.total_steps)
             self._report(step)
+            self.progress(trainer.step, trainer.total_steps)
             signalled, late = step.requests
             if signalled or (late and trainer.processes.count > 1):
                 reason = "signal" if signalled else "time"
@@ -112,16 +114,17 @@ class Loop:
         self.status(f"loss {record['mean_loss']:.4f}, {speed:.4g} images/s")
 
     def _look(self) -> None:
-        """Validate and draw where it is time."""
+        """Draw and validate where it is time; a best validation saves what has been done by then."""
         trainer, config = self.trainer, self.trainer.config.train
         last = trainer.step == trainer.total_steps
-        if len(trainer.split.held_out) and (trainer.step % config.validate_every == 0 or last):
-            self._validate()
         if config.sample_every and (trainer.step % config.sample_every == 0 or last):
             if self.journal is not None:
                 grid = write_preview(trainer, self.run, preview_conditions(trainer))
                 self.journal.picture(grid, trainer.step)
             trainer.processes.wait()
+        trainer.looked = trainer.step
+        if len(trainer.split.held_out) and (trainer.step % config.validate_every == 0 or last):
+            self._validate()
 
     def _validate(self) -> None:
         trainer = self.trainer

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,25 @@ SUBFOLDER = "transformer"
 """Where the model lies in a folder of a whole generator."""
 
 
+def save_tensors(tensors: Mapping[str, Tensor], target: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file whole or not at all, readable to whom new files are; raises OSError or SafetensorError."""
+    temporary, plain = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("tmp", "mode"))
+    try:
+        plain.touch()  # the library's own files are for their owner alone
+        save_file(dict(tensors), temporary, metadata=metadata)
+        shutil.copymode(plain, temporary)
+        temporary.replace(target)
+    finally:
+        plain.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
 def write_model(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write config.json and the weights; raises WriteError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-        temporary = folder / f".{WEIGHTS}.{os.getpid()}.tmp"
-        save_file(plain, temporary, metadata={"format": "pt"})
-        temporary.replace(folder / WEIGHTS)
+        save_tensors(plain, folder / WEIGHTS, {"format": "pt"})
         text = json.dumps({"_class_name": "Generator", "_gmem_version": gmem_bank.__version__, **config}, indent=2)
         (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:

@@ -25,7 +25,7 @@ from gmem_gen.guidance import Guided
 from gmem_gen.ode import Solution
 from gmem_gen.predictions import Field
 from gmem_gen.runtime import versions
-from gmem_gen.tokenizers import make_tokenizer
+from gmem_gen.tokenizers import PIXELS, make_tokenizer
 
 Progress = Callable[[int, int], None]
 Say = Callable[[str], None]
@@ -210,6 +210,10 @@ def draw(
     """
     latent, device = checkpoint.model.latent, next(checkpoint.model.parameters()).device
     tokenizer = make_tokenizer(checkpoint.tokenizer, device=str(device))
+    if (
+        len(places) and tokenizer.name != PIXELS
+    ):  # weights that are not to be had are told before minutes go into sampling
+        tokenizer.decode(torch.zeros(1, latent.channels, latent.size, latent.size, device=device))
     reader = _reader(bank, checkpoint, conditions)
     streams = np.arange(len(conditions)) if conditions.streams is None else conditions.streams
     # an adaptive solver chooses its steps by the whole batch, so with it each image is a batch

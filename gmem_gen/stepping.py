@@ -101,6 +101,8 @@ class Trainer:
         self.losses: deque[float] = deque(maxlen=config.train.log_every)
         self.best: tuple[int, float] | None = None
         """Step and loss of the best validation so far."""
+        self.looked = 0
+        """Step at which validation and samples were last thought of."""
         self._prepare()
 
     def _prepare(self) -> None:
@@ -147,6 +149,7 @@ class Trainer:
         self.step, self.elapsed = resumption.step, resumption.elapsed
         self.losses.extend(resumption.losses)
         self.best = tuple(state["best"]) if state.get("best") else None
+        self.looked = int(state.get("looked", self.step))
 
     def make_step(self, asked: Callable[[], tuple[bool, ...]] = tuple) -> Step:
         """Make one optimizer step.
@@ -241,6 +244,7 @@ class Trainer:
             "classes": list(self.classes),
             "versions": versions(),
             "best": self.best,
+            "looked": self.looked,
             "scaler": self.scaler.state_dict(),
             **self.facts,
         }

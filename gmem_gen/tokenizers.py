@@ -174,41 +174,58 @@ def check_name(name: str) -> str:
     return name
 
 
-def new_tokenizer(
-    name: str, image_size: int, channels: int, *, weights: Weights | None = None, device: str = "cpu"
-) -> Tokenizer:
-    """Return a tokenizer for a new training, with statistics that change nothing.
+class TokenizerMaker:
+    """Makes tokenizers for a new training, with statistics that change nothing.
 
     Args:
         name: one of TOKENIZERS.
-        image_size: side of the images in pixels.
-        channels: of the images: 3, or for pixels 1.
         weights: where an autoencoder's are; None: its own repository on the hub.
         device: where the autoencoder computes.
 
     Raises:
-        ConfigError: unknown name, or sizes that do not fit.
-        GMemError: the weights cannot be had.
+        ConfigError: unknown name.
     """
-    if check_name(name) == PIXELS:
-        return PixelTokenizer(image_size, channels)
-    if channels != 3:
-        raise ConfigError(f"tokenizer {name!r} takes colour images: set data.channels=3", key="data.channels")
-    autoencoder = LazyAutoencoder(name, weights or Weights(), device=device)
-    factor, latent_channels = autoencoder.shape()
-    if image_size % factor:
-        raise ConfigError(
-            f"tokenizer {name!r} makes one latent of {factor}×{factor} pixels: data.image_size must be a multiple of that, got "
-            f"{image_size}",
-            key="data.image_size",
-        )
-    latent = LatentShape(channels=latent_channels, size=image_size // factor)
-    return AutoencoderTokenizer(autoencoder, image_size, latent, Normalisation.none(latent_channels))
+
+    def __init__(self, name: str, weights: Weights | None = None, device: str = "cpu") -> None:
+        self.name = check_name(name)
+        self._autoencoder = None if name == PIXELS else LazyAutoencoder(name, weights or Weights(), device=device)
+
+    @property
+    def factor(self) -> int:
+        """Pixels on a side of one latent pixel; reads the weights."""
+        return 1 if self._autoencoder is None else self._autoencoder.shape()[0]
+
+    def make(self, image_size: int, channels: int = 3) -> Tokenizer:
+        """Return a tokenizer.
+
+        Args:
+            image_size: side of the images in pixels.
+            channels: of the images: 3, or for pixels 1.
+
+        Raises:
+            ConfigError: sizes that do not fit.
+            GMemError: the weights cannot be had.
+        """
+        if self._autoencoder is None:
+            return PixelTokenizer(image_size, channels)
+        if channels != 3:
+            raise ConfigError(f"tokenizer {self.name!r} takes colour images: set data.channels=3", key="data.channels")
+        factor, latent_channels = self._autoencoder.shape()
+        if image_size % factor:
+            raise ConfigError(
+                f"tokenizer {self.name!r} makes one latent of {factor}×{factor} pixels: data.image_size must be a multiple of "
+                f"that, got {image_size}",
+                key="data.image_size",
+            )
+        latent = LatentShape(channels=latent_channels, size=image_size // factor)
+        return AutoencoderTokenizer(self._autoencoder, image_size, latent, Normalisation.none(latent_channels))
 
 
-def factor_of(name: str, weights: Weights, device: str = "cpu") -> int:
-    """Return how many pixels are on a side of one latent pixel; loads the autoencoder."""
-    return 1 if check_name(name) == PIXELS else LazyAutoencoder(name, weights, device=device).shape()[0]
+def new_tokenizer(
+    name: str, image_size: int, channels: int, *, weights: Weights | None = None, device: str = "cpu"
+) -> Tokenizer:
+    """Return a tokenizer for a new training in one call; see `TokenizerMaker`."""
+    return TokenizerMaker(name, weights, device).make(image_size, channels)
 
 
 def make_tokenizer(

@@ -28,12 +28,12 @@ from gmem_gen import conditioning
 from gmem_gen.conditioning import Bank, ImagesFrom
 from gmem_gen.config import Config
 from gmem_gen.distributed import Processes
-from gmem_gen.image_plan import ImagePlan, plan_images
+from gmem_gen.image_plan import plan_images
 from gmem_gen.journal import Journal, require_tensorboard
 from gmem_gen.loop import Loop
-from gmem_gen.model import auto_patch_size
 from gmem_gen.patch_tokens import PatchTokens
-from gmem_gen.previews import preview_conditions, require_drawable
+from gmem_gen.previews import preview_conditions
+from gmem_gen.resolving import minutes_allowed, resolve
 from gmem_gen.run import (
     choose_checkpoint,
     default_run,
@@ -43,12 +43,11 @@ from gmem_gen.run import (
     stored_tokenizer,
     writing,
 )
-from gmem_gen.runtime import StopRequest, cpu_threads, pick_device
+from gmem_gen.runtime import StopRequest, cpu_threads, kept_memory, pick_device
 from gmem_gen.sizes import num_parameters
 from gmem_gen.splits import Split, split_rows
 from gmem_gen.stepping import Trainer
 
-CPU_MINUTES = 10.0
 HELD_OUT = "validation_keys.txt"
 """In the run's folder: the keys that are held out, one a line."""
 Progress = Callable[[int, int], None]
@@ -155,7 +154,7 @@ def train(
         )
         split, facts = _split(opened, join, resolved), _token_facts(tokens, checkpoint)
         _require_still_held(run, checkpoint, join.keys, split)
-        with cpu_threads(resolved.train.num_threads), writing(run):
+        with cpu_threads(resolved.train.num_threads), kept_memory(processes.device), writing(run):
             with processes.first_goes_first():
                 ready = planned.open(run / "cache", read_progress)
             trainer = Trainer(opened, resolved, ready, join, processes, split=split, tokens=tokens, facts=facts)
@@ -270,69 +269,6 @@ def plan(bank: str | os.PathLike[str], config: Config, *, images: ImagesFrom = N
     if tokens is not None:
         tokens.fit(model.grid)
     return resolved
-
-
-def resolve(
-    config: Config, bank: Bank, planned: ImagePlan, stored: Config | None, tokens: PatchTokens | None = None
-) -> Config:
-    """Return the configuration with everything that was left to us filled in.
-
-    Args:
-        config: as asked for.
-        bank: what is trained on.
-        planned: its rows with images, and what is made of these.
-        stored: of the training that goes on: it keeps what was chosen when it began; None for a new one.
-        tokens: patch tokens to learn from; None: none.
-    """
-    require_drawable(config)
-    facts = conditioning.record_of(bank)
-    patch = config.model.patch_size or (stored.model.patch_size if stored else auto_patch_size(planned.latent.size))
-    scale = config.model.snippet_scale or (stored.model.snippet_scale if stored else 0.0)
-    scale = scale or (math.sqrt(facts["dim"]) if facts["space"] == "unit" else 1.0)
-    prediction = config.flow.prediction
-    if prediction == "auto":
-        fits = 2 * patch**2 * planned.latent.channels <= config.model.width
-        prediction = stored.flow.prediction if stored else ("velocity" if fits else "data")
-    projection = _projection_dim(config, tokens)
-    classes = config.model.num_classes
-    if config.model.condition == "class":
-        present = len(conditioning.class_names(bank))
-        if classes not in (0, present):
-            raise ConfigError(
-                f"model.num_classes is {classes}, the bank has {present} concepts", key="model.num_classes"
-            )
-        classes = present
-    return dataclasses.replace(
-        config,
-        data=planned.data,
-        model=dataclasses.replace(
-            config.model, patch_size=patch, snippet_scale=scale, num_classes=classes, projection_dim=projection
-        ),
-        flow=dataclasses.replace(config.flow, prediction=prediction),
-    )
-
-
-def _projection_dim(config: Config, tokens: PatchTokens | None) -> int:
-    """Return the outputs of the projection head: those of the patch tokens, 0 without any."""
-    asked, there = config.model.projection_dim, tokens.dim if tokens else 0
-    if asked and not there:
-        raise ConfigError(
-            "a projection head (model.projection_dim) learns from the encoder's patch tokens: write them with 'gmem-bank tokens' "
-            "and give their folder with --tokens, or set model.projection_dim=0", key="model.projection_dim",
-        )  # fmt: skip
-    if asked not in (0, there):
-        raise ConfigError(
-            f"model.projection_dim is {asked}, the patch tokens have {there} dimensions", key="model.projection_dim"
-        )
-    return there
-
-
-def minutes_allowed(config: Config, device: torch.device) -> float:
-    """Return the limit of training time in minutes, infinite for none."""
-    minutes = config.train.max_minutes
-    if minutes < 0:
-        return CPU_MINUTES if device.type == "cpu" else math.inf
-    return minutes or math.inf
 
 
 def _introduce(trainer: Trainer, run: Path, say: Say) -> None:

@@ -88,6 +88,12 @@ def test_text_output_says_the_same_in_words(photos: Path, new_photos: Path) -> N
     assert "concept\tdress\t8 rows" in bank("list", "--limit", "0").stdout
     assert "step 3 of 3" in gen("train", *TINY).stdout
     assert "done already" in gen("train", *TINY).stdout
+    again = gen("train", *TINY, "--resume-from", "runs/bank/checkpoints/step-00000003", "--set", "train.max_steps=4")
+    assert "resuming runs/bank at step 3" in again.stderr
+    assert "loss" in again.stderr.splitlines()[-1]
+    assert "images/s" in again.stderr.splitlines()[-1]
+    assert "none before the latest" in gen("train", *TINY, "--out", "new", "--resume-from", "previous", code=1).stderr
+    assert "no folder of shards" in gen("train", *TINY, "--tokens", "nowhere", code=1).stderr
     assert "NFE 2" in gen("sample", "--concept", "images", "--solver", "euler", "--steps", "2").stdout
 
 

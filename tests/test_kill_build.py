@@ -98,7 +98,7 @@ def hidden() -> Iterator[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_fifty_kills_of_builds(sources: dict[str, str]) -> None:
     """The build, its whole group or one worker dies: resumed to the end, the file is byte for byte that of one run."""
     references = {}

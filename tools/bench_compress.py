@@ -1,10 +1,12 @@
 """How fast and how exactly banks are compressed, beside named peers in the same run, as JSON.
 
-python -m tools.bench_compress [--rows 200000] [--rank 64] [--runs 3] [--threads 2] [--memory-rows 1000000] [--folder DIR]
+python -m tools.bench_compress [--rows 200000] [--rank 64] [--runs 3] [--threads 2] [--memory-rows 1000000] [--parts PART...]
+    [--folder DIR]
 
-`compress` is the whole command: reading, checking hashes, both passes, the report, writing and syncing the bank. The peers
-start from the array in memory and write nothing: torch.linalg.svd of the centred matrix, and scikit-learn's PCA by the
-covariance matrix with its transform. --memory-rows 0 leaves the large bank out, which takes 3 GB of disk at its default.
+`compress` is the whole command: reading, checking hashes, both passes, the report, writing and syncing the bank. The peers, in
+turns with it: scikit-learn's PCA by the covariance matrix from file to file, as a user would write it, and in memory; and
+torch.linalg.svd of the centred matrix, in memory. Each run has a process and as many cores as threads (tools/compress_peers.py).
+The part "memory" takes 3 GB of disk at its default.
 """
 
 from __future__ import annotations
@@ -33,21 +35,7 @@ from gmem_bank.storage.schema import Header, Segment
 
 DIM = 768
 BLOCK = 20_000
-PROGRAM = """
-import json, re, sys, time
-from pathlib import Path
-import gmem_bank, numpy, scipy.linalg, threadpoolctl
-from gmem_bank import compression
-def status(name):
-    return int(re.search(name + r":\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-before, times = status("VmRSS"), []
-for run in range(int(sys.argv[4])):
-    Path(sys.argv[2]).unlink(missing_ok=True)
-    started = time.perf_counter()
-    gmem_bank.compress(sys.argv[1], rank=int(sys.argv[3]), output=sys.argv[2])
-    times.append(time.perf_counter() - started)
-print(json.dumps({"seconds": times, "peak_megabytes_above_start": status("VmHWM") - before}))
-"""
+PARTS = ("speed", "reading", "mean", "classes", "insertion", "memory")
 
 
 def rows_of(num_rows: int, mean: float, seed: int = 0) -> Iterator[NDArray[np.float32]]:
@@ -75,28 +63,18 @@ def make_bank(path: Path, num_rows: int, mean: float) -> None:
     write(path, header, own | table | segments.concept_payloads(concepts))
 
 
-def compress_alone(bank: Path, output: Path, rank: int, runs: int, threads: int) -> dict[str, Any]:
-    """Compress in a process of its own; return seconds and peak memory."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-c", PROGRAM, str(bank), str(output), str(rank), str(runs)]
+def alone(name: str, bank: Path, output: Path, rank: int, threads: int) -> dict[str, float]:
+    """Compress once in a process of its own (see `compress_peers`), on as many cores as it may have threads."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-m", "tools.compress_peers", name, str(bank), str(output), str(rank), str(threads)]
     cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cores[:threads])  # as many workers as cores it may use: the peers' limit holds for it so
+    os.sched_setaffinity(0, cores[:threads])
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     finally:
         os.sched_setaffinity(0, cores)
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, float] = json.loads(done.stdout)
     return found
-
-
-def best(work: Callable[[], Any], runs: int) -> list[float]:
-    """Return the wall times of some calls."""
-    times = []
-    for _ in range(runs):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return times
 
 
 def exactness(bank: Path, output: Path) -> dict[str, float]:
@@ -126,31 +104,27 @@ def exactness(bank: Path, output: Path) -> dict[str, float]:
 
 
 def speed(folder: Path, num_rows: int, rank: int, runs: int, threads: int) -> dict[str, Any]:
-    """Time compress and the peers."""
-    import torch
-    from sklearn.decomposition import PCA
-
-    torch.set_num_threads(threads)
-    bank, output = folder / "bank.safetensors", folder / "out.safetensors"
+    """Time compress and the peers in turns, the slow SVD in fewer of them; ratios are medians over turns."""
+    bank, output, other = (folder / name for name in ("bank.safetensors", "out.safetensors", "peer.safetensors"))
     make_bank(bank, num_rows, 1.0)
-    values = np.array(gmem_bank.open(bank).stored.array("0/snippets"))
-    ours = compress_alone(bank, output, rank, runs, threads)
-
-    def full_svd() -> None:
-        matrix = torch.from_numpy(values)
-        torch.linalg.svd(matrix - matrix.mean(dim=0), full_matrices=False)
-
-    def covariance() -> None:
-        PCA(rank, svd_solver="covariance_eigh").fit(values).transform(values)
-
-    peers = {"torch.linalg.svd": best(full_svd, max(1, runs // 3)), "PCA covariance_eigh": best(covariance, runs)}
-    mine = float(np.median(ours["seconds"]))
+    times: dict[str, list[float]] = {"compress": [], "pca-file": [], "pca": [], "svd": []}
+    used: dict[str, list[float]] = {name: [] for name in times}
+    peaks: dict[str, float] = {}
+    for turn in range(runs):
+        for name in times if turn < max(1, runs // 3) else ("compress", "pca-file", "pca"):
+            found = alone(name, bank, output if name == "compress" else other, rank, threads)
+            times[name].append(found["seconds"])
+            used[name].append(found["processor_seconds"])
+            peaks[name] = max(peaks.get(name, 0.0), found["peak_megabytes_above_start"])
+    other.unlink(missing_ok=True)
+    mine = times.pop("compress")
     return {
-        "rows": num_rows, "dim": DIM, "rank": rank, "threads": threads,
-        "seconds": {"compress": ours["seconds"], **peers},
-        "times_as_fast": {name: float(np.median(times)) / mine for name, times in peers.items()},
-        "peak_megabytes_above_start": ours["peak_megabytes_above_start"],
-        "exactness": exactness(bank, output),
+        "rows": num_rows, "dim": DIM, "rank": rank, "threads": threads, "seconds": {"compress": mine, **times},
+        "times_as_fast": {
+            name: float(np.median([t / m for t, m in zip(own, mine, strict=False)])) for name, own in times.items()
+        },
+        "processor_seconds": {name: float(np.median(own)) for name, own in used.items()},
+        "peak_megabytes_above_start": peaks, "exactness": exactness(bank, output),
     }  # fmt: skip
 
 
@@ -158,7 +132,7 @@ def large_mean(folder: Path, num_rows: int, threads: int) -> dict[str, Any]:
     """Compress rows whose mean is a hundred times their largest spread, to full rank."""
     bank, output = folder / "mean.safetensors", folder / "mean-out.safetensors"
     make_bank(bank, num_rows, 100.0)
-    compress_alone(bank, output, DIM - 8, 1, threads)
+    alone("compress", bank, output, DIM - 8, threads)
     return {"rows": num_rows, "mean": 100.0, "rank": DIM - 8, **exactness(bank, output)}
 
 
@@ -204,9 +178,11 @@ def insertion(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def reading(folder: Path, runs: int) -> dict[str, Any]:
+def reading(folder: Path, num_rows: int, runs: int) -> dict[str, Any]:
     """Gather 1,024 random rows a call from compressed banks, as snippets: million rows a second."""
     bank, rng, found = folder / "bank.safetensors", np.random.default_rng(2), {}
+    if not bank.exists():
+        make_bank(bank, num_rows, 1.0)
     for name, dtype in (("f32", "f32"), ("f16", "f16"), ("i8", "i8"), ("f32, 16 kept", "f32"), ("i8, 16 kept", "i8")):
         path = folder / "read.safetensors"
         path.unlink(missing_ok=True)
@@ -216,9 +192,20 @@ def reading(folder: Path, runs: int) -> dict[str, Any]:
         opened = gmem_bank.open(path)
         opened.snippets(opened.rows()[:100_000])
         rows = rng.integers(0, min(100_000, len(opened)), (20 * runs, 1024))
-        times = [best(lambda own=own, opened=opened: opened.snippets(own), 1)[0] for own in rows]  # type: ignore[misc]
+        times = []
+        for own in rows:
+            started = time.perf_counter()
+            opened.snippets(own)
+            times.append(time.perf_counter() - started)
         found[name] = round(1024 / float(np.median(times)) / 1e6, 4)
     return found
+
+
+def memory(folder: Path, num_rows: int, rank: int, threads: int) -> dict[str, Any]:
+    """Compress many rows: peak memory."""
+    bank = folder / "many.safetensors"
+    make_bank(bank, num_rows, 1.0)
+    return {"rows": num_rows, **alone("compress", bank, folder / "many-out.safetensors", rank, threads)}
 
 
 def main() -> int:
@@ -230,23 +217,20 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of the peers and of compress")
     parser.add_argument("--memory-rows", type=int, default=1_000_000)
     parser.add_argument("--mean-rows", type=int, default=50_000)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--folder", type=Path, default=None)
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=given.folder))
+    works: dict[str, Callable[[], Any]] = {
+        "speed": lambda: speed(folder, given.rows, given.rank, given.runs, given.threads),
+        "reading": lambda: reading(folder, given.rows, given.runs),
+        "mean": lambda: large_mean(folder, given.mean_rows, given.threads),
+        "classes": sorted_classes,
+        "insertion": lambda: insertion(folder),
+        "memory": lambda: memory(folder, given.memory_rows, given.rank, given.threads),
+    }
     try:
-        result = {
-            "speed": speed(folder, given.rows, given.rank, given.runs, given.threads),
-            "reading_million_rows_per_second": reading(folder, given.runs),
-            "large_mean": large_mean(folder, given.mean_rows, given.threads),
-            "sorted_classes_error_over_optimum_minus_1": sorted_classes(),
-            "insertion": insertion(folder),
-        }
-        if given.memory_rows:
-            bank = folder / "bank.safetensors"
-            bank.unlink()
-            make_bank(bank, given.memory_rows, 1.0)
-            alone = compress_alone(bank, folder / "out.safetensors", given.rank, 1, given.threads)
-            result["memory"] = {"rows": given.memory_rows, **alone}
+        result = {name: work() for name, work in works.items() if name in given.parts}
     finally:
         shutil.rmtree(folder)
     print(json.dumps(result, indent=1))

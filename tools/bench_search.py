@@ -1,12 +1,15 @@
 """How fast rows are found, beside FAISS called directly in the same run, as JSON.
 
 python -m tools.bench_search [--rows 1000000] [--factored-rows 100000] [--queries 1000] [--threads 2] [--runs 5] [--torch]
+    [--bank FILE] [--real BANK HELD_OUT]
     [--folder DIR]
 
 Two parts: a factored bank (rank 64) searched in the coordinates of its factors against FAISS flat over its reconstruction; and
 a large dense f16 bank (tools/make_large_bank.py) whose index is chosen automatically, against FAISS flat, and against the same
-FAISS index with IndexRefineFlat over f32 vectors in memory. --rows 0 or --factored-rows 0 leaves a part out.
-Needs twice the large bank's size (1.6 GB at the default) on disk, and its f32 vectors (3.1 GB) in memory for the peers.
+FAISS index with IndexRefine over its vectors in memory, as f32 and as f16. --rows 0 or --factored-rows 0 leaves a part out;
+--bank FILE searches a bank of --rows rows that is there, by the index beside it, and --real BANK HELD_OUT indexes a bank in every
+way and asks for the rows of another.
+Needs the large bank's size (1.6 GB at the default) on disk, and its f32 and f16 vectors (4.6 GB) in memory for the peers.
 """
 
 from __future__ import annotations
@@ -26,24 +29,31 @@ import faiss
 import numpy as np
 
 import gmem_bank
+from gmem_bank.index_choice import KINDS
 from gmem_bank.index_file import index_path, read_index
 from tools.bench_bank import TOOL
 from tools.make_large_bank import Clustered, write_bank
 
 K = 10
 TIE = 1e-5
+BLOCK = 8192
+OVER_F32, OVER_F16 = "FAISS, refined by f32 in memory", "FAISS, refined by f16 in memory"
 
 
 def in_turns(works: dict[str, Callable[[], Any]], runs: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Return the wall times of each work, done in turns after one turn to warm up, and what each gave last."""
+    """Return the times of each work, done in turns after one turn to warm up, and what each gave last.
+
+    With one thread it is processor time, which other work on the machine does not lengthen; else wall time.
+    """
+    clock = time.process_time if faiss.omp_get_max_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in works}
     results: dict[str, Any] = {}
     for turn in range(runs + 1):
         for name, work in works.items():
-            started = time.perf_counter()
+            started = clock()
             results[name] = work()
             if turn:
-                times[name].append(time.perf_counter() - started)
+                times[name].append(clock() - started)
     return times, results
 
 
@@ -99,51 +109,94 @@ def compressed(folder: Path, num_rows: int, num_queries: int, runs: int, rank: i
     }  # fmt: skip
 
 
-def large(folder: Path, num_rows: int, num_queries: int, runs: int, dim: int, kind: str) -> dict[str, Any]:
-    """Build the index of a large bank and search it."""
-    made = Clustered(num_rows=num_rows, dim=dim)
-    path = folder / "large.safetensors"
-    write_bank(path, made, dtype="f16")
+def kinds_of(path: Path, held_out: Path, folder: Path, runs: int) -> dict[str, Any]:
+    """Index a real bank in every way, and search it for the rows of another bank."""
+    bank, asking = gmem_bank.open(path), gmem_bank.open(held_out)
+    queries, flat = asking.snippets(asking.rows()), flat_over(bank)
+    works: dict[str, Callable[[], Any]] = {"FAISS flat": lambda: flat.search(queries, K)}
+    found: dict[str, Any] = {"rows": len(bank), "dim": bank.dim, "queries": len(queries), "auto": ""}
+    lines: dict[str, dict[str, Any]] = {}
+    for kind in ("auto", *KINDS):
+        output = folder / f"{kind}.index"
+        started = time.perf_counter()
+        report = gmem_bank.build_index(path, kind=kind, output=output)
+        took = round(time.perf_counter() - started, 2)
+        if kind == "auto":
+            found["auto"] = report.kind
+            continue
+        index = gmem_bank.open_index(bank, output)
+        works[kind] = lambda index=index: index.nearest(queries, K)  # type: ignore[misc]
+        lines[kind] = {**report.settings, "bytes": report.num_bytes, "build_seconds": took}
+    times, results = in_turns(works, runs)
+    for kind, line in lines.items():
+        line["queries_per_second"] = round(len(queries) / statistics.median(times[kind]))
+        line["recall_at_10"] = shared(results[kind][1], results["FAISS flat"][1])
+        line["times_as_fast_as_flat"] = ratio(times, kind, "FAISS flat")
+    return found | {
+        "FAISS flat queries_per_second": round(len(queries) / statistics.median(times["FAISS flat"])),
+        "kinds": lines,
+    }
+
+
+def build(path: Path, kind: str) -> dict[str, Any]:
+    """Build the index of a bank by command; return its report with seconds and peak memory."""
     command = [*TOOL, "index", path.name, "--kind", kind, "--quiet", "--json"]
-    started = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": str(faiss.omp_get_max_threads())}
-    ran = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True)
-    build = time.perf_counter() - started
-    peak, report = int((folder / "peak").read_text()) // 1024, json.loads(ran.stdout)
+    started = time.perf_counter()
+    ran = subprocess.run(command, cwd=path.parent, env=environment, check=True, capture_output=True, text=True)
+    took = round(time.perf_counter() - started, 1)
+    peak = int((path.parent / "peak").read_text()) // 1024
+    return {
+        "build_seconds": took,
+        "build_peak_mb": peak,
+        "kind_given": kind,
+        "measured_at_build": json.loads(ran.stdout)["measured"],
+    }
+
+
+def large(path: Path, made: Clustered, num_queries: int, runs: int) -> dict[str, Any]:
+    """Search a large bank by its index, beside FAISS."""
     bank, queries = gmem_bank.open(path), made.queries(num_queries)
     index, state = gmem_bank.open_index(bank), read_index(index_path(path))
-    axes = state.axes
+    axes, settings = state.axes, index.settings
     flat = flat_over(bank, axes)
     turned = queries if axes is None else queries @ axes.T
-    works: dict[str, Callable[[], Any]] = {
-        "by the index": lambda: index.nearest(queries, K),
-        "FAISS flat": lambda: flat.search(turned, K),
-    }
+    works: dict[str, Callable[[], Any]] = {"by the index": lambda: index.nearest(queries, K)}
     if state.faiss is not None:
-        works["FAISS directly"] = direct(state.faiss, flat, queries, axes, report["settings"])
-    times, found = in_turns(works, runs)
-    same = [
-        len(set(a) & set(b)) / K
-        for a, b in zip(found["by the index"][1].tolist(), found["FAISS flat"][1].tolist(), strict=True)
-    ]
+        half = faiss.IndexScalarQuantizer(bank.dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+        half.train(turned)
+        for start in range(0, flat.ntotal, BLOCK):
+            half.add(flat.reconstruct_n(start, min(BLOCK, flat.ntotal - start)))
+        works[OVER_F32] = direct(state.faiss, flat, queries, axes, settings)
+        works[OVER_F16] = direct(state.faiss, half, queries, axes, settings)
+    slow, found = in_turns(
+        {"by the index": works["by the index"], "FAISS flat": lambda: flat.search(turned, K)}, max(1, runs // 8)
+    )
+    times, quick = in_turns(works, runs)
     result = {
-        "rows": num_rows, "dim": dim, "queries": num_queries, "kind": report["kind"], "settings": report["settings"],
-        "build_seconds": round(build, 1), "build_peak_mb": peak, "bytes": report["num_bytes"], "seconds": seconds(times),
-        "recall_at_10": round(float(np.mean(same)), 4),
-        "times_as_fast_as_flat": ratio(times, "by the index", "FAISS flat"), "measured_at_build": report["measured"],
+        "rows": len(bank), "dim": bank.dim, "queries": num_queries, "kind": index.kind, "settings": settings,
+        "bytes": index.path.stat().st_size, "seconds": seconds(times | {"FAISS flat": slow["FAISS flat"]}),
+        "recall_at_10": shared(found["by the index"][1], found["FAISS flat"][1]),
+        "times_as_fast_as_flat": ratio(slow, "by the index", "FAISS flat"),
         "asked": {"build_seconds": 600, "recall_at_10": 0.95, "times_as_fast_as_flat": 20, "overhead_over_faiss": 0.1},
     }  # fmt: skip
-    if "FAISS directly" in times:
-        result["overhead_over_faiss"] = round(1 / ratio(times, "by the index", "FAISS directly") - 1, 3)
-        direct_rows = found["FAISS directly"][1]
-        result["same_ids_as_faiss_directly"] = float(np.mean(np.sort(direct_rows) == np.sort(found["by the index"][1])))
+    for name in set(works) - {"by the index"}:
+        result[f"overhead: {name}"] = round(1 / ratio(times, "by the index", name) - 1, 3)
+        result[f"same ids: {name}"] = shared(quick["by the index"][1], quick[name][1])
     return result
+
+
+def shared(rows: np.ndarray, others: np.ndarray) -> float:
+    """Return the share of (B, k) rows that are among a query's others."""
+    return round(
+        float(np.mean([len(set(a) & set(b)) / K for a, b in zip(rows.tolist(), others.tolist(), strict=True)])), 4
+    )
 
 
 def direct(
     base: Any, flat: Any, queries: np.ndarray, axes: np.ndarray | None, settings: dict[str, Any]
 ) -> Callable[[], Any]:
-    """Return a search by FAISS alone: the same index, candidates ordered again by f32 vectors in memory."""
+    """Return a search by FAISS alone: the same index, candidates ordered again by vectors that it holds in memory."""
     refined = faiss.IndexRefine(base, flat)
     refined.k_factor = settings["rerank"]
     how = faiss.SearchParametersIVF(nprobe=settings["nprobe"])
@@ -164,6 +217,12 @@ def main() -> int:
     parser.add_argument("--kind", default="auto")
     parser.add_argument("--torch", action="store_true", help="Load PyTorch, by which f16 is then widened.")
     parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument(
+        "--real", type=Path, nargs=2, metavar=("BANK", "HELD_OUT"), help="Index this bank in every way, too."
+    )
+    parser.add_argument(
+        "--bank", type=Path, default=None, help="A bank of the generator, with its index, to search again."
+    )
     options = parser.parse_args()
     faiss.omp_set_num_threads(options.threads)
     if options.torch:
@@ -177,8 +236,16 @@ def main() -> int:
             result["compressed"] = compressed(
                 folder, options.factored_rows, options.queries, options.runs, options.rank, options.dim
             )
+        if options.real:
+            result["real"] = kinds_of(*options.real, folder, options.runs)
         if options.rows:
-            result["large"] = large(folder, options.rows, options.queries, options.runs, options.dim, options.kind)
+            made, path = Clustered(num_rows=options.rows, dim=options.dim), options.bank
+            built: dict[str, Any] = {}
+            if path is None:
+                path = folder / "large.safetensors"
+                write_bank(path, made, dtype="f16")
+                built = build(path, options.kind)
+            result["large"] = built | large(path, made, options.queries, options.runs)
     print(json.dumps(result, indent=2))
     return 0
 

@@ -2,7 +2,7 @@
 
 python -m tools.roundtrip IMAGES --tokenizer taef2 --weights DIR [--size 224] [--num 50]
 
-Takes the first images of a folder by name, cropped to a square as for training. Beside it stands what is left when the images
+Takes images spread evenly over a folder, by name, cropped to a square as for training. Beside it stands what is left when they
 are made as small as the latents by bicubic resampling and enlarged again.
 """
 
@@ -18,7 +18,7 @@ from PIL import Image
 
 import gmem_bank
 from gmem_gen.autoencoders import Weights
-from gmem_gen.tokenizers import new_tokenizer
+from gmem_gen.tokenizers import TokenizerMaker
 
 BATCH = 10
 
@@ -46,8 +46,11 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--num", type=int, default=50)
     given = parser.parse_args()
-    tokenizer = new_tokenizer(given.tokenizer, given.size, 3, weights=Weights(place=given.weights))
-    paths = sorted(path for path in given.images.rglob("*.jpg"))[: given.num]
+    tokenizer = TokenizerMaker(given.tokenizer, Weights(place=given.weights)).make(given.size)
+    found = sorted(given.images.rglob("*.jpg"))
+    paths = [
+        found[place] for place in np.unique(np.linspace(0, len(found) - 1, min(given.num, len(found))).astype(int))
+    ]
     factor = given.size // tokenizer.latent.size
     decoded, small = [], []
     for start in range(0, len(paths), BATCH):

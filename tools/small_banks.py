@@ -5,7 +5,7 @@ python -m tools.small_banks --bank train.safetensors [--held-out test.safetensor
 Keys begin with the class ("cat/0001.jpg"). First file: mean cosine to the bank of at least --cosine. Second: overlap of the 10
 nearest neighbours of at least --overlap, and a 10-NN accuracy on the held-out bank at most --points below that of the bank
 itself. For each dtype the rank is found by halving; the files are written, and read back by the package. `--synthetic N` makes a
-bank of N rows with 768 dimensions and the spectrum σ_k ∝ k^(-1/2), in ten classes, instead.
+bank of N rows instead, with 768 dimensions and the spectrum σ_k ∝ k^(-1/2), in ten classes whose centres have half that spread.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from numpy.typing import NDArray
 import gmem_bank
 
 K, SAMPLE = 10, 2048
+HELD_OUT = 2000
+CENTRE = 0.5
+"""Length of the classes' centres, of 1 for the rows about them."""
 
 
 def unit_rows(path: Path) -> NDArray[np.float32]:
@@ -105,18 +108,20 @@ def smallest(
     return best
 
 
-def synthetic(folder: Path, num_rows: int) -> Path:
-    """Write a bank with the stated spectrum."""
+def synthetic(folder: Path, num_rows: int) -> tuple[Path, Path]:
+    """Write a bank with the stated spectrum, and one of held-out rows from the same classes."""
     rng = np.random.default_rng(0)
     spread = np.arange(1, 769) ** -0.5
-    centres = rng.standard_normal((10, 768)) * spread
-    own = rng.integers(0, 10, num_rows)
-    values = (centres[own] + rng.standard_normal((num_rows, 768)) * spread).astype(np.float32)
-    values @= np.linalg.qr(rng.standard_normal((768, 768)))[0].astype(np.float32)
-    np.savez(folder / "synthetic.npz", snippets=values, keys=np.array([f"c{c}/{row:06d}" for row, c in enumerate(own)]))
-    path = folder / "synthetic.safetensors"
-    gmem_bank.build_precomputed(gmem_bank.read_array(folder / "synthetic.npz"), path)
-    return path
+    centres, turn = rng.standard_normal((10, 768)) * spread, np.linalg.qr(rng.standard_normal((768, 768)))[0]
+    paths = []
+    for name, count in (("synthetic", num_rows), ("held-out", HELD_OUT)):
+        own = rng.integers(0, 10, count)
+        values = (CENTRE * centres[own] + rng.standard_normal((count, 768)) * spread) @ turn
+        keys = np.array([f"c{c}/{row:06d}" for row, c in enumerate(own)])
+        np.savez(folder / f"{name}.npz", snippets=values.astype(np.float32), keys=keys)
+        paths.append(folder / f"{name}.safetensors")
+        gmem_bank.build_precomputed(gmem_bank.read_array(folder / f"{name}.npz"), paths[-1])
+    return paths[0], paths[1]
 
 
 def main() -> int:
@@ -125,14 +130,17 @@ def main() -> int:
     parser.add_argument("--bank", type=Path)
     parser.add_argument("--held-out", type=Path)
     parser.add_argument("--synthetic", type=int, metavar="N")
+    parser.add_argument(
+        "--sweep", type=int, nargs="+", metavar="RANK", help="Give the table of 'compress --sweep' at these ranks."
+    )
     parser.add_argument("--cosine", type=float, default=0.95)
     parser.add_argument("--overlap", type=float, default=0.7)
     parser.add_argument("--points", type=float, default=1.0)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bank = given.bank if given.synthetic is None else synthetic(folder, given.synthetic)
-        judge = Judge(bank, given.held_out)
+        bank, held_out = synthetic(folder, given.synthetic) if given.synthetic else (given.bank, given.held_out)
+        judge = Judge(bank, held_out)
         least = -1.0 if judge.full is None else judge.full - given.points / 100
         goals: dict[str, Callable[[dict[str, Any]], bool]] = {
             f"mean cosine >= {given.cosine}": lambda facts: facts["cosine_mean"] >= given.cosine,
@@ -143,6 +151,8 @@ def main() -> int:
         result: dict[str, Any] = {"bytes": bank.stat().st_size, "rows": len(judge.rows), "knn_accuracy": judge.full}
         for goal, good in goals.items():
             result[goal] = {dtype: smallest(judge, bank, folder, dtype, good) for dtype in ("f32", "f16", "i8")}
+        if given.sweep:
+            result["sweep"] = gmem_bank.sweep(bank, ranks=given.sweep).to_json()["ways"]
     print(json.dumps(result, indent=1))
     return 0
 

@@ -98,6 +98,11 @@ def build(
             columns=columns_from(image_column, label_column, key_column),
             overwrite=overwrite, progress=progress,
         )  # fmt: skip
+    if report.num_outdated:
+        note(
+            f"{source} does not list the images that it had when a build of it was interrupted: {report.num_outdated} finished "
+            "batches of that build were not used"
+        )
     list_skipped(report.skipped)
     dtype_used = loaded.spec.parameters.get("dtype", "fp32")
     cosine = gmem_bank.open(report.bank).encoder.labels.get("cosine_to_fp32")

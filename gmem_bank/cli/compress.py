@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from gmem_bank.cli.options import edit_options, print_edit
-from gmem_bank.console import byte_count, human_bytes, note, print_json, quiet_option
+from gmem_bank.cli.options import edit_options, print_bytes, print_cosines, print_edit
+from gmem_bank.console import byte_count, note, print_json, quiet_option
 
 
 @click.command()
@@ -78,11 +78,9 @@ def _print_quality(facts: dict[str, Any]) -> None:
         note(text)
     if facts["rank_asked"] > facts["rank"]:
         note(f"rank {facts['rank_asked']} was asked for: the rows span {facts['rank']} directions")
-    click.echo(f"  bytes     {human_bytes(facts['bytes_before'])} → {human_bytes(facts['bytes_after'])}")
+    if facts["bytes_after"] > facts["bytes_before"]:
+        note("the bank takes more room than before: a lower rank or --dtype i8 takes less")
+    print_bytes(facts)
     error = f", relative error {facts['relative_error']:.4g}" if "relative_error" in facts else ""
     click.echo(f"  energy    {facts['energy']:.4f}{error} (optimum {facts['optimal_relative_error']:.4g})")
-    if "cosine" in facts:
-        cosine, same = facts["cosine"], facts["neighbour_overlap_at_10"]
-        click.echo(f"  cosine    mean {cosine['mean']:.4f}, p1 {cosine['p1']:.4f}, min {cosine['min']:.4f}")
-        if same is not None:
-            click.echo(f"  overlap   {same:.3f} of the 10 nearest among {facts['neighbours_among']} rows")
+    print_cosines(facts)

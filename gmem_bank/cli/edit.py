@@ -6,7 +6,15 @@ from typing import Any
 
 import click
 
-from gmem_bank.cli.options import edit_options, print_edit, refit_option, selection_from, selection_options
+from gmem_bank.cli.options import (
+    edit_options,
+    print_bytes,
+    print_cosines,
+    print_edit,
+    refit_option,
+    selection_from,
+    selection_options,
+)
 from gmem_bank.console import bank_argument, bank_option, device_option, json_option, note, print_json, printable
 
 
@@ -78,7 +86,7 @@ def select(bank: str, output: str | None, dry_run: bool, no_undo: bool, as_json:
     "--keep", type=click.IntRange(min=1), metavar="K", help="Coefficients: the K largest of each snippet stay."
 )
 @click.option(
-    "--keep-energy", type=click.FloatRange(0, 1, min_open=True), metavar="E",
+    "--keep-energy", "--energy", type=click.FloatRange(0, 1, min_open=True), metavar="E",
     help="Coefficients: the fewest that hold this share of each snippet's squared norm stay.",
 )  # fmt: skip
 @click.option(
@@ -119,9 +127,9 @@ def mask(
                 f"than {facts['break_even']}"
             )
         print_edit(report, as_json, f"{facts.get('num_kept')} of {facts.get('num_coefficients')} coefficients kept")
-        if not as_json and "cosine" in facts:
-            cosine = facts["cosine"]
-            click.echo(f"  cosine    mean {cosine['mean']:.4f}, p1 {cosine['p1']:.4f}, min {cosine['min']:.4f}")
+        if not as_json and not report.unchanged:
+            print_bytes(facts)
+            print_cosines(facts)
         return
     report = gmem_bank.mask(bank, selection_from(**selection), **_edit(output, dry_run, no_undo))
     _print_mask(report, as_json, "hidden")

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from gmem_bank.console import Command, json_option, note, print_json, printable
+from gmem_bank.console import Command, human_bytes, json_option, note, print_json, printable
 
 
 def edit_options(command: Command) -> Command:
@@ -89,6 +89,23 @@ def print_edit(report: Any, as_json: bool, what: str, unchanged: str = "") -> No
     click.echo(f"{report.output}: {would}{done}, {would}{report.num_rows} rows{now}")
     if report.dropped_concepts:
         click.echo(f"concepts that lose their last row: {', '.join(map(printable, report.dropped_concepts))}")
+
+
+def print_bytes(facts: dict[str, Any]) -> None:
+    """Print the size of a bank before and after an edit, where both are known."""
+    before, after = facts.get("bytes_before"), facts.get("bytes_after")
+    if before is not None and after is not None:
+        click.echo(f"  bytes     {human_bytes(before)} → {human_bytes(after)}")
+
+
+def print_cosines(facts: dict[str, Any]) -> None:
+    """Print how near snippets are to what they were, and how many neighbours stayed, where that was measured."""
+    if "cosine" in facts:
+        cosine = facts["cosine"]
+        click.echo(f"  cosine    mean {cosine['mean']:.4f}, p1 {cosine['p1']:.4f}, min {cosine['min']:.4f}")
+    same = facts.get("neighbour_overlap_at_10")
+    if same is not None:
+        click.echo(f"  overlap   {same:.3f} of the 10 nearest among {facts['neighbours_among']} rows")
 
 
 def column_options(command: Command) -> Command:

@@ -130,8 +130,8 @@ def search(
 ) -> None:  # fmt: skip
     """Find the rows of BANK nearest to QUERY; both are needed, in this order.
 
-    QUERY is a concept or key of the bank, an image, a folder of images, or a file of vectors (.npy, .npz, .safetensors, .h5,
-    .parquet). An index beside the bank is used where there is one.
+    QUERY is a concept or key of the bank, an image, a folder of images, a file of vectors (.npy, .npz, .safetensors, .h5,
+    .parquet), or another bank of the same encoder. An index beside the bank is used where there is one.
     """
     import gmem_bank
 

@@ -200,11 +200,11 @@ def make_hub_model(name: str, options: EncoderOptions) -> TransformersEncoder:
     _require_type(name, folder, config, model_facts)
     vision = config.get("vision_config", config)
     parameters = _resolved(name, model_facts, parameters, config)
+    digest = model_sha256(folder, config)
     record = _preprocessing(folder, vision, parameters)
     device = choose_device(options.device)
     width = int(vision.get("hidden_size") or 0)
     parameters["dtype"] = choose_dtype(str(parameters["dtype"]), device, width, reloading=options.reloading)
-    digest = model_sha256(folder, config)
     network, missing = load_network(transformers, folder)
     model = network.to(device).eval()
     pixels = preprocess.to_input(torch.from_numpy(_noise(record)).to(device), record)
@@ -225,11 +225,14 @@ def _require_type(name: str, folder: Path, config: Mapping[str, Any], facts: Hub
     found = config.get("model_type")
     if facts.model_types and found not in facts.model_types:
         raise EncoderError(
-            f"{folder} holds a {found!r} model, encoder {name!r} needs {' or '.join(facts.model_types)}", path=folder
+            f"{folder} holds a {found!r} model, encoder {name!r} needs {' or '.join(facts.model_types)}: hf:FOLDER takes any",
+            path=folder,
         )
     vision = config.get("vision_config", config)
     if not isinstance(vision, dict) or not {"patch_size", "image_size", "num_channels"} & set(vision):
-        raise EncoderError(f"{folder} holds a {found!r} model, which does not look at images", path=folder)
+        raise EncoderError(
+            f"{folder} holds a {found!r} model, which does not look at images: a vision model is needed", path=folder
+        )
 
 
 def _resolved(name: str, facts: HubModel, parameters: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:

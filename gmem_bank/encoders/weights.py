@@ -62,7 +62,7 @@ def find_model(
         EncoderError: it is in none of them, or its weights are not safetensors.
     """
     folder = Path(place)
-    known = place.count("/") == 1 and not place.startswith((".", "/", "~")) and not folder.is_dir()
+    known = place.count("/") == 1 and not place.startswith((".", "/", "~")) and not folder.exists()
     if known:
         folder = hub_folder(place, revision, or_main=or_main, stem=stem, option=option)
     elif not folder.is_dir():
@@ -141,6 +141,8 @@ def _weights_sha256(folder: Path, stem: str) -> str:
         return sha256_of({name: sha256_of_file(folder / name) for name in files})
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     reason = f" (it has {pickles[0]}, a pickle, which can run code and is never read)" if pickles else ""
+    if revision_of(folder):
+        reason = " (pickles such as pytorch_model.bin can run code and are never fetched)"
     raise EncoderError(f"{folder} has no {whole}{reason}: convert the weights to safetensors", path=folder)
 
 

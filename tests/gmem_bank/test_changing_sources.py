@@ -92,7 +92,8 @@ def test_a_change_between_a_kill_and_the_next_run(photos: Path, change: Callable
         gmem_bank.build(own, Meddling(hog, 4, lambda: True), bank, batch_size=4)
     assert len(list(bank.with_name(".bank.safetensors.build").glob("*/*.safetensors"))) == 3
     change(own)
-    gmem_bank.build(own, hog, bank, batch_size=4, num_workers=workers)
+    report = gmem_bank.build(own, hog, bank, batch_size=4, num_workers=workers)
+    assert (report.num_outdated, report.num_resumed) == (3, 0)
     assert bank.read_bytes() == wanted
     assert no_strays(PLACES[0])
 

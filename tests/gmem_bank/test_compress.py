@@ -586,6 +586,18 @@ def test_a_sweep_says_what_compressing_would_give(make_bank: BankMaker) -> None:
         assert way.cosine["mean"] == pytest.approx(report["cosine"]["mean"], abs=1e-6)
         assert way.neighbour_overlap_at_10 == pytest.approx(report["neighbour_overlap_at_10"], abs=0.01)
     assert len(found.table().splitlines()) == 2 + 1 + len(found.ways) + 1  # the last one says what * means
+    assert found.rank == bank.dim
+    assert gmem_bank.sweep("3.safetensors", ranks=[2]).rank == 8
+
+
+def test_a_sweep_of_equal_rows_leaves_nothing_out(make_bank: BankMaker) -> None:
+    """All is in the mean: the energy is that which compressing reports, 1, and not 0 of nothing."""
+    for rows in (1, 20):
+        bank = make_bank(f"{rows}.safetensors", snippets=np.repeat(spread(1, 8), rows, axis=0))
+        ways = gmem_bank.sweep(bank.path).ways
+        made = gmem_bank.compress(bank.path, rank=4, output="out.safetensors").details
+        assert {(way.rank, way.energy) for way in ways} == {(made["rank"], made["energy"])} == {(1, 1.0)}
+        Path("out.safetensors").unlink()
 
 
 def test_neighbours_know_the_concept_where_concepts_are_apart(make_bank: BankMaker) -> None:
@@ -626,6 +638,18 @@ def test_the_command_compresses_sweeps_and_draws(make_bank: BankMaker) -> None:
     assert "exactly one" in run("compress", "-q", code=1)
     assert "factored" in run("info", "out.safetensors")
     assert "rank 4" in run("compress", "--rank", "4", "-q")
+
+
+def test_a_bank_that_grows_by_compressing_is_said_to(make_bank: BankMaker) -> None:
+    """An i8 bank written as f32 is larger than before, and one of lower rank is not."""
+    make_bank(snippets=spread(300), space="unit")
+    run("compress", "--rank", "16", "--dtype", "i8", "-o", "small.safetensors", "-q")
+    assert "more room than before" in run(
+        "compress", "small.safetensors", "--rank", "16", "-o", "large.safetensors", "-q"
+    )
+    assert "more room" not in run(
+        "compress", "small.safetensors", "--rank", "4", "--dtype", "i8", "-o", "x.safetensors", "-q"
+    )
 
 
 @pytest.mark.parametrize("sizes", [(200, 200), (300, 50), (50, 300), (40, 60, 80)])

@@ -10,7 +10,7 @@ import pytest
 import threadpoolctl
 
 import gmem_bank
-from gmem_bank import fitting, kinds, moments, quality, segment_rows
+from gmem_bank import compression, fitting, kinds, moments, quality, segment_rows
 from gmem_bank.errors import CorruptError
 from gmem_bank.kinds import FactoredBank
 from gmem_bank.threads import in_order, one_thread_a_product
@@ -158,6 +158,42 @@ def test_bytes_that_changed_between_two_passes_are_not_taken_up(
         gmem_bank.compress(bank.path, rank=4, output="out.safetensors")
         assert Path("out.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
         Path("out.safetensors").unlink()
+
+
+@pytest.mark.parametrize(("dim", "rows"), [(16, 500), (7, 2501)])
+@pytest.mark.parametrize("restored", [False, True])
+def test_what_changes_between_hashing_and_projecting_is_noticed(
+    make_bank: BankMaker, monkeypatch: pytest.MonkeyPatch, dim: int, rows: int, restored: bool
+) -> None:
+    """The second pass compares what it reads with what was hashed, by sums, any byte of it; nothing is written."""
+    values = np.random.default_rng(0).standard_normal((rows, dim)).astype(np.float32)
+    bank = make_bank(snippets=values, space="raw")
+    right, place, find = bank.path.read_bytes(), bank.stored.place("0/snippets"), moments.principal
+    check = segment_rows.SegmentRows._require_hash
+
+    def put(data: bytes) -> None:
+        with bank.path.open("r+b") as stream:  # in place: what holds the file open sees it
+            stream.write(data)
+
+    def change(*arguments: object) -> moments.Directions:
+        wrong = bytearray(right)
+        wrong[places.pop()] ^= 1
+        put(wrong)
+        return find(*arguments)
+
+    def late(own: segment_rows.SegmentRows) -> None:
+        if restored:
+            put(right)
+        check(own)
+
+    monkeypatch.setattr(compression, "principal", change)
+    monkeypatch.setattr(segment_rows.SegmentRows, "_require_hash", late)
+    places = [place.begin, place.end - 1]
+    while places:
+        with pytest.raises(CorruptError, match="changed while" if restored else "does not match its hash"):
+            gmem_bank.compress(bank.path, rank=4, output="out.safetensors")
+        put(right)
+        assert not Path("out.safetensors").exists()
 
 
 def test_damaged_sums_are_taken_anew(make_bank: BankMaker, monkeypatch: pytest.MonkeyPatch) -> None:

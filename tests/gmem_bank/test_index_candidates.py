@@ -10,7 +10,7 @@ import pytest
 import gmem_bank
 from gmem_bank import index_candidates, index_tuning, indexed, ops
 from gmem_bank.coordinates import Coordinates
-from gmem_bank.index_choice import default_lists
+from gmem_bank.index_choice import GPU_CODE_BYTES, default_lists, plan_index
 from gmem_bank.index_file import index_path, read_index
 from gmem_bank.index_tuning import Truth, tune
 from gmem_bank.indexed import BankIndex
@@ -156,6 +156,38 @@ def test_no_normalised_copy_is_made_of_dense_rows(make_bank: BankMaker, monkeypa
     assert own.cosines(np.zeros((2, 3), np.int64), np.ones((2, 8), np.float32)).shape == (2, 3)
 
 
+class Options:
+    """FAISS's options for a copy on a GPU."""
+
+    useFloat16 = False
+
+
+@pytest.mark.parametrize(("dim", "code_bytes", "narrow"), [(192, 24, False), (768, 96, True), (40, 5, None)])
+def test_product_codes_go_to_a_gpu_as_far_as_its_kernels_know_them(
+    make_bank: BankMaker, monkeypatch: pytest.MonkeyPatch, dim: int, code_bytes: int, narrow: bool | None
+) -> None:
+    """Long ones with tables in f16, which FAISS demands there; those of no known length stay on the processor."""
+    faiss = pytest.importorskip("faiss")
+    bank = make_bank(snippets=np.random.default_rng(0).standard_normal((300, dim)).astype(np.float32))
+    gmem_bank.build_index(bank.path, kind="ivf-pq", nlist=2, nprobe=2, rerank=1)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "GpuClonerOptions", Options, raising=False)
+    given: list[bool] = []
+
+    def copied(_resources: object, _number: int, index: object, options: Options) -> object:
+        given.append(options.useFloat16)
+        return index
+
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", copied, raising=False)
+    index = gmem_bank.open_index(bank)
+    assert index.nearest(bank.snippets(np.array([7])), 1)[1] == 7
+    assert given == ([] if narrow is None else [narrow])
+    assert ("GPU" in index.describe()) is (narrow is not None)
+    chosen = plan_index(10_000_000, dim, max_bytes=10_000_000 * (dim // 8 + 100), num_gpus=1).kind
+    assert chosen == ("ivf-pq" if code_bytes in GPU_CODE_BYTES else "ivf-rabitq")
+
+
 def test_on_a_gpu_the_limits_of_its_kernels_hold_and_the_device_is_named(
     make_bank: BankMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,7 +207,10 @@ def test_on_a_gpu_the_limits_of_its_kernels_hold_and_the_device_is_named(
             asked.append((num, params.nprobe))
             return self.index.search(part, num, params=params)
 
-    monkeypatch.setattr(faiss, "index_cpu_to_gpu", lambda _resources, _number, index: OnGpu(index), raising=False)
+    monkeypatch.setattr(faiss, "GpuClonerOptions", Options, raising=False)
+    monkeypatch.setattr(
+        faiss, "index_cpu_to_gpu", lambda _resources, _number, index, _options: OnGpu(index), raising=False
+    )
     index = gmem_bank.open_index(bank)
     assert "GPU 0" in index.describe()
     index.candidates(clustered(3, 8, seed=1), 2900, 4000)
@@ -204,12 +239,13 @@ def test_speeds_are_medians_after_a_warm_up_and_one_slow_reading_ends_nothing(
     gmem_bank.build_index(bank.path, kind="ivf-flat", nlist=16, nprobe=16, rerank=1)
     truth: Truth = index_tuning.truth_of(Coordinates(bank), 0, no_progress)
     index = Slow(bank, read_index(index_path(bank.path)), index_path(bank.path))
-    index.seconds = [100, 2, 50, 2, 3, 3, 3, 3, 1, 1, 1, 1, 8, 8, 8, 8, 9, 9, 9, 9]
+    index.seconds = [100, 2, 50, 2, *(second for second in (3, 1, 8, 9, 7, 5) for _ in range(4))]
     monkeypatch.setattr(index_tuning.time, "perf_counter", lambda: Slow.clock)
     monkeypatch.setattr(index_tuning, "recall_of", lambda *_: (1.0, 0.0))
     settings, table = tune(index, truth, recall=0.5, nprobe=None, rerank=None, num_lists=16, num_bytes=1)
-    assert [round(256 / line["queries_per_second"]) for line in table] == [2, 3, 1, 8, 9]
-    assert settings == {"nprobe": 4, "rerank": 1}
+    seconds = [round(256 / line["queries_per_second"]) for line in table]
+    assert seconds == [2, 3, 1, 8, 9, 7], "three slower ones in a row are enough"
+    assert settings == {"nprobe": 3, "rerank": 1}
 
 
 def test_the_exact_line_says_how_it_was_measured(make_bank: BankMaker) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import gc
 import hashlib
+import itertools
 import os
 import signal
 import threading
@@ -15,9 +18,11 @@ import numpy as np
 import pytest
 
 import gmem_bank
-from gmem_bank import decode_pool
-from gmem_bank.decode_pool import DecodePool, default_workers
+from gmem_bank import decode_process
+from gmem_bank.decode_pool import Decoded, DecodePool, default_workers
+from gmem_bank.decode_worker import MOST_REASON
 from gmem_bank.errors import ConfigError, GMemError, SourceError
+from gmem_bank.listing import Item
 from gmem_bank.narrowing import Narrowing
 from gmem_bank.sources import list_folder
 
@@ -33,11 +38,8 @@ def odd_photos(photos: Path) -> Path:
     return photos
 
 
-def same(a: list, b: list) -> bool:
-    return all(
-        x[0] == y[0] and (x[1] == y[1] if isinstance(x[1], str) else np.array_equal(x[1], y[1]))
-        for x, y in zip(a, b, strict=True)
-    )
+def same(a: Decoded, b: Decoded) -> bool:
+    return a.hashes == b.hashes and a.reasons == b.reasons and np.array_equal(a.crops, b.crops)
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
@@ -51,7 +53,7 @@ def test_workers_give_what_this_process_would_in_the_same_order(odd_photos: Path
         got = list(pool.batches(batches))
     assert len(got) == len(batches)
     assert all(same(a, b) for a, b in zip(expected, got, strict=True))
-    reasons = [found for batch in got for _, found in batch if isinstance(found, str)]
+    reasons = [reason for batch in got for reason in batch.reasons if reason is not None]
     assert len(reasons) == 6
     assert "the file is empty" in reasons
 
@@ -63,19 +65,95 @@ def test_a_worker_that_is_killed_is_replaced(photos: Path) -> None:
     with DecodePool(ADM, 1) as pool:
         results = pool.batches(batches)
         first = next(results)
-        os.kill(pool._processes[0].pid, signal.SIGKILL)
+        [victim] = [worker.pid for worker in pool._workers]
+        os.kill(victim, signal.SIGKILL)
         rest = list(results)
-        assert len(pool._processes) == 2
+        assert [worker.pid for worker in pool._workers] != [victim]
     with DecodePool(ADM, 0) as pool:
         assert all(same(a, b) for a, b in zip([first, *rest], pool.batches(batches), strict=True))
 
 
 def test_a_job_that_kills_every_worker_is_named(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice dead on the same images is an error that says which they are and how to find out more."""
-    monkeypatch.setattr(decode_pool, "WORKER", ("-c", "raise SystemExit(3)"))
+    monkeypatch.setattr(decode_process, "WORKER", ("-c", "raise SystemExit(3)"))
     items = list_folder(photos).items[:5]
     with DecodePool(ADM, 1) as pool, pytest.raises(GMemError, match=f"{items[0].key}.*--workers 0"):
         list(pool.batches([items]))
+
+
+def test_long_reasons_and_paths_do_not_stop_the_talk(photos: Path) -> None:
+    """Jobs and answers that fill a pipe, of a worker with a job ahead; reasons are cut alike with and without workers."""
+    folder = Path(*["é" * 120] * 8)
+    folder.mkdir(parents=True)
+    for number in range(40):
+        (folder / f"{number:02d}.jpg").write_bytes(b"no image")
+    items = list_folder(Path(folder.parts[0])).items
+    assert len(items) == 40
+    batches = [items[at : at + 16] for at in range(0, 40, 16)]
+    with DecodePool(ADM, 1) as pool, DecodePool(ADM, 0) as plain:
+        for found, expected in zip(pool.batches(batches), plain.batches(batches), strict=True):
+            assert same(found, expected)
+    absent = Item(key="absent.jpg", path=Path("x" * 5000), size=1, modified=0, inside="tar", place=0)
+    with DecodePool(ADM, 1) as pool, DecodePool(ADM, 0) as plain:
+        [found], [expected] = pool.batches([[absent] * 64]), plain.batches([[absent] * 64])
+    assert found.reasons == expected.reasons
+    assert all(len(str(reason)) <= MOST_REASON for reason in found.reasons)
+
+
+def test_memory_of_both_leaves_nothing_behind(photos: Path) -> None:
+    """No descriptor and no map of it are there afterwards; pixels are the caller's own."""
+    gc.collect()
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    items = list_folder(photos).items
+    with DecodePool(ADM, 2) as pool:
+        first, *others = pool.batches([items[at : at + 3] for at in range(0, 24, 3)])
+        before = first.crops.copy()
+        assert "gmem pixels" in Path("/proc/self/maps").read_text()
+    del pool
+    gc.collect()
+    np.testing.assert_array_equal(first.crops, before)
+    assert len(others) == 7
+    assert "gmem pixels" not in Path("/proc/self/maps").read_text()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors
+
+
+def test_no_room_for_a_worker_is_said(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that cannot be had ends with an error that says what to do, not with a signal."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with (
+        DecodePool(ADM, 2) as pool,
+        pytest.raises(GMemError, match=r"could not be started.*No space left.*--workers 0"),
+    ):
+        list(pool.batches([list_folder(photos).items[:5]]))
+
+
+def test_large_crops_are_sent_in_small_jobs(photos: Path) -> None:
+    """One image a job where it fills the memory that is set aside for eight small ones."""
+    record = {"crop": "adm", "crop_size": 1024}
+    items = list_folder(photos).items[:3]
+    with DecodePool(record, 1) as pool, DecodePool(record, 0) as plain:
+        [found], [expected] = pool.batches([items]), plain.batches([items])
+        assert pool._workers[0]._pixels.nbytes == 2 * 1024**2 * 3
+    assert same(found, expected)
+
+
+def test_no_more_workers_than_are_needed(photos: Path) -> None:
+    """Beside a caller who is slower than one worker there are one or two; one who waits for each batch gets all."""
+    items = list_folder(photos).items[:8]
+    with DecodePool(ADM, 6) as pool:
+        for _ in pool.batches([items[at : at + 1] for at in range(8)]):
+            while pool._jobs.qsize() or any(worker.num_waiting for worker in pool._workers):
+                time.sleep(0.01)
+            time.sleep(0.05)
+        assert len(pool._workers) <= 2
+    with DecodePool(ADM, 6) as pool:
+        for _ in pool.batches(itertools.repeat(items)):
+            if len(pool._workers) == 6:
+                break
 
 
 def test_no_worker_outlives_its_pool(photos: Path) -> None:
@@ -83,9 +161,9 @@ def test_no_worker_outlives_its_pool(photos: Path) -> None:
     items = list_folder(photos).items
     with DecodePool(ADM, 2) as pool:
         next(pool.batches([items[:4], items[4:8], items[8:]]))
-        processes = list(pool._processes)
-        assert processes
-    assert all(process.poll() is not None for process in processes)
+        workers = list(pool._workers)
+        assert workers
+    assert not any(Path(f"/proc/{worker.pid}").exists() for worker in workers)
     assert default_workers() >= 1
 
 
@@ -151,7 +229,7 @@ def test_nothing_in_the_working_folder_is_run(photos: Path, monkeypatch: pytest.
     with DecodePool(ADM, 1) as pool:
         [found] = pool.batches([items])
     assert not Path("ran").exists()
-    assert [digest for digest, _ in found] == [hashlib.sha256(item.path.read_bytes()).hexdigest() for item in items]
+    assert found.hashes == [hashlib.sha256(item.path.read_bytes()).hexdigest() for item in items]
 
 
 def test_leaving_a_pool_early_does_not_hang(photos: Path) -> None:
@@ -167,4 +245,4 @@ def test_leaving_a_pool_early_does_not_hang(photos: Path) -> None:
 
             threading.Thread(target=ask, daemon=True).start()
             time.sleep(delay)
-        assert all(process.poll() is not None for process in pool._processes)
+        assert not pool._workers

@@ -83,3 +83,5 @@ def test_every_f16_is_widened_to_the_bit() -> None:
         widened = segments.widen(values)
         assert widened.dtype == np.float32
         np.testing.assert_array_equal(widened.view(np.uint32), wanted.view(np.uint32))
+        if np.isfinite(values).all():
+            np.testing.assert_array_equal(segments.widen(values, finite=True), wanted)

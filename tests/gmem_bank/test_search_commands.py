@@ -11,7 +11,14 @@ from click.testing import CliRunner, Result
 
 import gmem_bank
 from gmem_bank.cli import main
-from gmem_bank.errors import ConfigError, EncoderError, EncoderMismatchError, OutputExistsError, SourceError
+from gmem_bank.errors import (
+    ConfigError,
+    CorruptError,
+    EncoderError,
+    EncoderMismatchError,
+    OutputExistsError,
+    SourceError,
+)
 from gmem_bank.query import search
 from tests.conftest import BankMaker
 from tests.gmem_bank.test_index import clustered
@@ -115,7 +122,7 @@ def test_a_file_of_vectors_is_a_query_a_row(make_bank: BankMaker, name: str) -> 
 
 
 def test_files_of_vectors_that_cannot_be_asked(make_bank: BankMaker) -> None:
-    """Dimension, NaN, zeros, infinite in f32, a bank, damaged."""
+    """Dimension, NaN, zeros, infinite in f32, damaged."""
     bank = make_bank(snippets=clustered(60, 8))
     ones = np.ones((2, 8))
     for array, error, words in (
@@ -126,11 +133,40 @@ def test_files_of_vectors_that_cannot_be_asked(make_bank: BankMaker) -> None:
         np.save("q.npy", array)
         with pytest.raises(error, match=words):
             search(bank, "q.npy")
-    with pytest.raises(SourceError, match="is a bank"):
-        search(bank, str(bank.path))
     Path("q.npy").write_bytes(b"no array")
     with pytest.raises(SourceError, match="could not read"):
         search(bank, "q.npy")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "h5", "gmem"])
+def test_rows_of_another_bank_are_queries_if_one_encoder_made_both(make_bank: BankMaker, suffix: str) -> None:
+    """Its active rows, by their keys; of another encoder, or damaged, it is refused, which vectors alone could not be."""
+    bank = make_bank(snippets=clustered(60, 8))
+    same = make_bank(f"same.{suffix}", snippets=clustered(60, 8)[[3, 17, 4]], active=np.array([True, True, False]))
+    found = search(bank, str(same.path), k=1)
+    assert [result.hits[0].row for result in found] == [3, 17]
+    assert [result.query for result in found] == same.keys(np.array([0, 1]))
+    other = make_bank(f"other.{suffix}", snippets=clustered(60, 9))
+    with pytest.raises(EncoderMismatchError, match="dim"):
+        search(bank, str(other.path))
+    if suffix == "safetensors":
+        Path("cut.safetensors").write_bytes(same.path.read_bytes()[:-100])
+        with pytest.raises(CorruptError, match="cut short"):
+            search(bank, "cut.safetensors")
+
+
+def test_a_bank_of_masked_rows_is_said_so_before_images_are_encoded(photos: Path) -> None:
+    """No encoder is loaded for nothing."""
+    gmem_bank.build(photos, gmem_bank.load_encoder("hog"), "bank.safetensors")
+    gmem_bank.mask("bank.safetensors", gmem_bank.Selection(concepts=("hat",)))
+    gmem_bank.remove("bank.safetensors", gmem_bank.Selection(concepts=("hat",), invert=True))
+    bank = gmem_bank.open("bank.safetensors")
+
+    def load() -> gmem_bank.Encoder:
+        raise AssertionError("an encoder for nothing")
+
+    with pytest.raises(ConfigError, match=r"every row of .* is masked"):
+        search(bank, str(photos / "hat"), load=load)
 
 
 def test_text_to_an_encoder_without_any(photos: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -105,3 +106,16 @@ def test_what_goes_wrong_later_is_said() -> None:
         gmem_bank.Shards("s")
     with pytest.raises(GMemError, match="65504"):
         gmem_bank.ShardWriter(Path("t"), {}).write(0, ["k"], np.full((1, 2), 1e6, np.float32), dtype="f16")
+
+
+def test_other_open_files_leave_room(tmp_path: Path) -> None:
+    """Where the process may open no more, files that were used first are closed."""
+    values = write("s", [1] * 60, "f32")
+    found = gmem_bank.Shards("s")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (num_open() + 8, before[1]))
+    try:
+        order = np.random.default_rng(0).permutation(60)
+        np.testing.assert_array_equal(found.read(order), values[order])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -211,9 +211,12 @@ def test_the_command_masks_rows_or_coefficients_not_both(make_bank: BankMaker) -
     assert run("--keep", "2", "--concept", "class0").exit_code == 2
     assert run("--keep", "2", "--keep-random", "0.5").exit_code == 2
     assert run("--keep-energy", "0").exit_code == 2
+    text = run("--energy", "0.5", "--dry-run").output  # short for --keep-energy
+    assert "cosine    mean" in text and "overlap" in text
     report = json.loads(run("--keep", "2", "--json").output)
     assert (report["operation"], report["details"]["num_kept"]) == ("mask", 40)
     assert "nothing to do" in run("--keep", "2").output
+    assert "  bytes     " in run("--keep", "1", "-o", "one.safetensors").output
     assert "40 of 40" not in run("--concept", "class0").output
     assert len(kinds.open("bank.safetensors").rows()) == 13
 

@@ -54,7 +54,7 @@ def test_an_exported_folder_draws_the_very_pixels(trained: gmem_gen.LoadedCheckp
     record = json.loads(
         gen("sample", "-c", "shared", "--concept", "hat", "-n", "2", "--steps", "2", "--json", "-q").stdout
     )
-    assert record["weights_step"] == 10
+    assert (record["weights_step"], record["weights"]) == (10, weights)
     assert Path("samples/hat.png").is_file()  # not among what is shared
 
 
@@ -67,6 +67,8 @@ def test_the_card_names_memory_weights_and_licence(trained: gmem_gen.LoadedCheck
                  "gmem-gen sample", "Generator.from_pretrained", "8-pixel"):  # fmt: skip
         assert word in card, word
     assert str(Path.cwd()) not in card + Path("shared/gmem.json").read_text()
+    modes = {path.stat().st_mode for path in Path("shared").rglob("*") if path.is_file()}
+    assert len(modes) == 1  # whoever may read the card may read the weights
     gmem_gen.export_folder(trained, "plain")
     assert "no licence" in Path("plain/README.md").read_text()
     assert sorted(str(p.relative_to("shared")) for p in Path("shared").rglob("*") if p.is_file()) == [

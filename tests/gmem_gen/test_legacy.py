@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import pickle
-import subprocess
+import shlex
 import zipfile
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import gmem_bank
 import gmem_gen
 from gmem_bank.errors import CheckpointError, ConfigError, EncoderMismatchError, FormatError, OutputExistsError
-from gmem_gen import presets
+from gmem_gen import conditioning, presets
 from gmem_gen.cli import main as gen_main
 from gmem_gen.config import ModelConfig
 from gmem_gen.guidance import Guided
@@ -123,11 +123,9 @@ def test_the_round_trip_is_exact(dtype: torch.dtype) -> None:
     original = {"model": {name: value * 2 for name, value in small.items()}, "ema": small}
     bring_in(saved(original))
     report = json.loads(gen("export", "-c", "run", "--to", "official", "-o", "back.safetensors", "--json").stdout)
-    import shlex
-    import sys
-
-    words = shlex.split(report["to_pt"])
-    subprocess.run([sys.executable, *words[1:]], check=True)
+    python, flag, code = shlex.split(report["to_pt"])
+    assert (python, flag) == ("python", "-c")
+    exec(code, {})  # the line that a shell would run
     back = torch.load("back.pt", weights_only=True)
     assert list(back) == ["model", "ema"]
     for part, table in original.items():
@@ -246,8 +244,6 @@ def test_what_the_file_does_not_say_is_asked_for(make_bank) -> None:
     """Memory and tokenizer; one that does not fit is refused; statistics of latents are taken over."""
     state = golden()[0]
     path = saved(state)
-    with pytest.raises(ConfigError, match="--encoder dinov2"):
-        bring_in(path, memory=Memory())
     small = gmem_bank.EncoderSpec(name="hog", family="hog", dim=324, space="unit")
     with pytest.raises(EncoderMismatchError, match="dimension 768, those of hog have 324"):
         bring_in(path, memory=Memory(encoder=small))
@@ -277,6 +273,37 @@ def test_what_the_file_does_not_say_is_asked_for(make_bank) -> None:
         bring_in(path)
 
 
+def test_without_a_word_the_memory_is_the_published_one(make_bank) -> None:
+    """It is said aloud; banks of dinov2 fit by name, others and other spaces do not."""
+    saved(golden()[0])
+    told = gen("import-checkpoint", "official.pt")
+    assert "snippets of dinov2 in unit space" in told.stderr and "--latent-stats" in told.stderr
+    loaded = gmem_gen.load_checkpoint("runs/official")
+    for name, encoder, space, fits in (
+        ("a", "dinov2", "unit", True), ("b", "dinov2-base", "unit", True), ("c", "dinov2-large", "unit", False),
+        ("d", "clip", "unit", False), ("e", "dinov2", "raw", False),
+    ):  # fmt: skip
+        bank = make_bank(f"{name}.safetensors", dim=768, encoder=encoder, space=space)
+        if fits:
+            conditioning.require_same_memory(bank, loaded.bank, "it")
+            continue
+        with pytest.raises(EncoderMismatchError, match="was trained on snippets of dinov2"):
+            conditioning.require_same_memory(bank, loaded.bank, "it")
+
+
+def test_a_tokenizer_without_weights_is_told_before_anything_is_drawn(make_bank, monkeypatch) -> None:
+    """Not after the network has done its work."""
+    from gmem_gen import sampling
+
+    bring_in(saved(golden()[0]), latents=LatentSource(tokenizer="taef2"), settings=["sample.num_steps=2"])
+    bank = make_bank(dim=768, encoder="dinov2")
+    loaded = dataclasses.replace(gmem_gen.load_checkpoint("run"), bank=conditioning.record_of(bank))
+    monkeypatch.setattr(sampling, "solve", lambda *_: pytest.fail("it was drawn first"))
+    conditions = gmem_gen.choose_conditions(bank, concept=None, keys=(), num=1, per_snippet=1, seed=0)
+    with pytest.raises(gmem_bank.GMemError, match="--tokenizer-weights"):
+        gmem_gen.sample(bank, loaded, conditions)
+
+
 def test_an_imported_run_samples_and_trains_on(photos: Path) -> None:
     """By the commands: a small model with pixels as its latents draws at once, and a training goes on from its weights."""
     gmem_bank.build(photos, gmem_bank.load_encoder("hog"), "bank.safetensors")
@@ -302,7 +329,7 @@ def test_an_imported_run_samples_and_trains_on(photos: Path) -> None:
     assert all(nearly)  # 0.9999 of the imported average is still there
     exported = json.loads(gen("export", "-c", "run", "--to", "official", "-o", "mine.safetensors", "--json").stdout)
     assert (exported["path_type"], exported["prediction"], exported["remarks"]) == ("Linear", "velocity", [])
-    assert "--encoder dinov2" in gen("import-checkpoint", "official.pt", "-o", "x", code=1).stderr
+    assert "with --encoder" in gen("import-checkpoint", "official.pt", code=1).stderr
     assert "no file at none.pt" in gen("import-checkpoint", "none.pt", "-o", "x", "-e", "hog", code=1).stderr
 
 

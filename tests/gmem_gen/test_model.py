@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import gmem_gen
 from gmem_bank.errors import ConfigError
+from gmem_gen import layers
 from gmem_gen.config import ModelConfig
 from gmem_gen.guidance import guided
 from gmem_gen.layers import RMSNorm, position_table, rope_tables, rotate
@@ -213,3 +214,60 @@ def test_patch_sizes_divide() -> None:
     assert [auto_patch_size(size) for size in (8, 28, 32, 64, 60, 256)] == [1, 2, 4, 8, 6, 32]
     with pytest.raises(ConfigError, match="does not divide"):
         Generator(ModelConfig(patch_size=3), LatentShape(channels=3, size=8), 5)
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+def test_the_modulated_norm_is_the_norm_modulated_and_has_its_derivative(shifted: bool) -> None:
+    """Values and gradients of the plain formula; by finite differences in float64 too; in the dtype of what comes in."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 8, generator=draw, dtype=torch.float64, requires_grad=True)
+    shift, scale = (torch.randn(2, 8, generator=draw, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight = torch.rand(8, generator=draw, dtype=torch.float64).add(0.5).requires_grad_()
+
+    def modulated(x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, *moved: torch.Tensor) -> torch.Tensor:
+        return layers._ModulatedRMSNorm.apply(x, weight, moved[0] if moved else None, scale, 1e-6)
+
+    inputs = [x, scale, weight, *([shift] if shifted else [])]
+    assert torch.autograd.gradcheck(modulated, inputs)
+    wide = [value.detach().float().requires_grad_() for value in inputs]
+    ours = modulated(*wide)
+    other = layers.RMSNorm(8)
+    other.weight = torch.nn.Parameter(wide[2].detach().clone())
+    plain_inputs = [
+        value.detach().clone().requires_grad_() for value in (wide[0], wide[1], *([wide[3]] if shifted else []))
+    ]
+    plain = layers.modulate(other(plain_inputs[0]), plain_inputs[2] if shifted else None, plain_inputs[1])
+    torch.testing.assert_close(ours, plain, atol=2e-6, rtol=2e-6)
+    weights = torch.randn(ours.shape, generator=draw)
+    (ours * weights).sum().backward()
+    (plain * weights).sum().backward()
+    for mine, theirs in zip([wide[0], wide[1], *([wide[3]] if shifted else [])], plain_inputs, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(wide[2].grad, other.weight.grad, atol=1e-5, rtol=1e-5)
+    half = layers.normalise(other, wide[0].detach().bfloat16(), None, wide[1].detach().bfloat16())
+    assert half.dtype == torch.bfloat16
+
+
+def test_turning_as_complex_numbers_is_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a compiler is given and what runs eagerly are the same, for strided input too."""
+    cosines, sines = layers.rope_tables(4, 8)
+    x = torch.randn(2, 16, 3, 3, 8)[:, :, 1]
+    eager = layers.rotate(x, cosines, sines)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(layers.rotate(x, cosines, sines), eager)
+    pairs = x.unflatten(-1, (-1, 2))
+    first = pairs[..., 0] * cosines[:, None, ::2] - pairs[..., 1] * sines[:, None, ::2]
+    torch.testing.assert_close(eager[..., ::2], first)
+
+
+def test_attention_of_single_products_is_attention() -> None:
+    """In half precision on a CPU, up to its rounding, and with its gradients."""
+    q, k, v = (torch.randn(2, 3, 16, 8).bfloat16().requires_grad_() for _ in range(3))
+    ours = layers.attend(q, k, v)
+    expected = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    torch.testing.assert_close(ours.float(), expected, atol=0.02, rtol=0.02)
+    weights = torch.randn(ours.shape)
+    mine = torch.autograd.grad((ours * weights).sum(), (q, k, v))
+    theirs = torch.autograd.grad((expected * weights).sum(), (q, k, v))
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a.float(), b.float(), atol=0.05, rtol=0.05)

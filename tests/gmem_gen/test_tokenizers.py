@@ -18,7 +18,7 @@ from gmem_gen import taef2, va_vae
 from gmem_gen.autoencoders import Weights
 from gmem_gen.diffusers_autoencoders import require_diffusers
 from gmem_gen.model import LatentShape
-from gmem_gen.tokenizers import Normalisation, Tokenizer, make_tokenizer, new_tokenizer, require_same
+from gmem_gen.tokenizers import Normalisation, Tokenizer, TokenizerMaker, make_tokenizer, require_same
 
 
 def images(count: int = 3, size: int = 16, seed: int = 0) -> np.ndarray:
@@ -120,7 +120,7 @@ DECODER_PLAN = [
 def test_taef2_is_the_network_of_its_description(tmp_path: Path) -> None:
     """Latents and images equal a forward by functions alone, on the very tensors of the files."""
     folder = make_taef2(tmp_path / "taef2")
-    tokenizer = new_tokenizer("taef2", 16, 3, weights=Weights(place=str(folder)))
+    tokenizer = TokenizerMaker("taef2", Weights(place=str(folder))).make(16)
     assert tokenizer.latent == LatentShape(channels=32, size=2)
     pictures = images()
     weights = {name: tensor.float() for name, tensor in load_file(folder / taef2.ENCODER).items()}
@@ -137,7 +137,7 @@ def test_taef2_is_the_network_of_its_description(tmp_path: Path) -> None:
 def test_diffusers_autoencoders_give_the_librarys_numbers(name: str, channels: int, tmp_path: Path) -> None:
     """Latents are the network's own (of AutoencoderKL the mean), images what it decodes; sizes are found."""
     model = make_diffusers(tmp_path / "model", name)
-    tokenizer = new_tokenizer(name, 16, 3, weights=Weights(place=str(tmp_path / "model")))
+    tokenizer = TokenizerMaker(name, Weights(place=str(tmp_path / "model"))).make(16)
     assert isinstance(tokenizer, Tokenizer)
     assert tokenizer.latent == LatentShape(channels=channels, size=8)
     pictures = images()
@@ -153,7 +153,7 @@ def test_diffusers_autoencoders_give_the_librarys_numbers(name: str, channels: i
 def test_a_record_makes_the_same_tokenizer_again(tmp_path: Path) -> None:
     """With its statistics, from JSON, and wherever the same weights lie now; of other weights nothing is made."""
     make_diffusers(tmp_path / "model", "sd-vae")
-    made = new_tokenizer("sd-vae", 16, 3, weights=Weights(place=str(tmp_path / "model")))
+    made = TokenizerMaker("sd-vae", Weights(place=str(tmp_path / "model"))).make(16)
     own = made.with_normalisation(Normalisation(mean=(1.0, 2.0, 3.0, 4.0), std=(0.5, 1.0, 2.0, 4.0)))
     record = json.loads(json.dumps(own.record()))
     assert (record["name"], record["image_size"], record["latent"]) == ("sd-vae", 16, {"channels": 4, "size": 8})
@@ -179,7 +179,7 @@ def test_a_sample_of_the_posterior_belongs_to_the_image(tmp_path: Path) -> None:
     """The same in every batch, of the mean and spread of the distribution; another for its twin."""
     model = make_diffusers(tmp_path / "model", "sd-vae")
     weights = Weights(place=str(tmp_path / "model"), posterior="sample")
-    tokenizer = new_tokenizer("sd-vae", 16, 3, weights=weights)
+    tokenizer = TokenizerMaker("sd-vae", weights).make(16)
     pictures = images(64)
     drawn = tokenizer.encode(pictures)
     torch.testing.assert_close(tokenizer.encode(pictures[5:7]), drawn[5:7], atol=1e-5, rtol=1e-4)
@@ -254,7 +254,7 @@ def test_va_vae_reads_the_published_layout(small_va_vae: torch.nn.Module, tmp_pa
         mean = small_va_vae.encode(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mean
         decoded = small_va_vae.decode(mean).sample.permute(0, 2, 3, 1) * 127.5 + 127.5
     for file in ("va.pt", "va.safetensors"):
-        tokenizer = new_tokenizer("va-vae", 32, 3, weights=Weights(place=str(tmp_path / file)))
+        tokenizer = TokenizerMaker("va-vae", Weights(place=str(tmp_path / file))).make(32)
         assert tokenizer.latent == LatentShape(channels=32, size=2)
         torch.testing.assert_close(tokenizer.encode(pictures), mean, atol=1e-5, rtol=1e-4)
         assert np.abs(tokenizer.decode(mean).astype(np.float32) - decoded.clamp(0, 255).numpy()).max() <= 0.51
@@ -290,7 +290,7 @@ def test_va_vae_refuses_what_is_not_its_checkpoint(small_va_vae: torch.nn.Module
     def refused(content: object, match: str) -> None:
         torch.save(content, tmp_path / "bad.ckpt")
         with pytest.raises(EncoderError, match=match):
-            new_tokenizer("va-vae", 32, 3, weights=Weights(place=str(tmp_path / "bad.ckpt")))
+            TokenizerMaker("va-vae", Weights(place=str(tmp_path / "bad.ckpt"))).make(32)
 
     lacking = {name: tensor for name, tensor in stored.items() if name != "quant_conv.bias"}
     refused({"state_dict": lacking}, r"lacks 1 tensors, such as 'quant_conv.bias'")
@@ -305,9 +305,9 @@ def test_va_vae_refuses_what_is_not_its_checkpoint(small_va_vae: torch.nn.Module
     assert not Path("ran").exists()
     (tmp_path / "bad.ckpt").write_bytes(b"not a checkpoint")
     with pytest.raises(EncoderError, match="without running code"):
-        new_tokenizer("va-vae", 32, 3, weights=Weights(place=str(tmp_path / "bad.ckpt")))
+        TokenizerMaker("va-vae", Weights(place=str(tmp_path / "bad.ckpt"))).make(32)
     with pytest.raises(EncoderError, match="published checkpoint"):
-        new_tokenizer("va-vae", 32, 3, weights=Weights(place=str(tmp_path / "gone.pt")))
+        TokenizerMaker("va-vae", Weights(place=str(tmp_path / "gone.pt"))).make(32)
 
 
 def test_refusals(tmp_path: Path) -> None:
@@ -315,46 +315,48 @@ def test_refusals(tmp_path: Path) -> None:
     make_diffusers(tmp_path / "kl", "sd-vae")
     folder = Weights(place=str(tmp_path / "kl"))
     with pytest.raises(ConfigError, match="Did you mean 'sd-vae'"):
-        new_tokenizer("sdvae", 16, 3)
+        TokenizerMaker("sdvae").make(16)
     with pytest.raises(ConfigError, match="multiple of that, got 15"):
-        new_tokenizer("sd-vae", 15, 3, weights=folder)
+        TokenizerMaker("sd-vae", folder).make(15, 3)
     with pytest.raises(ConfigError, match=r"data.channels=3"):
-        new_tokenizer("sd-vae", 16, 1, weights=folder)
+        TokenizerMaker("sd-vae", folder).make(16, 1)
     with pytest.raises(EncoderError, match=r"needs its weights: --tokenizer-weights"):
-        new_tokenizer("taef2", 16, 3)
+        TokenizerMaker("taef2").make(16)
     with pytest.raises(EncoderError, match="'AutoencoderKL', tokenizer 'taesd' is 'AutoencoderTiny'"):
-        new_tokenizer("taesd", 16, 3, weights=folder)
+        TokenizerMaker("taesd", folder).make(16)
     with pytest.raises(EncoderError, match=r"not in the hub cache.*--tokenizer-weights FOLDER"):
-        new_tokenizer("sd-vae", 16, 3)
+        TokenizerMaker("sd-vae").make(16)
     with pytest.raises(EncoderError, match="no folder"):
-        new_tokenizer("sd-vae", 16, 3, weights=Weights(place="nowhere"))
+        TokenizerMaker("sd-vae", Weights(place="nowhere")).make(16)
+    with pytest.raises(EncoderError, match=r"no folder kl/config\.json: --tokenizer-weights takes a folder"):
+        TokenizerMaker("sd-vae", Weights(place="kl/config.json")).make(16)
     weights = tmp_path / "kl/diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     save_file({name: tensor for name, tensor in tensors.items() if name != "quant_conv.bias"}, weights)
     with pytest.raises(EncoderError, match=r"quant_conv\.bias"):
-        new_tokenizer("sd-vae", 16, 3, weights=folder)
+        TokenizerMaker("sd-vae", folder).make(16)
     weights.unlink()
     torch.save(tensors, weights.with_suffix(".bin"))
     with pytest.raises(EncoderError, match="a pickle, which can run code and is never read"):
-        new_tokenizer("sd-vae", 16, 3, weights=folder)
+        TokenizerMaker("sd-vae", folder).make(16)
     with pytest.raises(EncoderError, match=r"no file .*taef2_encoder.safetensors"):
-        new_tokenizer("taef2", 16, 3, weights=folder)
+        TokenizerMaker("taef2", folder).make(16)
     cut = make_taef2(tmp_path / "cut") / taef2.ENCODER
     cut.write_bytes(cut.read_bytes()[:-9])
     with pytest.raises(EncoderError, match="does not hold the weights of TAEF2"):
-        new_tokenizer("taef2", 16, 3, weights=Weights(place=str(cut.parent)))
+        TokenizerMaker("taef2", Weights(place=str(cut.parent))).make(16)
 
 
 def test_a_pipelines_folder_and_the_hub_cache_will_do(tmp_path: Path, hub_home: Path) -> None:
     """The autoencoder inside a pipeline's folder; a snapshot of the hub, whose commit is recorded."""
     make_diffusers(tmp_path / "pipeline/vae", "sd-vae")
-    inside = new_tokenizer("sd-vae", 16, 3, weights=Weights(place=str(tmp_path / "pipeline")))
+    inside = TokenizerMaker("sd-vae", Weights(place=str(tmp_path / "pipeline"))).make(16)
     root = hub_home / "hub/models--stabilityai--sd-vae-ft-mse"
     make_diffusers(root / "snapshots" / ("0" * 40), "sd-vae")
     (root / "refs").mkdir()
     (root / "refs/main").write_text("0" * 40)
     try:
-        cached = new_tokenizer("sd-vae", 16, 3)
+        cached = TokenizerMaker("sd-vae").make(16)
         record = cached.record()
         assert (record["weights"], record["revision"]) == ("stabilityai/sd-vae-ft-mse", "0" * 40)
         assert record["weights_sha256"] == inside.record()["weights_sha256"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import builtins
 import contextlib
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -229,6 +231,35 @@ def test_the_best_and_every_nth_checkpoint_stay(bank: str, monkeypatch: pytest.M
     report = gmem_gen.train(bank, settings(held, max_steps=11, **common), out="run")
     assert steps() == [9, 10, 11]
     assert report.best == (10, 0.5)
+
+
+def test_a_signal_at_a_step_that_is_validated_loses_no_validation(bank: str) -> None:
+    """It is made up for when the training goes on, so that the log is that of a training without a signal."""
+    wanted = settings("data.validation_fraction=0.3", validate_every=2, checkpoint_every=100)
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    gmem_gen.train(bank, wanted, out="whole")
+    report = gmem_gen.train(bank, wanted, out="parts", handle_signals=True, progress=interrupt)
+    assert (report.step, report.stopped) == (5, "signal")
+    shutil.rmtree("parts")
+
+    def interrupt_in_a_step(*args: object) -> tuple[bool, ...]:
+        interrupt(4, 6)
+        return real(*args)
+
+    from gmem_gen.loop import Loop
+
+    real = Loop._asked
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "_asked", lambda loop: interrupt_in_a_step(loop) if loop.trainer.step == 3 else real(loop))
+        report = gmem_gen.train(bank, wanted, out="parts", handle_signals=True)
+    assert (report.step, report.stopped) == (4, "signal")
+    assert not [line for line in lines("parts") if "validation_loss" in line and line["step"] == 4]
+    gmem_gen.train(bank, wanted, out="parts")
+    assert lines("parts") == lines("whole")
 
 
 def test_previews_are_of_the_same_rows_and_noise(bank: str) -> None:

@@ -60,6 +60,9 @@ if TYPE_CHECKING:
     from gmem_bank.image_shards import ImageWork as ImageWork
     from gmem_bank.image_shards import ShardsReport as ShardsReport
     from gmem_bank.image_shards import write_image_shards as write_image_shards
+    from gmem_bank.image_source import ImageSource as ImageSource
+    from gmem_bank.image_source import encode_images as encode_images
+    from gmem_bank.image_source import open_images as open_images
     from gmem_bank.index_build import IndexReport as IndexReport
     from gmem_bank.index_build import build_index as build_index
     from gmem_bank.index_update import update_index as update_index
@@ -73,6 +76,7 @@ if TYPE_CHECKING:
     from gmem_bank.legacy_export import export_official as export_official
     from gmem_bank.mixing import compose_snippet as compose_snippet
     from gmem_bank.mixing import interpolate_snippets as interpolate_snippets
+    from gmem_bank.moments import Moments as Moments
     from gmem_bank.narrowing import Narrowing as Narrowing
     from gmem_bank.official import check_torch_archive as check_torch_archive
     from gmem_bank.ops import mask as mask
@@ -146,6 +150,7 @@ _DOOR = {
         "UnknownKeyError",
         "WriteError",
     ),
+    "image_source": ("ImageSource", "encode_images", "open_images"),
     "image_shards": ("ImageWork", "ShardsReport", "write_image_shards"),
     "index_build": ("IndexReport", "build_index"),
     "index_update": ("update_index",),
@@ -155,6 +160,7 @@ _DOOR = {
     "kinds": ("open",),
     "legacy": ("import_official",),
     "legacy_export": ("export_official",),
+    "moments": ("Moments",),
     "mixing": ("compose_snippet", "interpolate_snippets"),
     "narrowing": ("Narrowing",),
     "official": ("check_torch_archive",),

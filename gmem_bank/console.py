@@ -16,7 +16,7 @@ from gmem_bank.errors import ConfigError, GMemError, is_out_of_memory
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-RESUMABLE = ("build", "insert-concept", "tokens", "compress", "encode", "train")
+RESUMABLE = ("build", "insert-concept", "tokens", "compress", "encode", "train", "evaluate")
 """Commands that go on where they were interrupted."""
 
 

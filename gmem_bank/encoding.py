@@ -261,7 +261,7 @@ def _encode_batch(items: Sequence[Item], decoded: Decoded, start: int, encoder: 
     ]
     if not len(crops):
         return Batch(places=[], hashes=hashes, snippets=np.zeros((0, spec.dim), np.float32), skipped=skipped)
-    snippets = _checked(run(encoder, encoder.encode, crops), len(crops), encoder)
+    snippets = checked(run(encoder, encoder.encode, crops), len(crops), encoder)
     space: Space = "unit" if spec.space == "unit" else "raw"
     reasons = unusable_rows(snippets, space)
     skipped += [
@@ -290,7 +290,8 @@ def run(
         ) from error
 
 
-def _checked(snippets: NDArray[np.float32], num_images: int, encoder: Encoder) -> NDArray[np.float32]:
+def checked(snippets: NDArray[np.float32], num_images: int, encoder: Encoder) -> NDArray[np.float32]:
+    """Return what an encoder gave for some images; raises EncoderError where it is no (num_images, D) float32 array."""
     wanted = (num_images, encoder.spec.dim)
     if not isinstance(snippets, np.ndarray) or snippets.shape != wanted or snippets.dtype != np.float32:
         got = (

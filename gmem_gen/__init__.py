@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from gmem_gen.config import TrainConfig as TrainConfig
     from gmem_gen.config import apply_settings as apply_settings
     from gmem_gen.config import load_config as load_config
+    from gmem_gen.evaluation_page import write_report as write_report
+    from gmem_gen.evaluation_report import EvaluationOptions as EvaluationOptions
+    from gmem_gen.evaluation_report import EvaluationReport as EvaluationReport
+    from gmem_gen.evaluator import evaluate as evaluate
     from gmem_gen.exporting import export_folder as export_folder
     from gmem_gen.exporting import load_checkpoint as load_checkpoint
     from gmem_gen.images import make_grid as make_grid
@@ -78,6 +82,9 @@ _DOOR = {
         "apply_settings",
         "load_config",
     ),
+    "evaluation_page": ("write_report",),
+    "evaluation_report": ("EvaluationOptions", "EvaluationReport"),
+    "evaluator": ("evaluate",),
     "exporting": ("export_folder", "load_checkpoint"),
     "images": ("make_grid",),
     "latents": ("encode",),

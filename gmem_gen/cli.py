@@ -10,6 +10,7 @@ import click
 
 import gmem_bank
 from gmem_gen.cli_encode import encode
+from gmem_gen.cli_evaluate import evaluate
 from gmem_gen.cli_sample import sample
 from gmem_gen.cli_shared import (
     bank_option,
@@ -32,6 +33,7 @@ def main(traceback: bool) -> None:
     \b
       gmem-gen train --bank bank.safetensors
       gmem-gen sample --bank bank.safetensors --concept NAME
+      gmem-gen evaluate --bank bank.safetensors --encoder NAME
     """  # noqa: D301 - click knows a block of lines by its backspace
 
 
@@ -154,6 +156,7 @@ main.add_command(encode)
 main.add_command(sample)
 main.add_command(import_checkpoint)
 main.add_command(export)
+main.add_command(evaluate)
 
 
 @main.command()

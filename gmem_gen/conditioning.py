@@ -26,7 +26,7 @@ from gmem_gen.snippets import Reader, absorbed_projection, regularise, snippet_r
 # The rest of the generator has the type of a bank from here, and nothing else of its interface.
 __all__ = [
     "Bank", "ImagesFrom", "Join", "Reader", "absorb", "class_names", "concept_keys", "concept_labels", "concept_rows",
-    "gather", "join_images", "join_keys", "labels", "names_of", "open_bank", "read_image", "reader", "record_of",
+    "concepts_of", "gather", "join_images", "join_keys", "labels", "names_of", "open_bank", "read_image", "reader", "record_of",
     "record_of_encoder", "regularise", "require_interface", "require_same_memory", "snippet_reader",
 ]  # fmt: skip
 
@@ -287,3 +287,8 @@ def concept_labels(bank: Bank, rows: NDArray[np.int64]) -> tuple[NDArray[np.int6
         found[members] = np.where(found[members] == -1, number, -2)
     result = found[rows]
     return None if (result < 0).any() else (result, bank.names)
+
+
+def concepts_of(bank: Bank) -> dict[str, NDArray[np.int64]]:
+    """Return concept → its active rows, in the bank's order; {} for a bank without concepts."""
+    return {name: bank.rows_of(name) for name in bank.names} if isinstance(bank, SupportsConcepts) else {}

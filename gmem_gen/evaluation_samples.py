@@ -1,0 +1,149 @@
+"""The samples of an evaluation: drawn from a checkpoint and kept, or read from files.
+
+Shapes: n samples, H×W pixels, C channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gmem_bank.errors import ConfigError, OutputExistsError, WriteError
+from gmem_gen import conditioning
+from gmem_gen.checkpoint import LoadedCheckpoint
+from gmem_gen.conditioning import Bank
+from gmem_gen.conditions import Conditions, choose_conditions
+from gmem_gen.config import SampleConfig
+from gmem_gen.evaluation_report import FEWEST, EvaluationOptions
+from gmem_gen.image_sets import ImageSet, Progress, from_pixels, from_source
+from gmem_gen.sample_files import SampleFiles, plan_of, sample_to
+from gmem_gen.sampling import sample
+
+MARKER = ".gmem-evaluation"
+LOOKED_AT = 16
+"""Given samples whose pixels say whether all of them are grey."""
+ARRAY = "samples.npz"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSet:
+    """Samples, and what they were asked to be."""
+
+    images: ImageSet
+    """Its concepts are those that were asked for."""
+    size: tuple[int, int]
+    """(H, W)."""
+    grey: bool
+    rows: NDArray[np.int64] | None = None
+    """(n,) rows of the bank that they were drawn from; None: unknown, or a model without memory."""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """How they were drawn."""
+
+
+def require_own_folder(out: str | os.PathLike[str]) -> Path:
+    """Make the folder of an evaluation; raises OutputExistsError where it holds something else, WriteError."""
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()) and not (folder / MARKER).is_file():
+            raise OutputExistsError(f"{folder} holds other files: give an empty or new folder with --out", path=folder)
+        (folder / MARKER).touch()
+    except OSError as error:
+        if isinstance(error, OutputExistsError):
+            raise
+        raise WriteError(f"could not write to {folder}: {error.strerror}: choose another --out", path=folder) from error
+    return folder
+
+
+def given_samples(path: str | os.PathLike[str]) -> SampleSet:
+    """Return the samples in a folder, an array (`arr_0` of a .npz) or another source; class folders are the concepts asked for.
+
+    Raises:
+        SourceError: no image there.
+        ConfigError: too few of them.
+    """
+    images = from_source(path, "given samples")
+    require_enough(len(images), "samples")
+    looked_at = [images.read(place) for place in np.linspace(0, len(images) - 1, LOOKED_AT).astype(np.int64).tolist()]
+    grey = all(bool((image == image[..., :1]).all()) for image in looked_at)
+    return SampleSet(images=images, size=(looked_at[0].shape[0], looked_at[0].shape[1]), grey=grey)
+
+
+def require_enough(count: int, what: str) -> None:
+    """Raise ConfigError where there are too few images for any figure to mean something."""
+    if count < FEWEST:
+        raise ConfigError(
+            f"there are {count} {what}, fewer than {FEWEST}: a share would have an interval of ± 14 points or more, and a "
+            "distance between distributions would be that between the few. Draw or give more",
+            key="num",
+        )
+
+
+def draw_samples(
+    bank: Bank, checkpoint: LoadedCheckpoint, options: EvaluationOptions, *, concepts: Sequence[str] = (),
+    config: SampleConfig | None = None, weights: str = "ema", keep: Path | None = None, progress: Progress,
+) -> SampleSet:  # fmt: skip
+    """Draw samples; what an earlier, interrupted or finished, call has drawn in the same way is taken.
+
+    Args:
+        bank: where the snippets are.
+        checkpoint: from `load_checkpoint`.
+        options: how many, and the seed that chooses rows.
+        concepts: draw as many of each of these; none: of rows drawn from all.
+        config: method, steps, guidance; its own seed draws the noise.
+        weights: which weights the checkpoint was loaded with, for the record.
+        keep: folder that the samples are kept in as `samples.npz` (`arr_0`, as evaluation suites read it).
+        progress: told samples done and in all.
+    """
+    wanted = config or checkpoint.config.sample
+    conditions = _chosen(bank, options, concepts)
+    if keep is None:
+        images = sample(bank, checkpoint, conditions, wanted, progress=progress).images
+    else:
+        files = SampleFiles(npz=keep / ARRAY)
+        sample_to(files, bank, checkpoint, conditions, wanted, overwrite=True, progress=progress)
+        with np.load(keep / ARRAY, allow_pickle=False) as arrays:
+            images = arrays["arr_0"]
+    memory = checkpoint.config.model.condition
+    found = from_pixels(images, conditions.keys, "samples")
+    asked = {} if memory == "none" else _asked(bank, conditions.rows, concepts)
+    plan = plan_of(bank, checkpoint, conditions, wanted)
+    return SampleSet(
+        images=dataclasses.replace(found, concepts=asked), size=images.shape[1:3], grey=images.shape[3] == 1,
+        rows=conditions.rows if memory == "memory" else None,
+        sampling={"step": checkpoint.step, "kind_of_weights": weights, "condition": memory, **plan},
+    )  # fmt: skip
+
+
+def _chosen(bank: Bank, options: EvaluationOptions, concepts: Sequence[str]) -> Conditions:
+    """Return the conditions: of all rows, or as many of each concept, the first ones getting what does not divide."""
+
+    def choose(concept: str | None, num: int) -> Conditions:
+        return choose_conditions(bank, concept=concept, keys=(), num=num, per_snippet=1, seed=options.seed)
+
+    if len(concepts) < 2:
+        return choose(concepts[0] if concepts else None, options.num)
+    each, more = divmod(options.num, len(concepts))
+    keys = [key for place, name in enumerate(concepts) for key in choose(name, each + (place < more)).keys]
+    return choose_conditions(bank, concept=None, keys=keys, num=None, per_snippet=1, seed=options.seed)
+
+
+def _asked(bank: Bank, rows: NDArray[np.int64], concepts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+    """Return concept → the samples drawn for it: of a row of several concepts the first that was asked for."""
+    members = {
+        name: found for name, found in conditioning.concepts_of(bank).items() if not concepts or name in concepts
+    }
+    free = np.ones(len(rows), np.bool_)
+    asked = {}
+    for name, found in members.items():
+        own = free & np.isin(rows, found)
+        free &= ~own
+        asked[name] = np.flatnonzero(own)
+    return asked

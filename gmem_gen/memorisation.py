@@ -1,0 +1,157 @@
+"""Memorisation: how near samples lie to the images that a generator was trained on, and whose concept their neighbours have.
+
+Shapes: n samples, m training images, k neighbours, D dimensions, K concepts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gmem_bank.errors import MissingDependencyError
+from gmem_gen.estimates import Estimate
+
+QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+NEAR_QUANTILE = 0.01
+"""Of the distances of real images to the nearest other: what lies below is a near-copy, where no threshold is given."""
+BLOCK_ROWS = 4096
+
+
+def require_faiss() -> Any:
+    """Return FAISS; raises MissingDependencyError where it is not installed."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise MissingDependencyError(
+            "nearest neighbours need FAISS: pip install 'gmem[cpu]' (or 'gmem[gpu]')", extra="cpu"
+        ) from error
+    return faiss
+
+
+def nearest(
+    queries: NDArray[np.float32], rows: NDArray[np.float32], k: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return the (n, k) cosines, descending, and (n, k) positions of the rows nearest to unit queries, exactly, by FAISS.
+
+    Args:
+        queries: (n, D) float32 of length 1.
+        rows: (m, D) float32 of length 1.
+        k: at most m.
+
+    Raises:
+        MissingDependencyError: FAISS is not installed.
+    """
+    faiss = require_faiss()
+    scores = np.empty((len(queries), k), np.float32)
+    found = np.empty((len(queries), k), np.int64)
+    for start in range(0, len(queries), BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
+        scores[block], found[block] = faiss.knn(queries[block], rows, k, metric=faiss.METRIC_INNER_PRODUCT)
+    return scores, found
+
+
+def nearest_others(rows: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return what `nearest` does for every row among the others; k at most m - 1."""
+    scores, found = nearest(rows, rows, k + 1)
+    own = found == np.arange(len(rows))[:, None]
+    own[~own.any(axis=1), -1] = True  # more than k equal rows came before it: any of them stands for it
+    shape = (len(rows), k)
+    return scores[~own].reshape(shape), found[~own].reshape(shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memorisation:
+    """Cosine distances, 1 - cos, of samples to the nearest training image, beside those of training images to each other."""
+
+    distances: NDArray[np.float64]
+    """(n,)."""
+    neighbours: NDArray[np.int64]
+    """(n,) positions of the nearest training images."""
+    between_real: NDArray[np.float64]
+    """(m,) of each training image to the nearest other."""
+    threshold: float
+    given: bool
+    """Whether the threshold was given, and not taken from `between_real`."""
+    near_copies: Estimate
+    """Share of samples at most that far from a training image."""
+    held_out: NDArray[np.float64] | None = None
+    """Of real images that were not trained on."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return quantiles, threshold and share as a JSON object."""
+        found = {"samples": quantiles(self.distances), "between_training_images": quantiles(self.between_real)}
+        if self.held_out is not None:
+            found["reference_images"] = quantiles(self.held_out)
+        shares = {} if self.held_out is None else {"near_copies_of_reference": digits(self._share(self.held_out))}
+        return {
+            "distance": "1 - cosine to the nearest training image", "num_training_images": len(self.between_real),
+            "threshold": digits(self.threshold), "threshold_given": self.given, "near_copies": self.near_copies.to_json(),
+            "near_copies_of_training": digits(self._share(self.between_real)), **shares, "quantiles": found,
+        }  # fmt: skip
+
+    def _share(self, distances: NDArray[np.float64]) -> float:
+        return float((distances <= self.threshold).mean())
+
+
+def digits(value: float) -> float:
+    """Return a number to six significant digits: what FAISS's float32 leaves."""
+    return float(f"{value:.6g}")
+
+
+def quantiles(values: NDArray[np.float64]) -> dict[str, float]:
+    """Return "p<per cent>" → quantile."""
+    return {f"p{100 * q:g}": digits(float(np.quantile(values, q))) for q in QUANTILES}
+
+
+def to_distances(cosines: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return 1 - cosine, between 0 and 2."""
+    return np.clip(1.0 - cosines.astype(np.float64), 0.0, 2.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Votes:
+    """Which concept the neighbours of images have."""
+
+    concepts: tuple[str, ...]
+    """K names."""
+    predicted: NDArray[np.int64]
+    """(n,) positions in `concepts`."""
+
+
+def vote(
+    cosines: NDArray[np.float32], found: NDArray[np.int64], membership: NDArray[np.bool_], concepts: Sequence[str]
+) -> Votes:
+    """Return the concept that most of each image's neighbours belong to; of as many the one with the larger sum of cosines.
+
+    A neighbour of several concepts counts for each of them. What is still tied goes to the first in order.
+
+    Args:
+        cosines: (n, k).
+        found: (n, k) positions of the neighbours.
+        membership: (m, K) whether a row belongs to a concept.
+        concepts: K names.
+    """
+    members = membership[found]  # (n, k, K)
+    counts = members.sum(axis=1).astype(np.float64)
+    weights = np.einsum("nk,nkc->nc", cosines.astype(np.float64), members.astype(np.float64))
+    order = np.lexsort((-weights, -counts))[:, 0] if len(counts) else np.zeros(0, np.int64)
+    return Votes(concepts=tuple(concepts), predicted=order.astype(np.int64))
+
+
+def memberships(concepts: Mapping[str, NDArray[np.int64]], num_rows: int) -> NDArray[np.bool_]:
+    """Return the (m, K) table of rows and concepts."""
+    table = np.zeros((num_rows, len(concepts)), np.bool_)
+    for column, members in enumerate(concepts.values()):
+        table[members, column] = True
+    return table
+
+
+def confusion(asked: NDArray[np.int64], predicted: NDArray[np.int64], num_concepts: int) -> NDArray[np.int64]:
+    """Return the (K, K) counts of asked × predicted concepts."""
+    table = np.zeros((num_concepts, num_concepts), np.int64)
+    np.add.at(table, (asked, predicted), 1)
+    return table

@@ -1,0 +1,158 @@
+"""Experiment "insertion": every class held out of the training in turn, then inserted into the bank, or not.
+
+The bank is factored, as a small bank is: insertion projects on its basis, or lets it grow. Held-out
+real images of all classes vote on what each sample shows.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+import gmem_bank
+import gmem_gen
+from tools.experiment_kit import Cells, Images, Judge, Row, table
+
+INSERTED = {"projected": -1.0, "basis grown": None}
+"""Variant → `grow_below` of the insertion; None: the bank's own threshold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Insertion:
+    """Sizes of the experiment."""
+
+    steps: int = 800
+    rank: int = 24
+    num: int = 100
+    """Samples of each class."""
+    guidance: float = 2.0
+    seed: int = 0
+
+
+def run(config: Insertion, images: Images, judge: Judge, cells: Cells) -> dict[str, Any]:
+    """Hold out every class in turn and return a row for each."""
+    classes = sorted(path.name for path in images.train.iterdir() if path.is_dir())
+    settings = {"config": config, "training": images.training, "encoder": images.parameters, "judge": judge}
+    rows = [
+        {
+            "class": name,
+            **cells.get(
+                f"hold-out-{name}",
+                {**settings, "class": name},
+                lambda work, n=name: _hold_out(config, images, judge, work, n),
+            ),
+        }
+        for name in classes
+    ]
+    means = {field: float(np.mean([row[field] for row in rows])) for field in ("seen", "not inserted", *INSERTED)}
+    return {"rows": [*rows, {"class": "mean", **means}], "share_of_seen": means["basis grown"] / means["seen"]}
+
+
+def _hold_out(config: Insertion, images: Images, judge: Judge, work: Path, held: str) -> Row:
+    """Train without a class, and judge samples of it, and of the others."""
+    seen, dense, bank = work / "seen", work / "dense.safetensors", work / "bank.safetensors"
+    for folder in sorted(images.train.iterdir()):
+        if folder.name != held and not (seen / folder.name).exists():
+            shutil.copytree(folder, seen / folder.name)
+    images.build(seen, dense)
+    if not bank.exists():
+        gmem_bank.compress(dense, rank=config.rank, output=bank)
+    train = images.config(
+        "nano", f"train.max_steps={config.steps}", f"train.checkpoint_every={config.steps}", f"train.seed={config.seed}",
+        f"sample.guidance={config.guidance}",
+    )  # fmt: skip
+    gmem_gen.train(bank, train, out=work / "run")
+    keys = [key for name in opened(bank).names for key in _keys(config, bank, name)]
+    figures: Row = {"seen": _fidelity(images, judge, work, bank, keys, [key.partition("/")[0] for key in keys], "seen")}
+    stand_ins = _stand_ins(config, images, bank, held)
+    figures["not inserted"] = _fidelity(images, judge, work, bank, stand_ins, [held] * len(stand_ins), "not-inserted")
+    for variant, grow_below in INSERTED.items():
+        target = work / f"{variant.replace(' ', '-')}.safetensors"
+        if not target.exists():
+            gmem_bank.insert_concept(
+                bank,
+                [images.train / held],
+                images.load(),
+                name=held,
+                grow_below=grow_below,
+                report=False,
+                output=target,
+            )
+        keys = _keys(config, target, held)
+        figures[variant] = _fidelity(images, judge, work, target, keys, [held] * len(keys), target.stem)
+        figures[f"{variant}: rank"] = len(opened(target).basis)
+    return figures
+
+
+def opened(bank: Path) -> Any:
+    """Return a factored bank."""
+    return gmem_bank.open(bank)
+
+
+def _keys(config: Insertion, bank: Path, concept: str) -> list[str]:
+    """Return as many keys of a concept as are sampled."""
+    return gmem_gen.choose_conditions(
+        opened(bank), concept=concept, keys=(), num=config.num, per_snippet=1, seed=config.seed
+    ).keys
+
+
+def _stand_ins(config: Insertion, images: Images, bank: Path, held: str) -> list[str]:
+    """Return the rows nearest to images of a class that is not in the bank."""
+    source = gmem_bank.open_images(images.train / held)
+    places = np.resize(np.arange(len(source)), config.num)
+    snippets = gmem_bank.encode_images(images.load(), [source.read(int(place)) for place in places])
+    found: list[str] = opened(bank).keys(opened(bank).nearest(snippets, 1)[1][:, 0])
+    return found
+
+
+def _fidelity(
+    images: Images, judge: Judge, work: Path, bank: Path, keys: list[str], asked: list[str], name: str
+) -> float:
+    """Draw rows of a bank, and return the share for which held-out images of all classes vote as asked."""
+    conditions = gmem_gen.choose_conditions(opened(bank), concept=None, keys=keys, num=None, per_snippet=1, seed=0)
+    drawn = gmem_gen.sample(opened(bank), gmem_gen.load_checkpoint(work / "run"), conditions)
+    folder = work / f"samples-{name}"
+    shutil.rmtree(folder, ignore_errors=True)
+    for place, (pixels, concept) in enumerate(zip(drawn.images, asked, strict=True)):
+        (folder / concept).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.squeeze()).save(folder / concept / f"{place:05d}.png")
+    options = gmem_gen.EvaluationOptions(num_resamples=0)
+    report = gmem_gen.evaluate(
+        None, judge.load(), samples=folder, reference=images.held_out, options=options, out=work / "judged"
+    )
+    assert report.concepts is not None
+    return report.concepts.fidelity.value
+
+
+def words(found: dict[str, Any]) -> str:
+    """Return the section's text."""
+    columns = {"class": "held out", "seen": "seen classes", "not inserted": "not inserted", "projected": "inserted, projected",
+               "basis grown": "inserted, basis grown", "projected: rank": "rank", "basis grown: rank": "rank, grown"}  # fmt: skip
+    share = f"Mean fidelity of inserted classes (basis grown) over that of seen ones: {found['share_of_seen']:.3g}."
+    return f"{table(found['rows'], columns)}\n\n{share}"
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Draw fidelity class by class."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 3.2), constrained_layout=True)
+    names = ("seen", "not inserted", *INSERTED)
+    for index, name in enumerate(names):
+        places = np.arange(len(found["rows"])) + (index - 1.5) * 0.2
+        axis.bar(places, [row[name] for row in found["rows"]], 0.2, label=name)
+    axis.set(xticks=range(len(found["rows"])), xlabel="class held out", ylabel="fidelity", ylim=(0, 1.15))
+    axis.set_xticklabels(
+        [row["class"] for row in found["rows"]], rotation=0 if len(found["rows"][0]["class"]) < 3 else 30
+    )
+    axis.legend(frameon=False, ncols=4, loc="upper center")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

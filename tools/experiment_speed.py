@@ -1,0 +1,103 @@
+"""Experiment "speed": what a memory buys in training, against the same backbone with classes and with nothing.
+
+Same images, optimizer, batch and budget; every checkpoint is sampled and judged against held-out images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gmem_gen
+from tools.experiment_kit import Cells, Images, Judge, Row, judged, table
+
+MODELS = {"memory": "nano", "classes": "nano:class", "nothing": "nano:none"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Sizes of the experiment."""
+
+    steps: tuple[int, ...] = (100, 200, 400, 800, 1600)
+    """Checkpoints that are judged; the last is the budget. Multiples of the first."""
+    num: int = 500
+    seed: int = 0
+
+
+def run(config: Speed, images: Images, judge: Judge, cells: Cells) -> dict[str, Any]:
+    """Train the three, judge every checkpoint, and return rows and the ratio of steps."""
+    bank = cells.folder / "bank.safetensors"
+    images.build(images.train, bank)
+    rows = []
+    for name, preset in MODELS.items():
+        settings = {"preset": preset, "config": config, "training": images.training}
+        out = cells.folder / f"run-{name}"
+        trained = cells.get(f"train-{name}", settings, lambda _, p=preset, o=out: _train(config, images, bank, p, o))
+        for step in config.steps:
+            cell = {**settings, "step": step, "judge": judge}
+            found = cells.get(
+                f"judge-{name}-{step}", cell, lambda _, o=out, s=step: _judge(config, images, bank, judge, o, s)
+            )
+            rows.append({"model": name, "step": step, "train_seconds": trained["train_seconds"] * step / config.steps[-1],
+                         **found})  # fmt: skip
+    return {"rows": rows, "ratios": ratios(rows)}
+
+
+def _train(config: Speed, images: Images, bank: Path, preset: str, out: Path) -> Row:
+    every, budget = config.steps[0], config.steps[-1]
+    settings = (f"train.max_steps={budget}", f"train.checkpoint_every={every}", f"train.seed={config.seed}")
+    report = gmem_gen.train(bank, images.config(preset, *settings), out=out)
+    return {"train_seconds": report.seconds, "parameters": report.num_parameters}
+
+
+def _judge(config: Speed, images: Images, bank: Path, judge: Judge, run_folder: Path, step: int) -> Row:
+    options = gmem_gen.EvaluationOptions(num=config.num, num_resamples=30, seed=config.seed)
+    return judged(
+        gmem_gen.evaluate(
+            bank, judge.load(), checkpoint=run_folder / "checkpoints" / f"step-{step:08d}", reference=images.held_out,
+            options=options, out=run_folder.parent / f"evaluation-{run_folder.name}-{step}",
+        )
+    )  # fmt: skip
+
+
+def ratios(rows: list[Row]) -> dict[str, float | None]:
+    """Return, for each baseline, its steps to its best distance over the memory's steps to reach that; None: it does not."""
+    found: dict[str, float | None] = {}
+    for baseline in ("classes", "nothing"):
+        own = [row for row in rows if row["model"] == baseline]
+        best = min(own, key=lambda row: row["frechet"])
+        reached = [row["step"] for row in rows if row["model"] == "memory" and row["frechet"] <= best["frechet"]]
+        found[baseline] = best["step"] / min(reached) if reached else None
+    return found
+
+
+def words(found: dict[str, Any]) -> str:
+    """Return the section's text."""
+    columns = {"model": "conditioned on", "step": "steps", "train_seconds": "seconds of training", "frechet": "Fréchet distance",
+               "frechet_low": "from", "frechet_high": "to", "kid": "KID", "precision": "precision", "recall": "recall",
+               "near_copies": "near-copies", "fidelity": "fidelity"}  # fmt: skip
+    reached = {
+        name: "never within the budget" if ratio is None else f"in 1/{ratio:.3g} of the steps"
+        for name, ratio in found["ratios"].items()
+    }
+    said = "; ".join(f"the best distance of the model on {name}: {text}" for name, text in reached.items())
+    return f"{table(found['rows'], columns)}\n\nThe memory reaches {said}."
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Draw distance against steps and seconds."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
+    for axis, field, label in zip(axes, ("step", "train_seconds"), ("steps", "seconds of training"), strict=True):
+        for name in MODELS:
+            own = [row for row in found["rows"] if row["model"] == name]
+            axis.plot([row[field] for row in own], [row["frechet"] for row in own], "o-", label=name)
+        axis.set(xscale="log", yscale="log", xlabel=label, ylabel="Fréchet distance")
+        axis.legend(title="conditioned on", frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

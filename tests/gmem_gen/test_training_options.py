@@ -283,7 +283,7 @@ def test_previews_are_of_the_same_rows_and_noise(bank: str) -> None:
     with Image.open("run/samples/step-00000004.png") as picture:
         np.testing.assert_array_equal(np.asarray(picture), expected)
     with pytest.raises(ConfigError, match=r"sample\.guidance"):
-        gmem_gen.train(bank, settings("sample.guidance=2", sample_every=2, null_probability=0.0), out="other")
+        gmem_gen.train(bank, settings("sample.guidance=2", "model.condition=none", sample_every=2), out="other")
 
 
 def test_validation_and_previews_leave_the_training_alone(bank: str) -> None:

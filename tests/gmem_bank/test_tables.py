@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import gmem_bank
-from gmem_bank import table_files, tables
+from gmem_bank import arrays, table_files, tables
 from gmem_bank.cli import main
 from gmem_bank.columns import Columns
 from gmem_bank.contents import list_source, read_item
@@ -324,3 +324,18 @@ def test_compressed_arrow_is_refused_before_it_is_unpacked(kind: object, codec: 
     with pytest.raises(SourceError, match=r"small\.arrow is compressed.*as Parquet"):
         table_files.opened(Path("small.arrow").absolute())
     assert pa.total_allocated_bytes() - before < 1 << 20
+
+
+def test_a_small_parquet_file_of_many_equal_snippets_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers of 84 MB in 2 kB are refused by what the file says of itself; texts, of which it says nothing, as they come."""
+    zeros = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(128 * 163_840, np.float32)), 128)
+    pq.write_table(pa.table({"snippets": zeros}), "zeros.parquet", compression="zstd")
+    before = pa.total_allocated_bytes()
+    with pytest.raises(SourceError, match=r"zeros\.parquet would unpack to 83,886,080 bytes"):
+        gmem_bank.read_array(Path("zeros.parquet"))
+    assert pa.total_allocated_bytes() - before < 1 << 20
+    monkeypatch.setattr(arrays, "MODEST_BYTES", 1 << 20)
+    ones = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(4000, np.float32)), 2)
+    pq.write_table(pa.table({"snippets": ones, "key": ["x" * 1000] * 2000}), "keys.parquet")
+    with pytest.raises(SourceError, match=r"keys\.parquet would unpack"):
+        gmem_bank.read_array(Path("keys.parquet"))

@@ -90,6 +90,32 @@ def test_links_that_lead_out_of_a_graph_are_refused(make_bank: BankMaker) -> Non
         read_index(Path("forged.index"))
 
 
+@pytest.mark.parametrize("forged", ["entry", "entry of none", "height", "too high", "link", "probabilities"])
+def test_layers_that_a_node_is_not_in_are_refused(make_bank: BankMaker, forged: str) -> None:
+    """Links of a layer lie behind those of the layer below: where a node has none, FAISS would read beyond them."""
+    state = read_index(made(make_bank(snippets=clustered(3000, 8)), "hnsw"))
+    graph = state.faiss.hnsw
+    levels = faiss.vector_to_array(graph.levels)
+    low, high = int(np.flatnonzero(levels == 1)[-1]), int(np.flatnonzero(levels > 1)[0])
+    if forged == "entry":
+        graph.entry_point = low
+    elif forged == "entry of none":
+        graph.entry_point = -1
+    elif forged == "height":
+        graph.max_level += 1
+    elif forged == "too high":
+        graph.entry_point, graph.max_level = low, graph.cum_nneighbor_per_level.size() - 1
+    elif forged == "link":
+        links = faiss.vector_to_array(graph.neighbors)
+        links[graph.offsets.at(high) + graph.cum_nneighbor_per_level.at(1)] = low
+        faiss.copy_array_to_vector(links, graph.neighbors)
+    else:
+        graph.assign_probas.resize(graph.assign_probas.size() + 9)
+    write_index(Path("forged.index"), state)
+    with pytest.raises(CorruptError, match="leads out of it"):
+        read_index(Path("forged.index"))
+
+
 def test_lists_of_other_sizes_are_refused(make_bank: BankMaker) -> None:
     """More or fewer rows in the lists than the table of rows has."""
     state = read_index(made(make_bank(snippets=clustered(300, 8)), "ivf-flat"))

@@ -41,7 +41,7 @@ def update_index(
     path: str | os.PathLike[str] | None = None,
     progress: Progress = no_progress,
 ) -> IndexReport:
-    """Bring the index of a bank up to date after inserts, removals and undos: new rows are added, gone ones removed, nothing is trained.
+    """Bring the index of a bank up to date after inserts, removals and undos: rows are added and removed, nothing is trained.
 
     Args:
         bank_path: the bank: by its history a descendant of the one that the index was made for, or with a segment of it.

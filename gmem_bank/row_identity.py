@@ -119,9 +119,9 @@ def _as_pairs(keys: NDArray[np.uint64], values: NDArray[np.uint64]) -> NDArray[A
 
 
 def is_related(bank: MemoryBank, state: IndexState) -> bool:
-    """Say whether a bank is of the encoder of an index, and has become of the bank that it was made for, or of what that was before.
+    """Say whether a bank is of the encoder of an index, and a later or earlier state of the bank that it was made for.
 
-    The first is seen by the bank's history; the second, after an undo, by a segment that both have.
+    A later one is known by the bank's history, an earlier one, after an undo, by a segment that both have.
     """
     content = state.facts["content"]
     if bank.encoder.fingerprint != content.get("encoder"):

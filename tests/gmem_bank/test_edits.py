@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +12,9 @@ import numpy as np
 import pytest
 
 import gmem_bank
-from gmem_bank import editing, kinds
+from gmem_bank import editing, factors, kinds
 from gmem_bank.bank import MemoryBank
+from gmem_bank.draft import Draft
 from gmem_bank.errors import (
     ConceptExistsError,
     ConfigError,
@@ -29,6 +32,7 @@ from gmem_bank.novelty import compare_with_bank
 from gmem_bank.query import snippet_or_image
 from gmem_bank.selection import Selection, rows_selected
 from gmem_bank.storage import Payload, folder_store, hdf5_store, write
+from gmem_bank.vectors import new_vectors
 from tests.conftest import BankMaker, stored_oracle
 
 FORMS = ["bank.safetensors", "bank.h5", "bank.gmem"]
@@ -489,6 +493,34 @@ def test_inserting_into_a_factored_bank_grows_its_basis_where_projection_would_l
     assert gmem_bank.verify(bank.path).problems == []
     gmem_bank.undo(bank.path)
     assert files(bank.path) == before
+
+
+@pytest.mark.parametrize("dtype", ["f32", "i8"])
+@pytest.mark.parametrize("grow_below", [0.9, -1])
+def test_inserting_many_rows_into_a_factored_bank_takes_little_memory(
+    make_bank: BankMaker, monkeypatch: pytest.MonkeyPatch, dtype: str, grow_below: float
+) -> None:
+    """Snippets pass by in blocks, however many there are, and a report does not list the cosine of each."""
+    monkeypatch.setattr(factors, "CHUNK_VALUES", 1 << 15)
+    bank = make_bank(kind="factored", dtype=dtype, dim=32, rank=3)
+    draft = Draft(bank, bank.path)
+
+    def blocks() -> Iterator[np.ndarray]:
+        rng = np.random.default_rng(3)
+        return (rng.standard_normal((5000, 32)).astype(np.float32) for _ in range(12))
+
+    tracemalloc.start()
+    try:
+        payloads, details = new_vectors(draft, blocks, 60_000, grow_below=grow_below)
+        num_bytes = sum(len(block) for block in payloads["coefficients"].blocks())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert num_bytes == 60_000 * details["rank"] * (1 if dtype == "i8" else 4)
+    assert details["rank"] > 3 if grow_below > 0 else details["rank"] == 3
+    assert peak < 60_000 * 32 * 4, f"{peak / 1e6:.0f} MB for 8 MB of snippets"
+    assert "cosines" not in details
+    assert details["cosine"]["min"] > grow_below - 0.05
 
 
 # -- undo, dry runs, and what is left on disk

@@ -23,6 +23,8 @@ from gmem_bank.threads import one_thread_a_product
 
 REPORTED_ROWS = 4096
 """Up to so many new rows a report has the cosine of each."""
+ROUNDING = 1e-6
+"""Of a cosine between float32 snippets."""
 
 
 def stored_dtype(bank: MemoryBank) -> str:
@@ -59,7 +61,8 @@ def new_vectors(
     Returns:
         The entries, and for a factored bank what the report says: "rank", "grown_directions", "grow_below", the cosines of the
         new snippets to what is kept of them ("cosine" in short, and of up to 4,096 rows "cosines", a row each), what projection
-        onto the old basis alone would have kept ("cosine_by_projection", "cosines_by_projection").
+        onto the old basis alone would have kept ("cosine_by_projection", "cosines_by_projection"), and in "warnings" how many
+        rows are below what was asked for, since coefficients are stored so coarsely.
     """
     bank = draft.bank
     if not isinstance(bank, FactoredBank):
@@ -82,6 +85,7 @@ def new_vectors(
     details = {
         "rank": len(basis), "grown_directions": num_grown, "grow_below": target,
         "cosine_by_projection": _kept(grown.cosines_before), "cosine": _kept(after),
+        "warnings": _warnings(after, target, stored_dtype(bank)),
     }  # fmt: skip
     if num_rows <= REPORTED_ROWS:
         details["cosines_by_projection"] = [round(value, 6) for value in grown.cosines_before.tolist()]
@@ -109,6 +113,17 @@ def _cosines_as_stored(
     ])  # fmt: skip
 
 
+def _warnings(cosines: NDArray[np.float64], target: float, dtype: str) -> list[str]:
+    """Return what is to be said where rows lose more than was asked for by the type of their coefficients alone."""
+    below = cosines < target - ROUNDING
+    if not below.any():
+        return []
+    return [
+        f"{int(below.sum())} of {len(cosines)} new rows have a cosine below the {target:g} asked for, the lowest "
+        f"{cosines.min():.5f}: the basis reaches it, but this bank stores coefficients as {dtype}"
+    ]
+
+
 def _kept(cosines: NDArray[np.float64]) -> dict[str, float]:
     return {"mean": float(cosines.mean()), "median": float(np.median(cosines)), "min": float(cosines.min())}
 
@@ -134,7 +149,9 @@ def _coefficient_entries(
     stored, scale = COEFFICIENT_DTYPES[dtype], factors.scale_of(largest)
 
     def narrowed(block: NDArray[np.float32]) -> NDArray[Any]:
-        return factors.quantise_by(block, scale) if dtype == "i8" else segments.narrow(block, stored)
+        return np.ascontiguousarray(
+            factors.quantise_by(block, scale) if dtype == "i8" else segments.narrow(block, stored)
+        )
 
     coefficients = Payload(
         dtype=stored, shape=shape,

@@ -95,8 +95,6 @@ def compress(
 
 
 def _print_quality(facts: dict[str, Any]) -> None:
-    for text in facts["warnings"]:
-        note(text)
     if facts["rank_asked"] > facts["rank"]:
         note(f"rank {facts['rank_asked']} was asked for: the rows span {facts['rank']} directions")
     if facts["bytes_after"] > facts["bytes_before"]:

@@ -10,10 +10,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import gmem_bank
 from gmem_bank import editing, factors, kinds
 from gmem_bank.bank import MemoryBank
+from gmem_bank.cli import main
 from gmem_bank.draft import Draft
 from gmem_bank.errors import (
     ConceptExistsError,
@@ -493,6 +495,28 @@ def test_inserting_into_a_factored_bank_grows_its_basis_where_projection_would_l
     assert gmem_bank.verify(bank.path).problems == []
     gmem_bank.undo(bank.path)
     assert files(bank.path) == before
+
+
+@pytest.mark.parametrize("dtype", ["f32", "i8"])
+def test_it_is_said_where_i8_does_not_keep_the_cosine_asked_for(make_bank: BankMaker, dtype: str) -> None:
+    """One row 50 times as long as the others sets the steps of their coefficients; in f32, or where none is asked for, all is well."""
+    bank = make_bank(kind="factored", dtype=dtype, dim=12, rank=3, space="raw")
+    values = np.random.default_rng(3).standard_normal((100, 12)).astype(np.float32)
+    values[7] *= 50
+    np.save("new.npy", values)
+    asked = ["insert-concept", "new.npy", "--bank", str(bank.path), "--same-encoder", "--grow-below", "0.999"]
+    done = CliRunner().invoke(main, asked, catch_exceptions=False)
+    assert done.exit_code == 0
+    edited = kinds.open(bank.path)
+    found = factors.cosines(edited.snippets(edited.rows_of("new")), values)
+    below = int((found < 0.999 - 1e-6).sum())
+    assert (below > 0) == (dtype == "i8")
+    said = (
+        f"{below} of 100 new rows have a cosine below the 0.999 asked for, the lowest {found.min():.5f}" in done.stderr
+    )
+    assert said == (below > 0)
+    gmem_bank.undo(bank.path)
+    assert not gmem_bank.insert_snippets(bank.path, values, name="b", grow_below=-1, report=False).details["warnings"]
 
 
 @pytest.mark.parametrize("dtype", ["f32", "i8"])

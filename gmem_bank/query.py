@@ -40,6 +40,8 @@ from gmem_bank.space import to_space
 
 Load = Callable[[], Encoder]
 """Gives the encoder that a bank was made with; called only where something has to be encoded."""
+CHUNK_VALUES = 1 << 20
+"""Of a concept's snippets that are added up at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +77,10 @@ def snippet_of(bank: MemoryBank, item: str) -> NDArray[np.float32]:
         rows = bank.rows_of(item)
         if not len(rows):
             raise UnknownKeyError(f"every row of concept {item!r} in {bank.path} is masked", path=bank.path, key=item)
-        mean = bank.snippets(rows).astype(np.float64).mean(axis=0).astype(np.float32)
-        return to_space(mean[None], bank.space).reshape(-1)
+        step = max(1, CHUNK_VALUES // bank.dim)
+        chunks = (bank.snippets(rows[start : start + step]) for start in range(0, len(rows), step))
+        total = sum((chunk.sum(axis=0, dtype=np.float64) for chunk in chunks), np.zeros(bank.dim))
+        return to_space((total / len(rows)).astype(np.float32)[None], bank.space).reshape(-1)
     row = bank.find_rows([item])
     if row[0] < 0:
         raise UnknownKeyError(

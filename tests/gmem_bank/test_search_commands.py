@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import gmem_bank
+from gmem_bank import query
 from gmem_bank.cli import main
 from gmem_bank.errors import (
     ConfigError,
@@ -19,7 +21,8 @@ from gmem_bank.errors import (
     OutputExistsError,
     SourceError,
 )
-from gmem_bank.query import search
+from gmem_bank.query import search, snippet_of
+from gmem_bank.selection import Selection
 from tests.conftest import BankMaker
 from tests.gmem_bank.test_index import clustered
 
@@ -228,3 +231,25 @@ def test_a_query_too_short_for_a_direction_is_refused(photos: Path) -> None:
     np.testing.assert_allclose(bank.nearest(query * 1e-9, 3)[0], bank.nearest(query, 3)[0], atol=1e-6)
     with pytest.raises(ConfigError, match="it has no direction in float32"):
         bank.nearest(query * np.float32(1e-20), 3)
+
+
+@pytest.mark.parametrize("space", ["raw", "unit"])
+def test_a_concept_is_asked_by_a_mean_that_takes_no_room(make_bank: BankMaker, space: str) -> None:
+    """Its rows are added up some at a time, masked ones left out: the mean is that of all at once."""
+    rows = np.random.default_rng(0).standard_normal((6000, 64)).astype(np.float32) + 1
+    bank = make_bank(snippets=rows, keys=[f"all/{i}" for i in range(6000)], space=space, dtype="f32")
+    gmem_bank.mask(bank.path, Selection(keys=("all/3",)))
+    opened = gmem_bank.open(bank.path)
+    snippet_of(opened, "all/0")  # what is kept once it is used
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(query, "CHUNK_VALUES", 1 << 14)
+        tracemalloc.start()
+        try:
+            found = snippet_of(opened, "all")
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    wanted = np.delete(bank.snippets(np.arange(6000)).astype(np.float64), 3, axis=0).mean(axis=0)
+    wanted /= np.linalg.norm(wanted) if space == "unit" else 1
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    assert peak < rows.nbytes / 2

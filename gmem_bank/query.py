@@ -35,6 +35,7 @@ from gmem_bank.index import require_faiss
 from gmem_bank.indexed import BankIndex
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import Json
+from gmem_bank.scalars import require_whole
 from gmem_bank.sources import list_images
 from gmem_bank.space import to_space
 
@@ -183,10 +184,11 @@ def search(
         SourceError: no image there, or an array file that cannot be read.
         EncoderMismatchError: the loaded encoder did not make the bank, or a bank of another one or an array of another dimension.
         EncoderError: text, and the encoder understands none.
-        ConfigError: a query without a direction or not finite, or every row is masked.
+        ConfigError: a query without a direction or not finite, k below 1, or every row is masked.
     """
     if not query:
         raise UnknownKeyError("the query is empty: give a concept, a key, an image or a folder", key=query)
+    k = require_whole("k", k, 1)
     require_faiss()  # this, and that there are rows to find, before minutes go into encoding images
     require_active(bank, len(bank.rows()))
     loader = _loader(bank, load or (lambda: reload_encoder(bank.encoder, bank.folder)))
@@ -196,7 +198,7 @@ def search(
         labels, snippets = _snippets_of(bank, query, loader, batch_size, progress)
     _require_direction(labels, snippets)
     nearest = bank.nearest if index is None else index.nearest
-    scores, rows = nearest(snippets, max(1, min(k, len(bank.rows()))))
+    scores, rows = nearest(snippets, min(k, len(bank.rows())))
     return _as_hits(bank, labels, scores, rows)
 
 

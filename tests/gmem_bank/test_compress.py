@@ -633,7 +633,10 @@ def test_the_command_compresses_sweeps_and_draws(make_bank: BankMaker) -> None:
     assert "knn" in run("compress", "--sweep", "-q", "--plot", "before.html")
     ways = json.loads(run("compress", "--sweep", "--json", "-q"))["ways"]
     assert {way["rank"] for way in ways} == {8, 16}
-    run("compress", "--sweep", "--rank", "4", code=2)
+    own = json.loads(run("compress", "--sweep", "--dtype", "i8", "--json", "-q"))["ways"]
+    assert own == [way for way in ways if way["dtype"] == "i8"] != []
+    for more in (["--rank", "4"], ["--dry-run"], ["--no-undo"]):
+        run("compress", "--sweep", *more, code=2)
     run("compress", "--max-bytes", "many", code=2)
     assert "exactly one" in run("compress", "-q", code=2)
     assert "factored" in run("info", "out.safetensors")

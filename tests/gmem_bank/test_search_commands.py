@@ -253,3 +253,29 @@ def test_a_concept_is_asked_by_a_mean_that_takes_no_room(make_bank: BankMaker, s
     wanted /= np.linalg.norm(wanted) if space == "unit" else 1
     np.testing.assert_allclose(found, wanted, atol=1e-6)
     assert peak < rows.nbytes / 2
+
+
+def test_options_of_a_search_that_would_do_nothing(make_bank: BankMaker) -> None:
+    """What excludes each other is wrong usage; what a query in the bank has no use for is said; k is a number of rows."""
+    bank = make_bank()
+    key = bank.keys(np.array([5]))[0]
+    for arguments, words in (
+        (["--exact", "--index", "absent"], "not both"), (["--overwrite"], "--html"), (["-k", "0"], "'-k'"),
+    ):  # fmt: skip
+        assert words in run("search", str(bank.path), key, *arguments, code=2).stderr
+    said = run("search", str(bank.path), key, "--weights", "absent", "--batch-size", "3").stderr
+    assert "nothing had to be encoded: --weights, --batch-size changed nothing" in said
+    assert run("search", str(bank.path), key).stderr == ""
+    for k in (0, -3, 1.5):
+        with pytest.raises(ConfigError, match="k must be at least 1"):
+            search(bank, key, k=k)
+
+
+def test_a_page_that_cannot_be_is_refused_before_anything_is_encoded(make_bank: BankMaker) -> None:
+    """Name and place are looked at first: an encoder of another kind than this one would take minutes."""
+    bank = make_bank()
+    Path("notes.html").write_text("mine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gmem_bank, "search", lambda *_, **__: pytest.fail("the search was begun"))
+        assert "named .html" in run("search", str(bank.path), "x.png", "--html", "page.txt", code=1).stderr
+        assert "notes.html" in run("search", str(bank.path), "x.png", "--html", "notes.html", code=1).stderr

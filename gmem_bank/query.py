@@ -315,9 +315,24 @@ def text_snippets(bank: MemoryBank, texts: Sequence[str], load: Load | None = No
 
 
 def _concepts_of(bank: MemoryBank, rows: NDArray[np.int64]) -> dict[int, tuple[str, ...]]:
+    """Return row → names of its concepts; their rows are ascending, so that few are looked at, not all members of all."""
     members: dict[int, tuple[str, ...]] = {}
-    found = np.unique(rows)
-    for name in bank.names:
-        for row in found[np.isin(found, bank.all_rows_of(name))].tolist():
+    if not bank.names:
+        return members
+    found, offsets, all_rows = (
+        np.unique(rows),
+        bank.stored.array("concepts.offsets"),
+        bank.stored.array("concepts.rows"),
+    )
+    sound = len(offsets) == len(bank.names) + 1 and 0 <= offsets[0] <= offsets[-1] <= len(all_rows)
+    if not sound or (np.diff(offsets) < 0).any():
+        raise CorruptError(
+            f"{bank.path}: the table of its concepts is damaged", path=bank.path, tensor="concepts.offsets"
+        )
+    for name, begin, end in zip(bank.names, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        own = all_rows[begin:end]
+        places = np.searchsorted(own, found)
+        known = places < len(own)
+        for row in found[known][own[places[known]] == found[known]].tolist():
             members[row] = (*members.get(row, ()), name)
     return members

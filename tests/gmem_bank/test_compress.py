@@ -562,6 +562,14 @@ def test_extreme_values_are_no_trouble(make_bank: BankMaker) -> None:
         Path("out.safetensors").unlink()
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_no_energy_is_beyond_all_of_it(make_bank: BankMaker, seed: int) -> None:
+    """A share is at most 1, whatever float32 rounding makes of the sums."""
+    bank = make_bank(snippets=spread(seed=seed), space="raw")
+    for dry_run in (True, False):
+        assert 1 - 1e-7 < gmem_bank.compress(bank.path, rank=16, dry_run=dry_run).details["energy"] <= 1
+
+
 # -- the sweep, and the command
 
 

@@ -279,3 +279,17 @@ def test_a_page_that_cannot_be_is_refused_before_anything_is_encoded(make_bank: 
         patch.setattr(gmem_bank, "search", lambda *_, **__: pytest.fail("the search was begun"))
         assert "named .html" in run("search", str(bank.path), "x.png", "--html", "page.txt", code=1).stderr
         assert "notes.html" in run("search", str(bank.path), "x.png", "--html", "notes.html", code=1).stderr
+
+
+def test_concepts_of_what_is_found_are_looked_up_and_not_walked(
+    make_bank: BankMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every hit has the names of all concepts that it is in, and no concept is read as a whole."""
+    bank = make_bank(rows=30)
+    gmem_bank.concept_of_rows(bank.path, "odd", Selection(keys=tuple(bank.keys(np.arange(1, 30, 2)))))
+    opened = gmem_bank.open(bank.path)
+    wanted = {row: tuple(name for name in opened.names if row in opened.all_rows_of(name)) for row in range(30)}
+    monkeypatch.setattr(gmem_bank.MemoryBank, "all_rows_of", lambda *_: pytest.fail("a whole concept was read"))
+    hits = search(opened, bank.keys([4])[0], k=30)[0].hits
+    assert {hit.row: hit.concepts for hit in hits} == wanted
+    assert len({len(names) for names in wanted.values()}) == 2

@@ -36,11 +36,14 @@ from gmem_bank.indexed import BankIndex
 from gmem_bank.listing import Skipped
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import Json
+from gmem_bank.scalars import require_whole
 from gmem_bank.sources import list_images
 from gmem_bank.space import to_space
 
 Load = Callable[[], Encoder]
 """Gives the encoder that a bank was made with; called only where something has to be encoded."""
+CHUNK_VALUES = 1 << 20
+"""Of a concept's snippets that are added up at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +82,10 @@ def snippet_of(bank: MemoryBank, item: str) -> NDArray[np.float32]:
         rows = bank.rows_of(item)
         if not len(rows):
             raise UnknownKeyError(f"every row of concept {item!r} in {bank.path} is masked", path=bank.path, key=item)
-        mean = bank.snippets(rows).astype(np.float64).mean(axis=0).astype(np.float32)
-        return to_space(mean[None], bank.space).reshape(-1)
+        step = max(1, CHUNK_VALUES // bank.dim)
+        chunks = (bank.snippets(rows[start : start + step]) for start in range(0, len(rows), step))
+        total = sum((chunk.sum(axis=0, dtype=np.float64) for chunk in chunks), np.zeros(bank.dim))
+        return to_space((total / len(rows)).astype(np.float32)[None], bank.space).reshape(-1)
     row = bank.find_rows([item])
     if row[0] < 0:
         raise UnknownKeyError(
@@ -183,10 +188,11 @@ def search(
         SourceError: no image there, or an array file that cannot be read.
         EncoderMismatchError: the loaded encoder did not make the bank, or a bank of another one or an array of another dimension.
         EncoderError: text, and the encoder understands none.
-        ConfigError: a query without a direction or not finite, or every row is masked.
+        ConfigError: a query without a direction or not finite, k below 1, or every row is masked.
     """
     if not query:
         raise UnknownKeyError("the query is empty: give a concept, a key, an image or a folder", key=query)
+    k = require_whole("k", k, 1)
     require_faiss()  # this, and that there are rows to find, before minutes go into encoding images
     require_active(bank, len(bank.rows()))
     loader = _loader(bank, load or (lambda: reload_encoder(bank.encoder, bank.folder)))
@@ -196,7 +202,7 @@ def search(
         labels, snippets, skipped = _snippets_of(bank, query, loader, batch_size, progress)
     _require_direction(labels, snippets)
     nearest = bank.nearest if index is None else index.nearest
-    scores, rows = nearest(snippets, max(1, min(k, len(bank.rows()))))
+    scores, rows = nearest(snippets, min(k, len(bank.rows())))
     return [*_as_hits(bank, labels, scores, rows), *(_unasked(entry) for entry in skipped)]
 
 
@@ -318,9 +324,24 @@ def text_snippets(bank: MemoryBank, texts: Sequence[str], load: Load | None = No
 
 
 def _concepts_of(bank: MemoryBank, rows: NDArray[np.int64]) -> dict[int, tuple[str, ...]]:
+    """Return row → names of its concepts; their rows are ascending, so that few are looked at, not all members of all."""
     members: dict[int, tuple[str, ...]] = {}
-    found = np.unique(rows)
-    for name in bank.names:
-        for row in found[np.isin(found, bank.all_rows_of(name))].tolist():
+    if not bank.names:
+        return members
+    found, offsets, all_rows = (
+        np.unique(rows),
+        bank.stored.array("concepts.offsets"),
+        bank.stored.array("concepts.rows"),
+    )
+    sound = len(offsets) == len(bank.names) + 1 and 0 <= offsets[0] <= offsets[-1] <= len(all_rows)
+    if not sound or (np.diff(offsets) < 0).any():
+        raise CorruptError(
+            f"{bank.path}: the table of its concepts is damaged", path=bank.path, tensor="concepts.offsets"
+        )
+    for name, begin, end in zip(bank.names, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        own = all_rows[begin:end]
+        places = np.searchsorted(own, found)
+        known = places < len(own)
+        for row in found[known][own[places[known]] == found[known]].tolist():
             members[row] = (*members.get(row, ()), name)
     return members

@@ -125,8 +125,13 @@ class Trainer:
         assert isinstance(module, Generator)
         return module
 
-    def restore(self, resumption: Resumption) -> None:
-        """Take up a checkpoint; raises CheckpointError."""
+    def restore(self, resumption: Resumption, *, compare_best: bool = True) -> None:
+        """Take up a checkpoint; raises CheckpointError.
+
+        Args:
+            resumption: which one.
+            compare_best: False: other rows are held out now, and the best validation so far says nothing about them.
+        """
         if resumption.checkpoint is None:
             return
         where, state = resumption.checkpoint, checkpoints.read_state(resumption.checkpoint)
@@ -148,7 +153,7 @@ class Trainer:
             raise CheckpointError(f"{where} does not fit this training: {error}", path=where) from error
         self.step, self.elapsed = resumption.step, resumption.elapsed
         self.losses.extend(resumption.losses)
-        self.best = tuple(state["best"]) if state.get("best") else None
+        self.best = tuple(state["best"]) if state.get("best") and compare_best else None
         self.looked = int(state.get("looked", self.step))
 
     def make_step(self, asked: Callable[[], tuple[bool, ...]] = tuple) -> Step:

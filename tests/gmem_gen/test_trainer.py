@@ -317,6 +317,26 @@ def test_an_interrupted_reading_of_images_goes_on_where_it_stopped(bank: str, mo
     assert whole.read_bytes() == parts.read_bytes()
 
 
+def test_a_half_read_cache_that_was_cut_is_read_from_the_beginning(bank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The count beside it is of a file that is no longer there: its images would stay black."""
+    from gmem_gen import data
+
+    monkeypatch.setattr(data, "FLUSH_EVERY", 4)
+    gmem_gen.train(bank, config(max_steps=1), out="whole")
+
+    def stop(done: int, total: int) -> None:
+        if done == 13:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gmem_gen.train(bank, config(max_steps=1), out="parts", read_progress=stop)
+    [partial] = Path("parts/cache").glob("*.partial")
+    partial.write_bytes(partial.read_bytes()[:-100])
+    gmem_gen.train(bank, config(max_steps=1), out="parts")
+    [whole], [parts] = (list(Path(run, "cache").iterdir()) for run in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+
+
 def test_a_cut_cache_is_made_again(bank: str) -> None:
     """The images are derived data."""
     gmem_gen.train(bank, config(max_steps=1), out="run")

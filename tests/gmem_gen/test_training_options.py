@@ -219,7 +219,7 @@ def test_the_best_and_every_nth_checkpoint_stay(bank: str, monkeypatch: pytest.M
     from gmem_gen import loop
 
     values = iter([3.0, 1.0, 2.0, 4.0, 0.5, 0.6])
-    monkeypatch.setattr(loop, "validate", lambda trainer: {"validation_loss": next(values)})
+    monkeypatch.setattr(loop, "validate", lambda *_: {"validation_loss": next(values)})
 
     def steps() -> list[int]:
         return [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(Path("run"))]
@@ -243,7 +243,7 @@ def test_a_signal_at_a_step_that_is_validated_loses_no_validation(bank: str) -> 
 
     gmem_gen.train(bank, wanted, out="whole")
     report = gmem_gen.train(bank, wanted, out="parts", handle_signals=True, progress=interrupt)
-    assert (report.step, report.stopped) == (5, "signal")
+    assert (report.step, report.stopped) == (4, "signal")
     shutil.rmtree("parts")
 
     def interrupt_in_a_step(*args: object) -> tuple[bool, ...]:
@@ -260,6 +260,63 @@ def test_a_signal_at_a_step_that_is_validated_loses_no_validation(bank: str) -> 
     assert not [line for line in lines("parts") if "validation_loss" in line and line["step"] == 4]
     gmem_gen.train(bank, wanted, out="parts")
     assert lines("parts") == lines("whole")
+
+
+@pytest.mark.parametrize("where", ["before the last step", "in the last validation", "in the last preview"])
+def test_a_signal_at_the_end_loses_neither_validation_nor_preview(
+    bank: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No further batch is validated, the step is saved; the same command makes up for it, once, and remembers the best."""
+    from gmem_gen import loop
+
+    wanted = settings(
+        "data.validation_fraction=0.3", "sample.num_steps=2", validate_every=100, sample_every=100, sample_images=1,
+        accumulation=4, checkpoint_every=100,
+    )  # fmt: skip
+    whole = gmem_gen.train(bank, wanted, out="whole")
+    batches, maker, preview = [], loop.Trainer.evaluate, loop.write_preview
+
+    def send(when: str) -> None:
+        if when == where:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def evaluate(self: Trainer, network: torch.nn.Module, batch: Batch) -> object:
+        if torch.is_inference_mode_enabled():
+            batches.append(len(batch))
+            send("in the last validation")
+        return maker(self, network, batch)
+
+    def drawn(*args: object) -> Path:
+        send("in the last preview")
+        return preview(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "evaluate", evaluate)
+        patch.setattr(loop, "write_preview", drawn)
+        real = loop.Loop._report
+        patch.setattr(
+            loop.Loop,
+            "_report",
+            lambda self, step: (self.trainer.step == 6 and send("before the last step"), real(self, step)),
+        )
+        report = gmem_gen.train(bank, wanted, out="parts", handle_signals=True)
+    assert (report.step, report.stopped, report.best) == (6, "signal", None)
+    assert len(batches) == (where == "in the last validation")
+    again = gmem_gen.train(bank, wanted, out="parts")
+    assert (again.stopped, again.best) == ("nothing to do", whole.best)
+    assert lines("parts") == lines("whole")
+    assert Path("parts/samples/step-00000006.png").read_bytes() == Path("whole/samples/step-00000006.png").read_bytes()
+    assert gmem_gen.train(bank, wanted, out="parts").best == whole.best
+    assert lines("parts") == lines("whole")
+
+
+def test_a_finished_training_may_be_gone_on_with_elsewhere(bank: str) -> None:
+    """Nothing to do, and yet the new run has a checkpoint."""
+    gmem_gen.train(bank, config(), out="run")
+    report = gmem_gen.train(bank, config(), out="branch", resume_from="run")
+    assert (report.step, report.stopped) == (6, "nothing to do")
+    first, second = tensors("run"), tensors("branch")
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_previews_are_of_the_same_rows_and_noise(bank: str) -> None:

@@ -90,11 +90,7 @@ class Trainer:
         self.maker = BatchMaker(bank, config, images, join, self.split, labels=labels, tokens=tokens)
         self.order = self.maker.order
         self.share = processes.share(self.order.batch_size)
-        if self.order.batch_size < processes.count * config.train.accumulation:
-            raise ConfigError(
-                f"a step has {self.order.batch_size} images for {processes.count} processes and train.accumulation "
-                f"{config.train.accumulation}: one each at least", key="train.accumulation",
-            )  # fmt: skip
+        require_share(len(self.split.samples), config, processes.count)
         self.total_steps = config.train.max_steps or config.train.epochs * self.order.steps_per_epoch
         self.step = 0
         self.elapsed = 0.0
@@ -257,6 +253,16 @@ class Trainer:
         path = checkpoints.save(run, self.step, state, weights, self.optimizer)
         checkpoints.clean(run, train.keep_checkpoints, every=train.keep_every, best=self.best[0] if self.best else None)
         return path
+
+
+def require_share(num_samples: int, config: Config, num_processes: int) -> None:
+    """Raise ConfigError where a step has fewer images than processes and parts."""
+    images, parts = min(num_samples, config.train.batch_size), config.train.accumulation
+    if images < num_processes * parts:
+        raise ConfigError(
+            f"a step has {images} images for {num_processes} processes and train.accumulation {parts}: one each at least",
+            key="train.accumulation",
+        )
 
 
 def stack_terms(found: losses.Losses) -> Tensor:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from gmem_bank.errors import CheckpointError, ConfigError
 from gmem_gen import checkpoint as checkpoints
@@ -34,7 +33,7 @@ from gmem_gen.journal import Journal, require_tensorboard
 from gmem_gen.loop import Loop
 from gmem_gen.patch_tokens import PatchTokens
 from gmem_gen.previews import preview_conditions
-from gmem_gen.resolving import minutes_allowed, resolve
+from gmem_gen.resolving import minutes_allowed, require_trainable, resolve
 from gmem_gen.run import (
     choose_checkpoint,
     default_run,
@@ -154,13 +153,12 @@ def train(
         split, facts = _split(opened, join, resolved), _token_facts(tokens, checkpoint)
         held = hold_out(checkpoint, join.keys, split)
         facts |= held.facts()
+        require_trainable(resolved, opened, planned, split, tokens=tokens, num_processes=processes.count)
         with cpu_threads(resolved.train.num_threads), kept_memory(processes.device), writing(run):
             with processes.first_goes_first():
                 ready = planned.open(run / "cache", read_progress)
             trainer = Trainer(opened, resolved, ready, join, processes, split=split, tokens=tokens, facts=facts)
             with contextlib.closing(trainer):
-                if tokens is not None:
-                    tokens.fit(trainer.model.grid)
                 trainer.restore(resumption, compare_best=held.comparable)
                 processes.wait()  # all have read before the first one writes
                 journal = _begin(trainer, run, checkpoint, held, say, tensorboard) if processes.is_first else None
@@ -249,11 +247,7 @@ def plan(bank: str | os.PathLike[str], config: Config, *, images: ImagesFrom = N
     planned = plan_images(opened, images, config, device=str(pick_device(config.train.device)))
     tokens = _patch_tokens(config, planned.join.keys)
     resolved = resolve(config, opened, planned, None, tokens)
-    _split(opened, planned.join, resolved)
-    with torch.device("meta"):
-        model = checkpoints.make_model(resolved, planned.latent, int(conditioning.record_of(opened)["dim"]))
-    if tokens is not None:
-        tokens.fit(model.grid)
+    require_trainable(resolved, opened, planned, _split(opened, planned.join, resolved), tokens=tokens)
     return resolved
 
 

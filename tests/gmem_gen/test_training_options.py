@@ -27,6 +27,7 @@ from gmem_gen.distributed import Processes
 from gmem_gen.loader import Batch
 from gmem_gen.model import LatentShape
 from gmem_gen.stepping import Trainer
+from gmem_gen.trainer import plan
 from tests.conftest import BankMaker
 from tests.gmem_gen.golden import model_of, projector_state
 from tests.gmem_gen.test_published import compare, training_vectors
@@ -479,6 +480,27 @@ def test_a_gpu_that_is_not_there_and_a_patch_that_does_not_fit_are_told_at_once(
     assert not Path("run").exists()
     with pytest.raises(ConfigError, match="patch_size 3 does not divide"):
         gmem_gen.train(bank, settings("model.patch_size=3"), out="run")
+    assert not Path("run/cache").exists()
+
+
+def test_what_cannot_be_trained_is_told_before_images_are_read(bank: str) -> None:
+    """Rows of two classes or none, too many parts, patch tokens that do not fit: nothing is in the cache, by `plan` either."""
+    opened = gmem_bank.open(bank)
+    keys = opened.keys(opened.rows())
+    writer = gmem_bank.ShardWriter(Path("tokens"), {"made": "here"})
+    writer.write(0, keys, np.zeros((len(keys), 9, 5), np.float32))
+    writer.finish(1, {"encoder": opened.encoder.to_json()})
+    gmem_bank.concept_of_rows(bank, "twice", gmem_bank.Selection(keys=tuple(keys[:2])))
+    for words, message in (
+        (["model.condition=class"], "must not overlap"),
+        (["train.accumulation=8", "data.validation_fraction=0.75"], "one each at least"),
+        (["data.tokens=tokens", "data.token_resampling=none", "model.encoder_depth=1"], "3×3 patch tokens"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            plan(bank, settings(*words))
+        with pytest.raises(ConfigError, match=message):
+            gmem_gen.train(bank, settings(*words), out="run")
+    assert not Path("run/cache").exists()
 
 
 def test_accelerate_is_left_as_it_was(bank: str) -> None:

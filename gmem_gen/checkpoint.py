@@ -5,7 +5,9 @@ RUN/checkpoints/step-00000500/{model,ema,optimizer}.safetensors, state.json; ema
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -34,6 +36,8 @@ __all__ = [
 MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 SET_ASIDE = "set-aside-"
 """Before the name of a checkpoint that a training went back behind."""
+REMOVING = ".removing-"
+"""Before the name of a checkpoint that is being deleted."""
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -156,12 +160,14 @@ def clean(run: Path, keep: int, *, every: int = 0, best: int | None = None) -> N
     """
     folder = checkpoints_folder(run)
     if folder.is_dir():
-        for path in folder.glob(".saving-*"):
+        for path in (*folder.glob(".saving-*"), *folder.glob(REMOVING + "*")):
             shutil.rmtree(path, ignore_errors=True)
     for path in list_checkpoints(run)[: -keep or None] if keep else []:
         step = step_of(path)
         if step != best and not (every and step % every == 0):
-            shutil.rmtree(path, ignore_errors=True)
+            # under another name first: what a kill leaves of it must not count as a checkpoint
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path.rename(path.with_name(REMOVING + path.name)), ignore_errors=True)
 
 
 def set_aside_after(checkpoint: Path) -> list[Path]:
@@ -169,10 +175,14 @@ def set_aside_after(checkpoint: Path) -> list[Path]:
     later = [path for path in list_checkpoints(checkpoint.parent.parent) if step_of(path) > step_of(checkpoint)]
     moved = []
     for path in later:
-        target = path.with_name(SET_ASIDE + path.name)
-        shutil.rmtree(target, ignore_errors=True)
-        moved.append(path.rename(target))
+        moved.append(path.rename(_free_name(path.with_name(SET_ASIDE + path.name))))
     return moved
+
+
+def _free_name(path: Path) -> Path:
+    """Return the path, or with the first number behind it under which there is nothing: what was set aside before stays."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}-{number}") for number in itertools.count(2)))
+    return next(name for name in names if not name.exists())
 
 
 def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:

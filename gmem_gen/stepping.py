@@ -37,6 +37,11 @@ from gmem_gen.splits import Split
 TERMS = ("loss", "mse", "cosine", "projection")
 LEAST_SCALE = 2.0**-10
 """Of fp16's gradients: below it there is no scale at which they are finite."""
+ADVICE = (
+    "Go on from one of them with --resume-from previous or a step's folder, or begin anew in another --out with a lower "
+    "train.learning_rate or train.clip_norm"
+)
+"""What to do about a training that diverged."""
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -227,12 +232,24 @@ class Trainer:
         if math.isfinite(loss) and (math.isfinite(norm) or overflow):
             return
         raise GMemError(
-            f"the loss became {loss} (gradient norm {norm}) at step {self.step}: earlier checkpoints stand. "
-            "Lower train.learning_rate, or set train.clip_norm"
+            f"the loss became {loss} (gradient norm {norm}) at step {self.step}: earlier checkpoints stand. {ADVICE}"
         )
 
+    def _require_finite_weights(self) -> None:
+        """Raise GMemError where an update went too far, which the loss shows one step later: nothing may be saved then."""
+        found = [
+            torch.isfinite(tensor).all()
+            for module in (self.model, *self.averages.values())
+            for tensor in module.parameters()
+        ]
+        if not bool(torch.stack(found).all()):
+            raise GMemError(
+                f"the weights are not finite after step {self.step}, and were not saved: earlier checkpoints stand. {ADVICE}"
+            )
+
     def save(self, run: Path, keys_digest: str) -> Path:
-        """Write a checkpoint and remove superseded ones."""
+        """Write a checkpoint and remove superseded ones; raises WriteError, and GMemError for weights that are not finite."""
+        self._require_finite_weights()
         train = self.config.train
         state = {
             "elapsed": self.elapsed,

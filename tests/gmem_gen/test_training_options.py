@@ -422,6 +422,38 @@ def test_a_training_goes_on_from_the_checkpoint_that_is_named(bank: str) -> None
         gmem_gen.train(bank, config(), out="new", resume_from="previous")
 
 
+def test_going_back_twice_keeps_what_was_set_aside_first(bank: str) -> None:
+    """Under a number of its own."""
+    gmem_gen.train(bank, config(keep_checkpoints=0), out="run")
+    kept, folder = tensors("run"), Path("run/checkpoints")
+    for _ in range(2):
+        gmem_gen.train(bank, config(keep_checkpoints=0), out="run", resume_from="previous")
+    names = ["set-aside-step-00000006", "set-aside-step-00000006-2"]
+    assert sorted(path.name for path in folder.glob("set-aside-*")) == names
+    for name in names:
+        found = load_file(folder / name / checkpoints.MODEL)
+        assert all(torch.equal(value, kept[f"{checkpoints.MODEL}:{key}"]) for key, value in found.items())
+
+
+def test_a_kill_while_a_checkpoint_is_removed_leaves_none_in_halves(bank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of it is no checkpoint, and goes with the next one."""
+    real = shutil.rmtree
+
+    def killed(path: Path, **options: bool) -> None:
+        if Path(path).is_dir() and "step-" in Path(path).name:
+            next(Path(path).glob("*.json")).unlink()
+            raise KeyboardInterrupt
+        real(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            gmem_gen.train(bank, config(keep_checkpoints=1), out="run")
+    assert [path.name for path in checkpoints.list_checkpoints(Path("run"))] == ["step-00000004"]
+    gmem_gen.train(bank, config(keep_checkpoints=1), out="run")
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step-00000006"]
+
+
 def test_not_a_number_leaves_sound_checkpoints(bank: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those before it load, and the training goes on from them."""
     from gmem_gen import losses as terms
@@ -439,6 +471,16 @@ def test_not_a_number_leaves_sound_checkpoints(bank: str, monkeypatch: pytest.Mo
     assert found.step == 4
     assert all(torch.isfinite(value).all() for value in found.model.state_dict().values())
     assert gmem_gen.train(bank, config(), out="run").step == 6
+
+
+def test_weights_that_are_not_finite_are_never_saved(bank: str) -> None:
+    """An update that goes too far is seen before it is saved, not by the loss of the next step."""
+    wild = config(learning_rate=1e38, warmup_steps=0, checkpoint_every=1, clip_norm=0.0, ema_decay=(0.5,))
+    with pytest.raises(GMemError, match=r"after step \d.*not saved.*--resume-from previous.*train\.learning_rate"):
+        gmem_gen.train(bank, wild, out="run")
+    for checkpoint in checkpoints.list_checkpoints(Path("run")):
+        for name in (checkpoints.MODEL, checkpoints.EMA):
+            assert all(torch.isfinite(value).all() for value in load_file(checkpoint / name).values())
 
 
 def test_a_disk_that_is_full_in_the_middle_of_a_file(bank: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,8 +48,10 @@ class Loop:
     """Step of the newest checkpoint in the run's folder."""
     began: float = field(default=0.0, init=False)
     before: float = field(default=0.0, init=False)
-    marked: tuple[int, float] = field(default=(0, 0.0), init=False)
-    """Step and time of the last line of the log, for images a second."""
+    marked: int = field(default=0, init=False)
+    """Step of the last line of the log."""
+    stepping: float = field(default=0.0, init=False)
+    """Seconds in steps since then, for images a second: validation, samples and checkpoints have no part in it."""
     noted: tuple[object, ...] = field(default=(), init=False)
     """What the newest checkpoint says of validation."""
 
@@ -58,7 +60,7 @@ class Loop:
         if checkpoints.step_folder(self.run, self.first).is_dir():
             self.saved = self.first
         self.began, self.before = time.perf_counter(), self.trainer.elapsed
-        self.marked = (self.trainer.step, self.began)
+        self.marked = self.trainer.step
 
     def go(self) -> str:
         """Make the steps that are left; return why it ended: "budget", "time", "signal" or "nothing to do"."""
@@ -72,7 +74,9 @@ class Loop:
             if trainer.processes.count == 1 and trainer.elapsed >= self.seconds:
                 reason = "time"
                 break
+            started = time.perf_counter()
             step = trainer.make_step(self._asked)
+            self.stepping += time.perf_counter() - started
             self._clock()
             self._report(step)
             self.progress(trainer.step, trainer.total_steps)
@@ -106,9 +110,8 @@ class Loop:
             trainer.step % trainer.config.train.log_every and trainer.step < trainer.total_steps
         ):
             return
-        (last, then), now = self.marked, time.perf_counter()
-        self.marked = (trainer.step, now)
-        speed = (trainer.step - last) * trainer.order.batch_size / max(now - then, 1e-9)
+        speed = (trainer.step - self.marked) * trainer.order.batch_size / max(self.stepping, 1e-9)
+        self.marked, self.stepping = trainer.step, 0.0
         record: dict[str, Any] = {
             "step": trainer.step,
             **step.terms,

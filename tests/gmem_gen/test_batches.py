@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +175,27 @@ def test_a_share_of_a_batch_is_that_part_of_the_batch(flipped: gmem_bank.MemoryB
         parts = [getattr(whole.part(number, 3), name) for number in range(3)]
         assert torch.equal(torch.cat(parts), getattr(whole, name))
     assert [len(whole.part(number, 3)) for number in range(3)] == [3, 4, 4]
+
+
+def test_a_bank_is_asked_by_one_thread_at_a_time(
+    flipped: gmem_bank.MemoryBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its interface does not promise more, and several threads make batches."""
+    config = Config(data=DataConfig(image_size=8), train=TrainConfig(batch_size=4))
+    maker, _ = maker_of(flipped, config)
+    inside, most, real = [], [], conditioning.gather
+
+    def slow(*args: object) -> torch.Tensor:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.02)
+        inside.pop()
+        return real(*args)
+
+    monkeypatch.setattr(conditioning, "gather", slow)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda step: maker.training(step, range(4)), range(8)))
+    assert most == [1] * 8
 
 
 def shards_of(keys: list[str], side: int) -> np.ndarray:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -371,6 +372,44 @@ def test_every_term_is_logged_also_for_tensorboard(bank: str) -> None:
         shown = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
         assert shown == [(line["step"], pytest.approx(line[name])) for line in steps]
     assert len(events.Scalars("validation/validation_loss")) == sum("validation_loss" in line for line in records)
+
+
+def test_a_norm_that_overflowed_is_null_in_the_log(bank: str) -> None:
+    """JSON has no Infinity, and strict readers stop at it."""
+    from gmem_gen.run import Log
+
+    with contextlib.closing(Log(Path(), 0)) as log:
+        log.write({"step": 1, "loss": 0.5, "gradient_norm": float("inf"), "mean_loss": float("nan")})
+    text = Path("log.jsonl").read_text()
+    assert json.loads(text) == {"step": 1, "loss": 0.5, "gradient_norm": None, "mean_loss": None}
+
+
+def test_images_a_second_are_those_of_steps(bank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock by which a step takes two seconds, and validation, samples and checkpoints a hundred each."""
+    from gmem_gen import loop
+
+    now = [0.0]
+
+    def slow(function: Callable[..., object], seconds: float) -> Callable[..., object]:
+        def called(*args: object) -> object:
+            now[0] += seconds
+            return function(*args)
+
+        return called
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(loop, "validate", slow(loop.validate, 100))
+    monkeypatch.setattr(loop, "write_preview", slow(loop.write_preview, 100))
+    monkeypatch.setattr(Trainer, "save", slow(Trainer.save, 100))
+    monkeypatch.setattr(Trainer, "make_step", slow(Trainer.make_step, 2))
+    wanted = settings(
+        "data.validation_fraction=0.3", "sample.num_steps=1", "train.max_minutes=0", validate_every=2, sample_every=3,
+        log_every=2, sample_images=1,
+    )  # fmt: skip
+    gmem_gen.train(bank, wanted, out="run")
+    found = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    assert [line["images_per_second"] for line in found if "loss" in line] == [4.0, 4.0, 4.0]
+    assert found[-1]["elapsed"] > 400
 
 
 def test_tensorboard_that_is_absent_is_told_before_training(bank: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,6 +145,8 @@ def train(
         )
         join = planned.join
         tokens = _patch_tokens(wanted, join.keys)
+        if tokens is not None and processes.is_first and (remark := tokens.remark(conditioning.record_of(opened))):
+            say(remark)
         resolved = resolve(wanted, opened, planned, stored, tokens)
         digest = hashlib.sha256(json.dumps(join.keys).encode()).hexdigest()
         resumption = find_resumption(

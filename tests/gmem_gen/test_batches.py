@@ -258,6 +258,36 @@ def test_training_by_the_command_learns_from_patch_tokens(photos: Path) -> None:
         gmem_gen.train("bank.safetensors", gmem_gen.apply_settings(config, ["model.projection_dim=6"]), out="other")
 
 
+def test_patch_tokens_of_another_encoder_are_remarked_on(photos: Path) -> None:
+    """They may be wanted, and may be a mistake; what says that it holds something else is refused."""
+    gmem_bank.build(photos, gmem_bank.load_encoder("hog"), "bank.safetensors")
+    bank = gmem_bank.open("bank.safetensors")
+    for name, spec in (("own", bank.encoder), ("other", gmem_bank.load_encoder("pixels").spec), ("none", None)):
+        writer = gmem_bank.ShardWriter(Path(name), {"made": "here"})
+        writer.write(0, ["a.png"], np.zeros((1, 16, 5), np.float32))
+        writer.finish(1, {"holds": "patch tokens", "encoder": spec and spec.to_json()})
+    record = conditioning.record_of(bank)
+    assert PatchTokens("own", ["a.png"], "none").remark(record) == ""
+    assert "those of pixels" in PatchTokens("other", ["a.png"], "none").remark(record)
+    assert "does not say which encoder" in PatchTokens("none", ["a.png"], "none").remark(record)
+    writer = gmem_bank.ShardWriter(Path("latents"), {"made": "here"})
+    writer.write(0, ["a.png"], np.zeros((1, 4, 4), np.float32))
+    writer.finish(1, {"holds": "latents"})
+    with pytest.raises(SourceError, match="but latents"):
+        PatchTokens("latents", ["a.png"], "none")
+    told: list[str] = []
+    shards_of(bank.keys(bank.rows()), 4)
+    settings = [
+        "model.encoder_depth=1",
+        "data.tokens=tokens",
+        "train.max_steps=1",
+        "data.image_size=8",
+        "model.width=16",
+    ]
+    gmem_gen.train("bank.safetensors", gmem_gen.apply_settings(Config(), settings), out="run", say=told.append)
+    assert any("does not say which encoder" in line for line in told)
+
+
 def empty_batch(step: int) -> Batch:
     zero = torch.full((1,), float(step))
     return Batch(places=np.zeros(1, np.int64), x_1=zero, x_0=zero, t=zero, conditions=zero, tokens=None)

@@ -87,7 +87,7 @@ def test_a_blend_is_the_mean_of_pixels_without_overflow() -> None:
 def test_snippets_half_way_are_of_each_pair_of_rows(tmp_path: Path) -> None:
     """Linear ones are what `compose` makes of "a + b"; mixed dimensions come from one of the two; parents are rows as they are."""
     np.save(tmp_path / "rows.npy", np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32))
-    gmem_bank.build_precomputed(tmp_path / "rows.npy", tmp_path / "bank.safetensors")
+    gmem_bank.build_precomputed(gmem_bank.read_array(tmp_path / "rows.npy"), tmp_path / "bank.safetensors")
     bank = gmem_bank.open(tmp_path / "bank.safetensors")
     keys = [bank.keys(np.arange(3)), bank.keys(np.arange(3, 6))]
     a, b = (snippets_of(bank, way, keys, 0) for way in ("first parent", "second parent"))

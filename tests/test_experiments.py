@@ -45,6 +45,10 @@ def test_a_section_replaces_itself_and_nothing_else(tmp_path: Path) -> None:
     assert page.read_text().count("second") == 1
     assert "first" not in page.read_text()
     assert page.read_text().index("third") < page.read_text().index("second")
+    before = page.read_bytes()
+    write_section("a", "third", page)
+    assert page.read_bytes() == before
+    assert b"<!-- end of a -->\n\n<!-- b -->" in before
 
 
 def test_ratios_are_of_steps_to_the_baselines_best() -> None:

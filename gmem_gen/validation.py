@@ -47,9 +47,11 @@ def validate(trainer: Trainer, asked: Callable[[], bool] = bool) -> dict[str, fl
 
 
 def _mean_terms(trainer: Trainer, network: nn.Module, asked: Callable[[], bool]) -> dict[str, float]:
-    held, size = len(trainer.split.held_out), max(1, len(trainer.share) // trainer.config.train.accumulation)
+    held, count = len(trainer.split.held_out), trainer.processes.count
+    # the same in all processes, whatever their shares: all are asked at every turn, and one turn too few would wait for ever
+    size = max(1, trainer.order.batch_size // count // trainer.config.train.accumulation)
     share = trainer.processes.share(held)
-    longest = math.ceil(held / trainer.processes.count)  # all take as many turns, since all are asked at each
+    longest = math.ceil(held / count)
     sums = torch.zeros(len(TERMS), dtype=torch.float64)
     with torch.inference_mode(), _evaluating(network):
         for start in range(share.start, share.start + longest, size):

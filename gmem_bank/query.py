@@ -33,6 +33,7 @@ from gmem_bank.errors import (
 )
 from gmem_bank.index import require_faiss
 from gmem_bank.indexed import BankIndex
+from gmem_bank.listing import Skipped
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import Json
 from gmem_bank.scalars import require_whole
@@ -62,10 +63,13 @@ class QueryHits:
 
     query: str
     hits: tuple[Hit, ...]
+    skipped: str = ""
+    """Why a file of a folder could not be asked, "" where it was: then there are no hits."""
 
     def to_json(self) -> dict[str, Json]:
-        """Return the hits as a JSON object."""
-        return {"query": self.query, "hits": [{**vars(hit), "concepts": list(hit.concepts)} for hit in self.hits]}
+        """Return the hits as a JSON object, with "skipped" where the query could not be asked."""
+        hits = [{**vars(hit), "concepts": list(hit.concepts)} for hit in self.hits]
+        return {"query": self.query, "hits": hits, **({"skipped": self.skipped} if self.skipped else {})}
 
 
 def snippet_of(bank: MemoryBank, item: str) -> NDArray[np.float32]:
@@ -166,7 +170,7 @@ def search(
     batch_size: BatchSize = AUTO,
     progress: Progress = no_progress,
 ) -> list[QueryHits]:
-    """Find the rows nearest to whatever `query` points at.
+    """Find the rows nearest to whatever `query` points at; files of a folder that cannot be asked come last, with the reason.
 
     Args:
         bank: where to look.
@@ -193,13 +197,13 @@ def search(
     require_active(bank, len(bank.rows()))
     loader = _loader(bank, load or (lambda: reload_encoder(bank.encoder, bank.folder)))
     if text:
-        labels, snippets = [query], text_snippets(bank, [query], loader)
+        labels, snippets, skipped = [query], text_snippets(bank, [query], loader), list[Skipped]()
     else:
-        labels, snippets = _snippets_of(bank, query, loader, batch_size, progress)
+        labels, snippets, skipped = _snippets_of(bank, query, loader, batch_size, progress)
     _require_direction(labels, snippets)
     nearest = bank.nearest if index is None else index.nearest
     scores, rows = nearest(snippets, min(k, len(bank.rows())))
-    return _as_hits(bank, labels, scores, rows)
+    return [*_as_hits(bank, labels, scores, rows), *(_unasked(entry) for entry in skipped)]
 
 
 def _loader(bank: MemoryBank, load: Callable[[], Encoder]) -> Callable[[], Encoder]:
@@ -217,16 +221,16 @@ def _loader(bank: MemoryBank, load: Callable[[], Encoder]) -> Callable[[], Encod
 
 def _snippets_of(
     bank: MemoryBank, query: str, load: Load, batch_size: BatchSize, progress: Progress
-) -> tuple[list[str], NDArray[np.float32]]:
-    """Return the labels and the (B, D) snippets of a query that is not text."""
+) -> tuple[list[str], NDArray[np.float32], list[Skipped]]:
+    """Return the labels and the (B, D) snippets of a query that is not text, and which files of a folder are none."""
     path = Path(query)
     if query in bank.names or bank.find_rows([query])[0] >= 0 or not path.exists():
-        return [query], snippet_of(bank, query)[None]
+        return [query], snippet_of(bank, query)[None], []
     other = _bank_at(path)
     if other is not None:
         require_same_encoder(other.encoder, bank.encoder)
         rows = other.rows()
-        return other.keys(rows), other.snippets(rows)
+        return other.keys(rows), other.snippets(rows), []
     if is_array_file(path):
         found = read_array(path)
         if found.snippets.shape[1] != bank.dim:
@@ -244,11 +248,16 @@ def _snippets_of(
                 "cosine",
                 key=label,
             )
-        return found.keys, narrow
+        return found.keys, narrow, []
     encoder = load()
     require_same_encoder(encoder.spec, bank.encoder)
-    items, snippets, _ = encode_in_memory(list_images(query), encoder, batch_size=batch_size, progress=progress)
-    return [item.key for item in items], snippets
+    listing = list_images(query)
+    items, snippets, skipped = encode_in_memory(listing, encoder, batch_size=batch_size, progress=progress)
+    return [item.key for item in items], snippets, [*skipped, *listing.ignored]
+
+
+def _unasked(entry: Skipped) -> QueryHits:
+    return QueryHits(query=entry.path, hits=(), skipped=entry.reason)
 
 
 def _bank_at(path: Path) -> MemoryBank | None:

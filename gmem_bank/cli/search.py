@@ -12,6 +12,7 @@ from gmem_bank.console import (
     encoder_run_options,
     human_bytes,
     json_option,
+    list_skipped,
     note,
     print_json,
     printable,
@@ -177,10 +178,11 @@ def search(
         _note_unused("weights", "device", "batch_size")
     if page is not None:
         gmem_bank.write_results_page(page, opened, results, note=how, overwrite=overwrite)
+    list_skipped([{"path": result.query, "reason": result.skipped} for result in results if result.skipped])
     if as_json:
         print_json([result.to_json() for result in results])
         return
-    for result in results:
+    for result in (result for result in results if not result.skipped):
         if len(results) > 1:
             click.echo(printable(result.query))
         for rank, hit in enumerate(result.hits, 1):

@@ -205,6 +205,26 @@ def test_the_page_shows_pictures_and_says_where_there_are_none(photos: Path) -> 
         gmem_bank.write_results_page("other.html", bank, [result])
 
 
+def test_files_of_a_folder_that_cannot_be_asked_are_named(photos: Path) -> None:
+    """A damaged image and one of a foreign format, among three good ones: on stderr, in JSON, and on the page."""
+    gmem_bank.build(photos, gmem_bank.load_encoder("hog"), "bank.safetensors")
+    folder = Path("asked")
+    folder.mkdir()
+    for place, picture in enumerate(sorted((photos / "hat").iterdir())[:3]):
+        (folder / f"{place}.jpg").write_bytes(picture.read_bytes())
+    (folder / "damaged.jpg").write_bytes(b"\xff\xd8\xff" + bytes(40))
+    (folder / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    shown = run("search", "bank.safetensors", "asked", "-k", "1", "--html", "page.html")
+    assert "skipped damaged.jpg: not a readable image" in shown.stderr
+    assert "skipped phone.heic: " in shown.stderr
+    assert [line for line in shown.stdout.splitlines() if not line.startswith(" ")] == ["0.jpg", "1.jpg", "2.jpg"]
+    found = json.loads(run("search", "bank.safetensors", "asked", "-k", "1", "--json").stdout)
+    assert [(entry["query"], len(entry["hits"]), "skipped" in entry) for entry in found] == [
+        ("0.jpg", 1, False), ("1.jpg", 1, False), ("2.jpg", 1, False), ("damaged.jpg", 0, True), ("phone.heic", 0, True),
+    ]  # fmt: skip
+    assert "not a readable image" in Path("page.html").read_text(encoding="utf-8")
+
+
 def test_a_page_replaces_nothing_but_a_page(photos: Path) -> None:
     """The bank that is searched, its index or any other file stay, --overwrite or not."""
     gmem_bank.build(photos, gmem_bank.load_encoder("hog"), "b.safetensors")

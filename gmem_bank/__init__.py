@@ -92,13 +92,13 @@ if TYPE_CHECKING:
     from gmem_bank.provenance import EncoderSpec as EncoderSpec
     from gmem_bank.provenance import sha256_of_file as sha256_of_file
     from gmem_bank.query import QueryHits as QueryHits
-    from gmem_bank.query import image_snippets as image_snippets
     from gmem_bank.query import search as search
-    from gmem_bank.query import snippet_of as snippet_of
-    from gmem_bank.query import snippet_or_image as snippet_or_image
-    from gmem_bank.query import text_snippets as text_snippets
     from gmem_bank.reduce import coreset as coreset
     from gmem_bank.reduce import dedup as dedup
+    from gmem_bank.resolving import image_snippets as image_snippets
+    from gmem_bank.resolving import snippet_of as snippet_of
+    from gmem_bank.resolving import snippet_or_image as snippet_or_image
+    from gmem_bank.resolving import text_snippets as text_snippets
     from gmem_bank.results_page import write_results_page as write_results_page
     from gmem_bank.rewrite import compact as compact
     from gmem_bank.rewrite import save as save
@@ -170,7 +170,8 @@ _DOOR = {
     "precomputed": ("build_precomputed",),
     "progress": ("ProgressBar",),
     "provenance": ("EncoderSpec", "sha256_of_file"),
-    "query": ("QueryHits", "image_snippets", "search", "snippet_of", "snippet_or_image", "text_snippets"),
+    "query": ("QueryHits", "search"),
+    "resolving": ("image_snippets", "snippet_of", "snippet_or_image", "text_snippets"),
     "reduce": ("coreset", "dedup"),
     "results_page": ("write_results_page",),
     "rewrite": ("compact", "save", "shard"),

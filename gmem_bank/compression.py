@@ -24,7 +24,7 @@ from gmem_bank.draft import Draft
 from gmem_bank.editing import Edit, EditReport, editing
 from gmem_bank.encoders import require_same_encoder
 from gmem_bank.errors import ConfigError, CorruptError, GMemError, WriteError
-from gmem_bank.fitting import gather_moments, project_rows
+from gmem_bank.fitting import project_rows
 from gmem_bank.kinds import FactoredBank
 from gmem_bank.moments import NOTHING, Directions, Moments, SumStore, principal, spectrum_of
 from gmem_bank.ops import PathLike
@@ -39,6 +39,7 @@ from gmem_bank.space import TINY_NORM
 from gmem_bank.storage import num_bytes
 from gmem_bank.storage.rules import MAX_RANK
 from gmem_bank.stored_fit import measure, put_into, put_shapes
+from gmem_bank.summing import gather_moments
 from gmem_bank.threads import one_thread_a_product
 
 FIELDS = (

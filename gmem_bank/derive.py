@@ -19,7 +19,7 @@ from gmem_bank.errors import ConceptExistsError, first_three
 from gmem_bank.mixing import Resolve, check_way, compose_snippet, interpolate_snippets, read_terms
 from gmem_bank.ops import PathLike, check_concept_name
 from gmem_bank.provenance import Json, Source, sha256_of_file
-from gmem_bank.query import snippet_of
+from gmem_bank.resolving import snippet_of
 from gmem_bank.rewrite import join_if_many
 from gmem_bank.vectors import new_vectors
 

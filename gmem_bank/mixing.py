@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from gmem_bank import manipulate
 from gmem_bank.bank import MemoryBank
 from gmem_bank.errors import ConfigError, GMemError, suggest
-from gmem_bank.query import snippet_of
+from gmem_bank.resolving import snippet_of
 from gmem_bank.space import to_space, unusable_rows
 
 Resolve = Callable[[MemoryBank, str], NDArray[np.float32]]

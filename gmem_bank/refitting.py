@@ -14,13 +14,14 @@ import numpy as np
 from gmem_bank.bank import MemoryBank
 from gmem_bank.draft import Draft
 from gmem_bank.errors import ConfigError
-from gmem_bank.fitting import gather_moments, project_rows
+from gmem_bank.fitting import project_rows
 from gmem_bank.kinds import FactoredBank
 from gmem_bank.moments import principal
 from gmem_bank.provenance import Json
 from gmem_bank.segment_rows import plan_for, rows_of
 from gmem_bank.storage.rules import COEFFICIENT_DTYPES
 from gmem_bank.stored_fit import measure, put_into
+from gmem_bank.summing import gather_moments
 
 
 def require_factored(bank: MemoryBank) -> None:

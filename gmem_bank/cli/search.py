@@ -56,7 +56,7 @@ from gmem_bank.console import (
 @click.option(
     "--update",
     is_flag=True,
-    help="Follow the bank's inserts and removals, without training anew: "
+    help="Follow the bank's inserts, removals and undos, without training anew: "
     "clusters stay as removed rows have made them, so that deletion on request wants a new index.",
 )
 @click.option(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import gmem_bank
-from gmem_bank import fitting, kinds, moments, segment_rows
+from gmem_bank import kinds, moments, segment_rows, summing
 from gmem_bank.cli import main
 from gmem_bank.errors import (
     ConceptExistsError,
@@ -107,7 +107,7 @@ def test_a_planted_spectrum_is_recovered(
 ) -> None:
     """To 1e-5 down to a hundredth of the largest, with a large mean too, by float64 and by float32 products."""
     if not wide:
-        monkeypatch.setattr(fitting, "WIDE_PRODUCTS", 0)
+        monkeypatch.setattr(summing, "WIDE_PRODUCTS", 0)
     monkeypatch.setattr(segment_rows, "CHUNK_ROWS", 256)
     sigma = 30 * np.geomspace(1, 0.01, 12)
     values = planted(sigma, 2000, 32, mean)
@@ -281,7 +281,7 @@ def test_resumed_is_uninterrupted_byte_for_byte(
     """Stopped after any call of the progress, the same command ends with the same bytes, and leaves nothing hidden."""
     monkeypatch.setattr(segment_rows, "CHUNK_ROWS", 64)
     monkeypatch.setattr(moments, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(fitting, "WIDE_PRODUCTS", 0)
+    monkeypatch.setattr(summing, "WIDE_PRODUCTS", 0)
     bank = make_bank(snippets=spread(500), space="raw", kind=kind, rank=8, parts=(200, 300))
     calls: list[tuple[int, int]] = []
     gmem_bank.compress(bank.path, output="whole.safetensors", progress=lambda a, b: calls.append((a, b)), **goal)
@@ -327,7 +327,7 @@ def test_sums_of_another_bank_are_not_taken_up(make_bank: BankMaker, monkeypatch
 
 def test_bytes_do_not_depend_on_threads(make_bank: BankMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     """One worker or four; and a memory limit that leaves chunks as large changes nothing either."""
-    monkeypatch.setattr(fitting, "WIDE_PRODUCTS", 0)
+    monkeypatch.setattr(summing, "WIDE_PRODUCTS", 0)
     monkeypatch.setattr(segment_rows, "CHUNK_ROWS", 64)
     bank = make_bank(snippets=spread(700), space="raw")
     made = []

@@ -10,7 +10,7 @@ import pytest
 import threadpoolctl
 
 import gmem_bank
-from gmem_bank import compression, fitting, kinds, moments, quality, segment_rows
+from gmem_bank import compression, kinds, moments, quality, segment_rows, summing
 from gmem_bank.errors import CorruptError
 from gmem_bank.kinds import FactoredBank
 from gmem_bank.threads import in_order, one_thread_a_product
@@ -35,7 +35,7 @@ def error_over_optimum(values: np.ndarray, bank: FactoredBank) -> float:
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products in float32, as those of large banks."""
-    monkeypatch.setattr(fitting, "WIDE_PRODUCTS", 0)
+    monkeypatch.setattr(summing, "WIDE_PRODUCTS", 0)
     monkeypatch.setattr(segment_rows, "CHUNK_ROWS", 256)
 
 

@@ -31,7 +31,7 @@ from gmem_bank.errors import (
 )
 from gmem_bank.kinds import FactoredBank
 from gmem_bank.novelty import compare_with_bank
-from gmem_bank.query import snippet_or_image
+from gmem_bank.resolving import snippet_or_image
 from gmem_bank.selection import Selection, rows_selected
 from gmem_bank.storage import Payload, folder_store, hdf5_store, write
 from gmem_bank.vectors import new_vectors

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import gmem_bank
-from gmem_bank import query
+from gmem_bank import resolving
 from gmem_bank.cli import main
 from gmem_bank.errors import (
     ConfigError,
@@ -21,7 +21,8 @@ from gmem_bank.errors import (
     OutputExistsError,
     SourceError,
 )
-from gmem_bank.query import search, snippet_of
+from gmem_bank.query import search
+from gmem_bank.resolving import snippet_of
 from gmem_bank.selection import Selection
 from tests.conftest import BankMaker
 from tests.gmem_bank.test_index import clustered
@@ -262,7 +263,7 @@ def test_a_concept_is_asked_by_a_mean_that_takes_no_room(make_bank: BankMaker, s
     opened = gmem_bank.open(bank.path)
     snippet_of(opened, "all/0")  # what is kept once it is used
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(query, "CHUNK_VALUES", 1 << 14)
+        patch.setattr(resolving, "CHUNK_VALUES", 1 << 14)
         tracemalloc.start()
         try:
             found = snippet_of(opened, "all")

@@ -264,7 +264,7 @@ def test_a_signal_at_a_step_that_is_validated_loses_no_validation(bank: str) -> 
     assert lines("parts") == lines("whole")
 
 
-@pytest.mark.parametrize("where", ["before the last step", "in the last validation", "in the last preview"])
+@pytest.mark.parametrize("where", ["in the last step", "in the last validation", "in the last preview"])
 def test_a_signal_at_the_end_loses_neither_validation_nor_preview(
     bank: str, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,7 +276,7 @@ def test_a_signal_at_the_end_loses_neither_validation_nor_preview(
         accumulation=4, checkpoint_every=100,
     )  # fmt: skip
     whole = gmem_gen.train(bank, wanted, out="whole")
-    batches, maker, preview = [], loop.Trainer.evaluate, loop.write_preview
+    batches, maker, preview, step = [], loop.Trainer.evaluate, loop.write_preview, loop.Trainer.make_step
 
     def send(when: str) -> None:
         if when == where:
@@ -288,6 +288,11 @@ def test_a_signal_at_the_end_loses_neither_validation_nor_preview(
             send("in the last validation")
         return maker(self, network, batch)
 
+    def made(self: Trainer, *args: Callable[[], tuple[bool, ...]]) -> object:
+        if self.step == 5:
+            send("in the last step")
+        return step(self, *args)
+
     def drawn(*args: object) -> Path:
         send("in the last preview")
         return preview(*args)
@@ -295,12 +300,7 @@ def test_a_signal_at_the_end_loses_neither_validation_nor_preview(
     with monkeypatch.context() as patch:
         patch.setattr(loop.Trainer, "evaluate", evaluate)
         patch.setattr(loop, "write_preview", drawn)
-        real = loop.Loop._report
-        patch.setattr(
-            loop.Loop,
-            "_report",
-            lambda self, step: (self.trainer.step == 6 and send("before the last step"), real(self, step)),
-        )
+        patch.setattr(loop.Trainer, "make_step", made)
         report = gmem_gen.train(bank, wanted, out="parts", handle_signals=True)
     assert (report.step, report.stopped, report.best) == (6, "signal", None)
     assert len(batches) == (where == "in the last validation")

@@ -61,6 +61,8 @@ class ShardsReport:
     num_shards: int
     num_resumed: int
     """Shards that an earlier, interrupted run had left."""
+    num_damaged: int
+    """Shards that were there and not as they were written: made anew."""
     seconds: float
 
     def to_json(self) -> dict[str, Json]:
@@ -111,7 +113,11 @@ def write_image_shards(
     folder = Path(output)
     with atomic.locked(folder):
         writer = ShardWriter(folder, {**work.plan, **job.plan(), "dtype": dtype}, overwrite=overwrite)
-        missing = [] if writer.finished else [number for number in range(job.num_shards) if not writer.has(number)]
+        there = [number for number in range(job.num_shards) if writer.has(number)]
+        sound = {number for number in there if writer.is_sound(number)}
+        missing = [number for number in range(job.num_shards) if number not in sound]
+        if missing or not writer.finished:
+            writer.reopen()
         with contextlib.closing(job.encode(missing, num_workers, progress)) as encoded:
             for number, keys, arrays in encoded:
                 _write(writer, number, keys, arrays, work, dtype)
@@ -121,7 +127,7 @@ def write_image_shards(
     shards = Shards(folder)
     return ShardsReport(
         output=str(folder), num_rows=len(shards), shape=list(shards.shape), num_shards=job.num_shards,
-        num_resumed=job.num_shards - len(missing), seconds=round(time.perf_counter() - started, 3),
+        num_resumed=len(sound), num_damaged=len(there) - len(sound), seconds=round(time.perf_counter() - started, 3),
     )  # fmt: skip
 
 

@@ -69,5 +69,6 @@ def encode(
     if as_json:
         print_json(report.to_json())
         return
+    remade = f", of which {report.num_damaged} were damaged and made anew" if report.num_damaged else ""
     shape = " × ".join(map(str, report.shape))
-    click.echo(f"{report.output}: {report.num_rows} latents of {shape}, {report.num_shards} shards")
+    click.echo(f"{report.output}: {report.num_rows} latents of {shape}, {report.num_shards} shards{remade}")

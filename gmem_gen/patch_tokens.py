@@ -59,6 +59,10 @@ class PatchTokens:
             )  # fmt: skip
         self._grid = grid
 
+    def require_sound(self) -> None:
+        """Read the files through once; raises CorruptError for one that is not what was written."""
+        self._shards.require_sound()
+
     def record(self) -> dict[str, Any]:
         """Return what a checkpoint remembers of them."""
         encoder = self._shards.facts.get("encoder")

@@ -155,6 +155,8 @@ def train(
         split, facts = _split(opened, join, resolved), _token_facts(tokens, checkpoint)
         _require_still_held(run, checkpoint, join.keys, split)
         with cpu_threads(resolved.train.num_threads), kept_memory(processes.device), writing(run):
+            if tokens is not None:
+                tokens.require_sound()
             with processes.first_goes_first():
                 ready = planned.open(run / "cache", read_progress)
             trainer = Trainer(opened, resolved, ready, join, processes, split=split, tokens=tokens, facts=facts)

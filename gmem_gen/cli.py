@@ -40,10 +40,12 @@ def main(traceback: bool) -> None:
 def _resolved(preset: str, config_file: str | None, settings: tuple[str, ...]) -> Any:
     import gmem_gen
 
-    config = gmem_gen.preset(preset)
+    with gmem_bank.usage_errors():
+        config = gmem_gen.preset(preset)
     if config_file is not None:
         config = gmem_gen.load_config(config_file, config)
-    return gmem_gen.apply_settings(config, settings)
+    with gmem_bank.usage_errors():
+        return gmem_gen.apply_settings(config, settings)
 
 
 @main.command()

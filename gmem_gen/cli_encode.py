@@ -60,11 +60,13 @@ def encode(
     from gmem_gen.runtime import pick_device
 
     where = Weights(place=weights, revision=revision, posterior=posterior)
+    with gmem_bank.usage_errors():
+        computing = str(pick_device(device))
     with gmem_bank.ProgressBar("encode", "image", quiet=quiet) as progress:
         report = gmem_gen.encode(
             bank, tokenizer, output, weights=where, image_size=image_size, flip=flip,
             dtype=dtype, images=images or None, allow_missing=allow_missing, batch_size=batch_size, num_workers=workers,
-            overwrite=overwrite, device=str(pick_device(device)), progress=progress,
+            overwrite=overwrite, device=computing, progress=progress,
         )  # fmt: skip
     if as_json:
         print_json(report.to_json())

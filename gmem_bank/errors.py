@@ -26,6 +26,7 @@ A message says what happened, where, and what to do next. `assert` is kept for o
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from typing import Any
@@ -147,6 +148,16 @@ def first_three(names: Sequence[str]) -> str:
     """Return up to three names quoted, and how many more there are."""
     shown = ", ".join(repr(name) for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def why_not_loaded(error: BaseException) -> str:
+    """Return in some words why torch's safe reader refused a file, without its advice to read the file unsafely."""
+    text = str(error)
+    asked = re.search(r"GLOBAL `?([\w.]+)", text)
+    if asked:
+        return f"it asks for {asked[1][:100]}"
+    lines = [line.strip() for line in text.splitlines() if "weights_only" not in line and "torch.load" not in line]
+    return next((line[:200] for line in lines if line), type(error).__name__)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -230,7 +230,7 @@ def load_checkpoint(path: str | os.PathLike[str], *, weights: str = "ema", devic
 
     Args:
         path: a run's folder (its newest checkpoint is taken) or a checkpoint's.
-        weights: "ema" (averaged), "ema-<decay>" (another average of `train.ema_decay`) or "model" (as trained last).
+        weights: "ema" (averaged by the first of `train.ema_decay`), "ema-<decay>" (by that one) or "model" (as trained last).
         device: where to put the model.
 
     Raises:
@@ -250,6 +250,7 @@ def load_checkpoint(path: str | os.PathLike[str], *, weights: str = "ema", devic
     try:
         config = Config.from_mapping(state["config"])
         model = make_model(config, LatentShape(**state["latent"]), int(state["bank"]["dim"]))
+        weights = own_name(weights, config)
         tensors = read_tensors(checkpoint, weights_file(_known(weights, state, checkpoint)))
         prefix = "" if weights == "model" else "module."
         model.load_state_dict({name.removeprefix(prefix): t for name, t in tensors.items() if name != "n_averaged"})
@@ -272,6 +273,11 @@ def load_checkpoint(path: str | os.PathLike[str], *, weights: str = "ema", devic
         tokenizer=tokenizers.upgraded(state["tokenizer"], model.latent),
         classes=tuple(state.get("classes", ())),
     )
+
+
+def own_name(weights: str, config: Config) -> str:
+    """Return the name of weights as they are stored: the first average is "ema", also where its decay is named."""
+    return "ema" if weights == f"ema-{config.train.ema_decay[0]!r}" else weights
 
 
 def _known(weights: str, state: dict[str, Any], checkpoint: Path) -> str:

@@ -157,6 +157,8 @@ def test_several_averages_at_once(bank: str) -> None:
         assert all(torch.equal(both[name][key], alone[key]) for key in alone)
         loaded = gmem_gen.load_checkpoint("both", weights=name).model.state_dict()
         assert all(torch.equal(loaded[key], both[name]["module." + key]) for key in loaded)
+    first, named = (gmem_gen.load_checkpoint("both", weights=name).model.state_dict() for name in ("ema", "ema-0.9"))
+    assert all(torch.equal(first[name], named[name]) for name in first)
     with pytest.raises(ConfigError, match=r"'ema', 'ema-0\.5', 'model'.*not 'ema-0\.7'"):
         gmem_gen.load_checkpoint("both", weights="ema-0.7")
     assert gmem_gen.apply_settings(Config(), ["train.ema_decay=0.5"]).train.ema_decay == (0.5,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from typing import Any
 
 import click
@@ -138,7 +139,7 @@ def train(
     elif leads:
         click.echo(_ended(report))
     if report.stopped == "signal":
-        raise click.exceptions.Exit(130)
+        raise click.exceptions.Exit(128 + (report.signal or signal.SIGINT))  # as shells have it
 
 
 def _ended(report: Any) -> str:

@@ -85,6 +85,8 @@ class TrainReport:
     num_processes: int
     stopped: str
     """"budget", "time", "signal" or "nothing to do"."""
+    signal: int | None
+    """Its number, where this process got one: 2 for Ctrl-C, 15 for SIGTERM."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as a JSON object."""
@@ -256,6 +258,7 @@ def _ended(loop: Loop, reason: str) -> TrainReport:
         best=trainer.best,
         num_processes=trainer.processes.count,
         stopped=reason,
+        signal=loop.stop.signal,
     )
 
 

@@ -422,6 +422,25 @@ def test_a_signal_saves_and_the_same_command_goes_on(bank: str) -> None:
     assert gmem_gen.train(bank, config(), out="run").step == 6
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_command_ends_as_shells_have_it(bank: str, number: int, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 and the signal's number, having saved."""
+    from click.testing import CliRunner
+
+    from gmem_gen.cli import main
+
+    def interrupt(bar: gmem_bank.ProgressBar, done: int, total: int) -> None:
+        if bar._label == "train" and done == 3:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(gmem_bank.ProgressBar, "__call__", interrupt)
+    Path("settings.toml").write_text(config().to_toml())
+    result = CliRunner().invoke(main, ["train", "-b", bank, "--config", "settings.toml", "-o", "run", "-q", "--json"])
+    assert result.exit_code == code, result.output
+    assert json.loads(result.stdout)["signal"] == number
+    assert checkpoints.list_checkpoints(Path("run"))
+
+
 def test_a_projection_head_learns_from_patch_tokens(bank: str) -> None:
     """A step with tokens moves the head; the command, which has none, refuses."""
     from gmem_gen import conditioning, stepping

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -148,6 +148,22 @@ def first_three(names: Sequence[str]) -> str:
     """Return up to three names quoted, and how many more there are."""
     shown = ", ".join(repr(name) for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def unusable_images(reasons: Mapping[str, str], total: int) -> SourceError:
+    """Return the error for images that a bank has rows of and that can no longer be read.
+
+    Args:
+        reasons: key → why; the first ten are told.
+        total: images that were looked at.
+    """
+    told = [f"{key!r} ({reason})" for key, reason in list(reasons.items())[:10]]
+    more = f" and {len(reasons) - len(told)} more" if len(reasons) > len(told) else ""
+    return SourceError(
+        f"{len(reasons)} of {total} images cannot be used: {', '.join(told)}{more}. They could be read when the bank was built: "
+        "restore them, give another folder with --images, or remove their rows with 'gmem-bank remove --key KEY'",
+        key=next(iter(reasons)),
+    )
 
 
 def why_not_loaded(error: BaseException) -> str:

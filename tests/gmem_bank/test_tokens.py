@@ -112,7 +112,9 @@ def test_refusals(bank, photos: Path) -> None:
         found.read(np.array([len(found)]))
     [key] = opened.keys(np.array([3]))
     (photos / key).unlink()
-    with pytest.raises(SourceError, match="restore it, or give another folder"):
+    with pytest.raises(
+        SourceError, match=rf"1 of \d+ images cannot be used: '{key}' .*restore them, give another folder"
+    ):
         gmem_bank.write_tokens(opened, encoder, "again")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -173,6 +174,32 @@ def test_work_that_made_nothing_is_not_in_the_way(bank: str, weights: Path, phot
     assert {path.name for path in Path("lat").iterdir() if not path.name.startswith(".")} == {"plan.json"}
     image.write_bytes(data)
     assert encode(bank, weights, dtype="f32").num_rows == 24
+
+
+def test_unreadable_images_are_told_together(
+    bank: str, weights: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By encode and by a training on pixels; shards without them stand, and go on once the images are restored."""
+    monkeypatch.setattr(latents, "SHARD_ROWS", 8)
+    keys = [gmem_bank.open(bank).keys(np.array([row]))[0] for row in (1, 17)]
+    whole = {key: ((photos / key).read_bytes(), (photos / key).stat()) for key in keys}
+    encode(bank, weights, "whole", batch_size=4)
+    for key in keys:
+        (photos / key).write_bytes(b"x" * whole[key][1].st_size)
+        os.utime(photos / key, ns=(0, whole[key][1].st_mtime_ns))
+    said = rf"2 of 24 images cannot be used: '{keys[0]}' \(.*\), '{keys[1]}' \(.*gmem-bank remove --key"
+    with pytest.raises(SourceError, match=said):
+        encode(bank, weights, batch_size=4)
+    for _ in range(2):
+        with pytest.raises(SourceError, match=said):
+            gmem_gen.train(bank, config("data.allow_missing=true"), out="run")
+    for key in keys:
+        (photos / key).write_bytes(whole[key][0])
+        os.utime(photos / key, ns=(0, whole[key][1].st_mtime_ns))
+    assert encode(bank, weights, batch_size=4).num_resumed == 1
+    found, wanted = gmem_bank.Shards("lat"), gmem_bank.Shards("whole")
+    np.testing.assert_array_equal(found.read(np.arange(24)), wanted.read(np.arange(24)))
+    assert gmem_gen.train(bank, config(), out="run").num_images == 24
 
 
 @pytest.mark.slow

@@ -166,6 +166,11 @@ def unusable_images(reasons: Mapping[str, str], total: int) -> SourceError:
     )
 
 
+def reason_of(error: BaseException) -> str:
+    """Return what an error says; of one of the operating system's its words alone, without number and path."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 def why_not_loaded(error: BaseException) -> str:
     """Return in some words why torch's safe reader refused a file, without its advice to read the file unsafely."""
     text = str(error)

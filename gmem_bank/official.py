@@ -70,7 +70,7 @@ def check_torch_archive(
             checkable = not foreign and not packed and all(entry.CRC for entry in entries)
             damaged = archive.testzip() if checkable else None
     except FileNotFoundError as error:
-        raise errors.BankNotFoundError(f"no file at {path}: name the .pth file to import", path=path) from error
+        raise errors.BankNotFoundError(f"no file at {path}: name the file to import", path=path) from error
     except OSError as error:
         raise FormatError(f"it could not be read: {error.strerror or error}") from error
     except (zipfile.BadZipFile, RuntimeError, ValueError, EOFError) as error:

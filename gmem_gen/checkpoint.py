@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gmem_bank.errors import CheckpointError, ConfigError, GMemError, WriteError
+from gmem_bank.errors import CheckpointError, ConfigError, GMemError, WriteError, reason_of
 from gmem_gen import tokenizers
 from gmem_gen.config import Config
 from gmem_gen.model import Generator, LatentShape
@@ -174,6 +174,17 @@ def set_aside_after(checkpoint: Path) -> list[Path]:
     return moved
 
 
+def _instead(checkpoint: Path) -> str:
+    """Return what to do where a checkpoint is damaged: the one before it is named where there is one."""
+    found = list_checkpoints(checkpoint.parent.parent)
+    if checkpoint not in found[1:]:
+        return f"delete the folder {checkpoint}, and go on from another, or train again"
+    return (
+        f"sample from the one before it with --checkpoint {found[found.index(checkpoint) - 1]}; to train on from that give "
+        f"--resume-from previous, or delete the folder {checkpoint}"
+    )
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return a checkpoint's state.json; raises CheckpointError."""
     try:
@@ -182,8 +193,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             raise ValueError("it is incomplete")
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{checkpoint} is not a checkpoint that can be read ({error}): delete that folder, or train with --resume-from "
-            "previous, to go on from the one before it",
+            f"{checkpoint} is not a checkpoint that can be read ({reason_of(error)}): {_instead(checkpoint)}",
             path=checkpoint,
         ) from error
     return state
@@ -197,8 +207,7 @@ def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
         return load_file(checkpoint / name)
     except (OSError, KeyError, SafetensorError) as error:
         raise CheckpointError(
-            f"{checkpoint / name} is damaged ({error}): delete the folder {checkpoint}, or train with --resume-from previous, to "
-            "go on from the checkpoint before it",
+            f"{checkpoint / name} is damaged ({reason_of(error)}): {_instead(checkpoint)}",
             path=checkpoint / name,
         ) from error
 

@@ -16,7 +16,7 @@ from gmem_gen.cli_shared import bank_option, json_option, print_json, quiet_opti
     "weights",
     default="",
     metavar="PLACE",
-    help="A folder or file, or OWNER/NAME on the hub; default: the tokenizer's own repository there.",
+    help="A folder or file, or OWNER/NAME on the hub; default: the tokenizer's own repository there (taef2, va-vae: none).",
 )
 @click.option("--revision", default="", help="Of the hub: a branch, tag or commit; default: the main branch.")
 @click.option("--output", "-o", default="latents", show_default=True, metavar="FOLDER", help="The folder to write.")

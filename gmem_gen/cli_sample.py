@@ -275,7 +275,11 @@ def _print_report(report: Any, label: str, files: Any, as_json: bool) -> None:
             f"{report.num_drawn} samples drawn in {report.seconds} s; those of other processes are still missing"
         )
         return
-    there = f", {present} of them were there already or are of other processes" if present else ""
+    if not report.num_drawn:
+        click.echo(f"{files.grid}: all {present} samples of {label!r} were there already, NFE {record['nfe']}")
+        return
+    others = " or are of other processes" if record.get("num_shards", 1) > 1 else ""
+    there = f", {present} of them were there already{others}" if present else ""
     click.echo(
         f"{files.grid}: {report.num_images} samples of {label!r}{there}, NFE {record['nfe']}, {report.seconds} s"
     )

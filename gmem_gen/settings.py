@@ -150,8 +150,8 @@ class ModelConfig:
         _require(0 <= self.num_classes <= 10**7, "model", "num_classes", self.num_classes, "0 to 10000000")
         _require(0 <= self.projection_dim <= 65_536, "model", "projection_dim", self.projection_dim, "0 to 65536")
         _require(self.encoder_depth >= 1, "model", "encoder_depth", self.encoder_depth, "at least 1")
-        _require(not self.projection_dim or self.encoder_depth <= self.depth, "model", "encoder_depth",
-                 self.encoder_depth, f"at most model.depth, which is {self.depth}")  # fmt: skip
+        _require(not self.projection_dim or self.encoder_depth <= self.depth, "model", "encoder_depth", self.encoder_depth,
+                 f"at most model.depth, which is {self.depth} (--set model.encoder_depth={self.depth})")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

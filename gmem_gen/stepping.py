@@ -144,6 +144,8 @@ class Trainer:
             checkpoints.restore_optimizer(self.optimizer, names, checkpoints.read_tensors(where, checkpoints.OPTIMIZER))
             if self.scaler.is_enabled() and state.get("scaler"):
                 self.scaler.load_state_dict(state["scaler"])
+        except CheckpointError:
+            raise  # it is a ValueError too, and says already what to do
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{where} does not fit this training: {error}", path=where) from error
         self.step, self.elapsed = resumption.step, resumption.elapsed
@@ -226,7 +228,7 @@ class Trainer:
         if math.isfinite(loss) and (math.isfinite(norm) or overflow):
             return
         raise GMemError(
-            f"the loss became {loss} (gradient norm {norm}) at step {self.step}: earlier checkpoints stand. "
+            f"the loss became {loss} (gradient norm {norm}) at step {self.step}: checkpoints that were saved stand. "
             "Lower train.learning_rate, or set train.clip_norm"
         )
 

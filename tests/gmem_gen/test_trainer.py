@@ -256,13 +256,15 @@ def test_a_damaged_checkpoint_is_named_not_skipped(bank: str) -> None:
     newest = checkpoints.list_checkpoints(Path("run"))[-1]
     path = newest / checkpoints.MODEL
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(CheckpointError, match="delete the folder"):
+    with pytest.raises(CheckpointError, match="delete the folder") as caught:
         gmem_gen.train(bank, config(max_steps=8), out="run")
+    assert str(caught.value).count("model.safetensors") == 1
+    assert "does not fit" not in str(caught.value)
     path = newest / checkpoints.EMA
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match="do not match the hash"):
+    with pytest.raises(CheckpointError, match=r"do not match the hash.*--checkpoint run/checkpoints/step-00000004;"):
         gmem_gen.load_checkpoint("run")
     (newest / checkpoints.STATE).write_text("{")
     with pytest.raises(CheckpointError, match="step-00000006"):

@@ -377,7 +377,7 @@ def test_not_a_number_leaves_sound_checkpoints(bank: str, monkeypatch: pytest.Mo
         return real(*args, **options) * (float("nan") if len(calls) == 5 else 1.0)
 
     monkeypatch.setattr(terms, "squared_errors", poisoned)
-    with pytest.raises(GMemError, match=r"became nan.*step 4.*earlier checkpoints stand"):
+    with pytest.raises(GMemError, match=r"became nan.*step 4.*checkpoints that were saved stand"):
         gmem_gen.train(bank, config(), out="run")
     found = gmem_gen.load_checkpoint("run", weights="model")
     assert found.step == 4

@@ -142,3 +142,9 @@ def test_a_file_of_settings_says_where_it_is_wrong() -> None:
             load_config(path)
     with pytest.raises(ConfigError, match=r"could not read the configuration nope\.toml: No such file or directory$"):
         load_config("nope.toml")
+
+
+def test_a_shallow_model_with_a_projection_head_is_told_what_to_set() -> None:
+    """The block that the head looks at lies within the model."""
+    with pytest.raises(ConfigError, match=r"encoder_depth .*--set model\.encoder_depth=2"):
+        apply_settings(Config(), ["model.depth=2", "model.projection_dim=5"])

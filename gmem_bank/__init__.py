@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from gmem_bank.compression import compress as compress
     from gmem_bank.console import CommandGroup as CommandGroup
     from gmem_bank.console import parse_parameters as parse_parameters
+    from gmem_bank.console import usage_errors as usage_errors
     from gmem_bank.decoding import read_image as read_image
     from gmem_bank.derive import compose as compose
     from gmem_bank.derive import interpolate as interpolate
@@ -122,7 +123,7 @@ _DOOR = {
     "combine": ("merge",),
     "compare": ("DiffReport", "diff"),
     "compression": ("compress",),
-    "console": ("CommandGroup", "parse_parameters"),
+    "console": ("CommandGroup", "parse_parameters", "usage_errors"),
     "decoding": ("read_image",),
     "derive": ("compose", "interpolate"),
     "editing": ("EditReport",),

@@ -26,7 +26,8 @@ A message says what happened, where, and what to do next. `assert` is kept for o
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -147,6 +148,37 @@ def first_three(names: Sequence[str]) -> str:
     """Return up to three names quoted, and how many more there are."""
     shown = ", ".join(repr(name) for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def unusable_images(reasons: Mapping[str, str], total: int) -> SourceError:
+    """Return the error for images that a bank has rows of and that can no longer be read.
+
+    Args:
+        reasons: key → why; the first ten are told.
+        total: images that were looked at.
+    """
+    told = [f"{key!r} ({reason})" for key, reason in list(reasons.items())[:10]]
+    more = f" and {len(reasons) - len(told)} more" if len(reasons) > len(told) else ""
+    return SourceError(
+        f"{len(reasons)} of {total} images cannot be used: {', '.join(told)}{more}. They could be read when the bank was built: "
+        "restore them, give another folder with --images, or remove their rows with 'gmem-bank remove --key KEY'",
+        key=next(iter(reasons)),
+    )
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what an error says; of one of the operating system's its words alone, without number and path."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def why_not_loaded(error: BaseException) -> str:
+    """Return in some words why torch's safe reader refused a file, without its advice to read the file unsafely."""
+    text = str(error)
+    asked = re.search(r"GLOBAL `?([\w.]+)", text)
+    if asked:
+        return f"it asks for {asked[1][:100]}"
+    lines = [line.strip() for line in text.splitlines() if "weights_only" not in line and "torch.load" not in line]
+    return next((line[:200] for line in lines if line), type(error).__name__)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from gmem_bank.bank import MemoryBank
 from gmem_bank.decode_pool import Decoded
 from gmem_bank.encoding import encoded_ahead, workers_for
-from gmem_bank.errors import ConfigError, SourceError
+from gmem_bank.errors import ConfigError, SourceError, unusable_images
 from gmem_bank.interface import ImagesFrom
 from gmem_bank.listing import Digest, Item
 from gmem_bank.locating import locate
@@ -61,6 +61,8 @@ class ShardsReport:
     num_shards: int
     num_resumed: int
     """Shards that an earlier, interrupted run had left."""
+    num_damaged: int
+    """Shards that were there and not as they were written: made anew."""
     seconds: float
 
     def to_json(self) -> dict[str, Json]:
@@ -100,7 +102,8 @@ def write_image_shards(
         progress: told images done and images in all.
 
     Raises:
-        SourceError: an image is gone or cannot be decoded; finished shards stay, and the same call goes on.
+        SourceError: images are gone or cannot be decoded, all of them named; shards without them are written, and the same
+            call goes on.
         OutputExistsError: the folder holds something else.
     """
     started = time.perf_counter()
@@ -111,7 +114,11 @@ def write_image_shards(
     folder = Path(output)
     with atomic.locked(folder):
         writer = ShardWriter(folder, {**work.plan, **job.plan(), "dtype": dtype}, overwrite=overwrite)
-        missing = [] if writer.finished else [number for number in range(job.num_shards) if not writer.has(number)]
+        there = [number for number in range(job.num_shards) if writer.has(number)]
+        sound = {number for number in there if writer.is_sound(number)}
+        missing = [number for number in range(job.num_shards) if number not in sound]
+        if missing or not writer.finished:
+            writer.reopen()
         with contextlib.closing(job.encode(missing, num_workers, progress)) as encoded:
             for number, keys, arrays in encoded:
                 _write(writer, number, keys, arrays, work, dtype)
@@ -121,7 +128,7 @@ def write_image_shards(
     shards = Shards(folder)
     return ShardsReport(
         output=str(folder), num_rows=len(shards), shape=list(shards.shape), num_shards=job.num_shards,
-        num_resumed=job.num_shards - len(missing), seconds=round(time.perf_counter() - started, 3),
+        num_resumed=len(sound), num_damaged=len(there) - len(sound), seconds=round(time.perf_counter() - started, 3),
     )  # fmt: skip
 
 
@@ -188,17 +195,25 @@ class _Job:
         )
         workers = workers_for(num_workers, num_missing)
         progress(done, len(self))
+        unusable: dict[str, str] = {}  # all are found before any is told; shards without them are written meanwhile
         with contextlib.closing(
             encoded_ahead(batches, self._work.preprocessing, workers, _all(self._work.make))
         ) as made:
             for number, shard in wanted:
                 parts: list[Arrays] = []
-                for _ in range(0, len(shard), size):
-                    parts.append(next(made))
-                    done += len(parts[-1]["values"])
+                for at in range(0, len(shard), size):
+                    part = next(made)
+                    if isinstance(part, _Unusable):
+                        unusable |= part.reasons
+                    else:
+                        parts.append(part)
+                    done += len(shard[at : at + size])
                     progress(done, len(self))
-                joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-                yield number, [key for key, _ in shard], joined
+                if len(parts) * size >= len(shard):
+                    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+                    yield number, [key for key, _ in shard], joined
+        if unusable:
+            raise unusable_images(unusable, num_missing)
 
     def _item(self, key: str, row: int) -> Item:
         stored = key.removesuffix(FLIP_SUFFIX)
@@ -207,20 +222,21 @@ class _Job:
         return replace(found, key=key, flipped=key.endswith(FLIP_SUFFIX))
 
 
+@dataclass(frozen=True)
+class _Unusable:
+    """Of a batch: its images that cannot be read, key → why."""
+
+    reasons: dict[str, str]
+
+
 def _all(
     make: Callable[[NDArray[np.uint8]], Arrays],
-) -> Callable[[Sequence[Item], Decoded], Arrays]:
+) -> Callable[[Sequence[Item], Decoded], Arrays | _Unusable]:
     """Return what works on a decoded batch, all of whose images have to be there."""
 
-    def work(own: Sequence[Item], decoded: Decoded) -> Arrays:
-        for item, reason in zip(own, decoded.reasons, strict=True):
-            if reason is not None:
-                raise SourceError(
-                    f"the image of row {item.key!r} cannot be used: {reason}. It could be read when the bank was built: restore "
-                    "it, or give another folder with --images",
-                    key=item.key,
-                )
-        return make(decoded.crops)
+    def work(own: Sequence[Item], decoded: Decoded) -> Arrays | _Unusable:
+        reasons = {item.key: why for item, why in zip(own, decoded.reasons, strict=True) if why is not None}
+        return _Unusable(reasons) if reasons else make(decoded.crops)
 
     return work
 

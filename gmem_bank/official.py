@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmem_bank import errors, factors
-from gmem_bank.errors import CorruptError, FormatError
+from gmem_bank.errors import CorruptError, FormatError, why_not_loaded
 from gmem_bank.provenance import Json
 from gmem_bank.space import Space, all_finite, to_space, unusable_rows
 
@@ -70,7 +70,7 @@ def check_torch_archive(
             checkable = not foreign and not packed and all(entry.CRC for entry in entries)
             damaged = archive.testzip() if checkable else None
     except FileNotFoundError as error:
-        raise errors.BankNotFoundError(f"no file at {path}: name the .pth file to import", path=path) from error
+        raise errors.BankNotFoundError(f"no file at {path}: name the file to import", path=path) from error
     except OSError as error:
         raise FormatError(f"it could not be read: {error.strerror or error}") from error
     except (zipfile.BadZipFile, RuntimeError, ValueError, EOFError) as error:
@@ -92,10 +92,9 @@ def read_official(path: Path, space: Space) -> Official:
     try:
         loaded = torch.load(str(path), weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:  # a hostile structure makes the reader raise anything
-        reason = str(error).strip().partition("\n")[0][:200]
         raise FormatError(
-            f"it holds more than tensors and numbers, or is damaged; nothing in it was executed ({reason}): have its maker save "
-            "a plain tensor or the dictionary of a factored bank"
+            f"it holds more than tensors and numbers, or is damaged; nothing in it was executed ({why_not_loaded(error)}): "
+            "have its maker save a plain tensor or the dictionary of a factored bank"
         ) from error
     most = path.stat().st_size
     if isinstance(loaded, torch.Tensor):

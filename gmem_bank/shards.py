@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,12 @@ from numpy.typing import NDArray
 
 from gmem_bank import keys as key_tables
 from gmem_bank.errors import CorruptError, FormatError, OutputExistsError, SourceError, UnknownKeyError, first_three
-from gmem_bank.provenance import Json, canonical_json
+from gmem_bank.progress import Progress, no_progress
+from gmem_bank.provenance import Json, canonical_json, sha256_of
 from gmem_bank.segments import narrow, widen
-from gmem_bank.storage import atomic, container
-from gmem_bank.storage.payload import NUMPY_DTYPE, Payload
+from gmem_bank.shard_file import REMEDY, STORED, ShardFile, write_shard
+from gmem_bank.storage import atomic
+from gmem_bank.storage.payload import Payload
 
 INDEX = "index.json"
 PLAN = "plan.json"
@@ -39,9 +40,8 @@ FORMAT = "gmem-shards"
 VERSION = 1
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 """--dtype on the command line → type of the values in the files."""
-STORED = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-"""How NumPy holds them: bfloat16 as its bits."""
-PAGE = 4096
+READERS = 4
+"""Threads that read shards through."""
 MOST_OPEN = 512
 """Shards that are open at a time, or half of the files that the process may open, where that is less."""
 
@@ -78,7 +78,7 @@ class ShardWriter:
                 f"{folder} holds other files, such as {foreign[0]!r}: give an empty folder", path=folder
             )
         if present and not same:
-            if not overwrite:
+            if not overwrite and present != {PLAN}:  # a plan alone is of work that failed before its first shard
                 raise OutputExistsError(
                     f"{folder} holds what was made from other rows or in another way: give another folder, or --overwrite",
                     path=folder,
@@ -90,12 +90,27 @@ class ShardWriter:
 
     @property
     def finished(self) -> bool:
-        """Whether every shard and the index are there."""
-        return (self.folder / INDEX).is_file()
+        """Whether the index is there, and is one; raises FormatError where a later version wrote it."""
+        try:
+            return bool(_read_index(self.folder))
+        except (SourceError, CorruptError):
+            return False
 
     def has(self, number: int) -> bool:
         """Say whether a shard is there."""
         return (self.folder / shard_name(number)).is_file()
+
+    def is_sound(self, number: int) -> bool:
+        """Say whether a shard is there and, read through, what was written."""
+        try:
+            ShardFile(self.folder / shard_name(number)).require_sound()
+        except (SourceError, CorruptError):
+            return False
+        return True
+
+    def reopen(self) -> None:
+        """Take the index away, where shards that it describes will be made anew."""
+        (self.folder / INDEX).unlink(missing_ok=True)
 
     def write(
         self, number: int, keys: Sequence[str], values: NDArray[np.float32], *, dtype: str = "f32",
@@ -122,18 +137,11 @@ class ShardWriter:
             **(entries or {}),
         }
         kinds = {name: DTYPES[dtype] if name == "values" else Payload.of(array).dtype for name, array in arrays.items()}
-        laid = _lay_out({name: (kinds[name], array.shape) for name, array in arrays.items()})
-        header = container.render(laid, {}, PAGE)
-        with atomic.replacing(
-            self.folder / shard_name(number), needed=sum(a.nbytes for a in arrays.values())
-        ) as stream:
-            stream.write(header)
-            for name in laid:
-                stream.write(np.ascontiguousarray(arrays[name]).data.cast("B") if arrays[name].size else b"")
+        write_shard(self.folder / shard_name(number), arrays, kinds)
 
     def entry(self, number: int, name: str) -> NDArray[Any]:
         """Return an entry of a shard that is there."""
-        return _Shard(self.folder / shard_name(number)).entry(name)
+        return ShardFile(self.folder / shard_name(number)).entry(name)
 
     def finish(self, num_shards: int, facts: Mapping[str, Json]) -> None:
         """Write the index, and with it declare the work done."""
@@ -141,76 +149,14 @@ class ShardWriter:
         shape: tuple[int, ...] = ()
         dtype = ""
         for number in range(num_shards):
-            shard = _Shard(self.folder / shard_name(number))
+            shard = ShardFile(self.folder / shard_name(number))
             counts.append(len(shard))
             shape, dtype = shard.shape, shard.dtype
-        record = {
-            "format": FORMAT, "version": VERSION, "num_rows": counts, "shape": list(shape), "dtype": dtype, "facts": dict(facts),
+        record: dict[str, Json] = {
+            "format": FORMAT, "version": VERSION, "num_rows": [*counts], "shape": [*shape], "dtype": dtype, "facts": dict(facts),
         }  # fmt: skip
+        record["sha256"] = sha256_of(record)
         atomic.write_bytes(self.folder / INDEX, (canonical_json(record) + "\n").encode())
-
-
-def _lay_out(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, container.Entry]:
-    """Place `values` first, where what follows stays aligned to its items, else largest items first."""
-    size = container.num_bytes(*shapes["values"])
-    if size % 8:
-        return container.lay_out(shapes)
-    rest = container.lay_out({name: shape for name, shape in shapes.items() if name != "values"})
-    first = container.Entry(name="values", dtype=shapes["values"][0], shape=shapes["values"][1], begin=0, end=size)
-    moved = {
-        name: container.Entry(name=name, dtype=e.dtype, shape=e.shape, begin=e.begin + size, end=e.end + size)
-        for name, e in rest.items()
-    }
-    return {"values": first, **moved}
-
-
-class _Shard:
-    """What one file holds, and where; it is open only while it is read (see `_Files`)."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            size = path.stat().st_size
-            with path.open("rb") as stream:
-                prefix = stream.read(container.PREFIX_BYTES)
-                header = stream.read(container.header_bytes_of(prefix, size))
-            self._parsed = container.parse(header, size)
-            values = self._parsed.entries["values"]
-            self.dtype, self._num_rows, self.shape = values.dtype, values.shape[0], values.shape[1:]
-            self.row_bytes = container.num_bytes(values.dtype, values.shape[1:])
-            self.start = self._parsed.data_start + values.begin
-            if self.dtype not in STORED:
-                raise ValueError(f"its values are {self.dtype}")
-            keys = self._parsed.entries["keys.offsets"].shape
-        except OSError as error:
-            raise SourceError(f"could not read {path}: {error.strerror or error}", path=path) from error
-        except (KeyError, ValueError, IndexError) as error:
-            raise CorruptError(f"{path} is damaged: {error}", path=path) from error
-        if keys != (self._num_rows + 1,):
-            raise CorruptError(f"{path} has keys of shape {list(keys)} for {self._num_rows} rows", path=path)
-
-    def __len__(self) -> int:
-        return self._num_rows
-
-    def entry(self, name: str) -> NDArray[Any]:
-        """Return a whole entry as an array; raises CorruptError where there is none of that name."""
-        entry = self._parsed.entries.get(name)
-        if entry is None:
-            raise CorruptError(f"{self.path} has no entry {name!r}", path=self.path, tensor=name)
-        dtype = np.dtype(NUMPY_DTYPE[entry.dtype])
-        with self.path.open("rb") as stream:
-            stream.seek(self._parsed.data_start + entry.begin)
-            array = np.fromfile(stream, dtype, math.prod(entry.shape))
-        if array.size != math.prod(entry.shape):
-            raise CorruptError(f"{self.path} was cut short", path=self.path, tensor=name)
-        return array.reshape(entry.shape)
-
-    def all_keys(self) -> Iterator[str]:
-        """Yield the keys."""
-        text, offsets = self.entry("keys.bytes"), self.entry("keys.offsets")
-        key_tables.require_offsets(offsets, len(text), self.path)
-        data = text.tobytes()
-        return (key_tables.decode(data[a:b], self.path) for a, b in pairwise(offsets.tolist()))
 
 
 class _File:
@@ -269,6 +215,29 @@ class _Files:
                 self._most = max(1, len(self._open))
 
 
+def _read_index(folder: Path) -> dict[str, Any]:
+    """Return what the index says; raises SourceError, or FormatError, or CorruptError for what can be made anew."""
+    path = folder / INDEX
+    if not path.is_file():
+        state = (
+            "unfinished: run the command that makes it again" if (folder / PLAN).is_file() else "no folder of shards"
+        )
+        raise SourceError(f"{folder} is {state}", path=folder)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        known = record["format"] == FORMAT and isinstance(record["version"], int)
+        fields = [record[name] for name in ("num_rows", "shape", "dtype", "facts")]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise CorruptError(f"{path} is not an index of shards: {reason}: {REMEDY}", path=path) from error
+    if not known or record["version"] > VERSION or not isinstance(fields[3], dict):
+        raise FormatError(f"{path} is of a version that this gmem does not know: install a newer one", path=path)
+    digest = record.pop("sha256", None)  # indexes of earlier versions have none
+    if digest is not None and digest != sha256_of(record):
+        raise CorruptError(f"{path} is damaged: its text has changed: {REMEDY}", path=path)
+    return dict(record)
+
+
 class Shards:
     """Arrays by key, each row by one read, from any thread.
 
@@ -282,7 +251,7 @@ class Shards:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        record = self._read_index()
+        record = _read_index(self.folder)
         self.facts: dict[str, Json] = record["facts"]
         """What was said of them: the encoder's fingerprint and more."""
         self.shape: tuple[int, ...] = tuple(record["shape"])
@@ -294,33 +263,25 @@ class Shards:
         # a damaged or foreign file is found at once, not in the middle of a training
         self._shards = [self._checked(number) for number in range(len(self._counts))]
 
-    def _read_index(self) -> dict[str, Any]:
-        path = self.folder / INDEX
-        if not path.is_file():
-            state = (
-                "unfinished: run the command that makes it again"
-                if (self.folder / PLAN).is_file()
-                else "no folder of shards"
-            )
-            raise SourceError(f"{self.folder} is {state}", path=self.folder)
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            known = record["format"] == FORMAT and isinstance(record["version"], int)
-            fields = [record[name] for name in ("num_rows", "shape", "dtype", "facts")]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FormatError(f"{path} is not an index of shards: {error!r}", path=path) from error
-        if not known or record["version"] > VERSION or not isinstance(fields[3], dict):
-            raise FormatError(f"{path} is of a version that this gmem does not know: install a newer one", path=path)
-        return dict(record)
-
-    def _checked(self, number: int) -> _Shard:
-        shard = _Shard(self.folder / shard_name(number))
+    def _checked(self, number: int) -> ShardFile:
+        shard = ShardFile(self.folder / shard_name(number))
         if (len(shard), list(shard.shape), shard.dtype) != (self._counts[number], list(self.shape), self._dtype):
-            raise CorruptError(f"{shard.path} is not the shard that {INDEX} describes", path=shard.path)
+            raise CorruptError(f"{shard.path} is not the shard that {INDEX} describes: {REMEDY}", path=shard.path)
         return shard
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def require_sound(self, progress: Progress = no_progress) -> None:
+        """Read every file through once; raises CorruptError for one that is not what was written.
+
+        Args:
+            progress: told rows checked and rows in all.
+        """
+        with ThreadPoolExecutor(READERS) as pool:
+            checks = pool.map(ShardFile.require_sound, self._shards)
+            for done, _ in zip(self._starts[1:].tolist(), checks, strict=True):
+                progress(done, len(self))
 
     def keys(self) -> list[str]:
         """Return all N keys."""

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gmem_bank.errors import CheckpointError, ConfigError, GMemError, WriteError
+from gmem_bank.errors import CheckpointError, ConfigError, GMemError, WriteError, reason_of
 from gmem_gen import tokenizers
 from gmem_gen.checkpoint_state import STATE, read_state, sync, write_state
 from gmem_gen.config import Config
@@ -185,6 +185,17 @@ def _free_name(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
+def _instead(checkpoint: Path) -> str:
+    """Return what to do where a checkpoint is damaged: the one before it is named where there is one."""
+    found = list_checkpoints(checkpoint.parent.parent)
+    if checkpoint not in found[1:]:
+        return f"delete the folder {checkpoint}, and go on from another, or train again"
+    return (
+        f"sample from the one before it with --checkpoint {found[found.index(checkpoint) - 1]}; to train on from that give "
+        f"--resume-from previous, or delete the folder {checkpoint}"
+    )
+
+
 def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
     """Return the tensors of one of a checkpoint's files; raises CheckpointError."""
     try:
@@ -193,8 +204,7 @@ def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
         return load_file(checkpoint / name)
     except (OSError, KeyError, SafetensorError) as error:
         raise CheckpointError(
-            f"{checkpoint / name} is damaged ({error}): delete the folder {checkpoint}, or train with --resume-from previous, to "
-            "go on from the checkpoint before it",
+            f"{checkpoint / name} is damaged ({reason_of(error)}): {_instead(checkpoint)}",
             path=checkpoint / name,
         ) from error
 
@@ -226,7 +236,7 @@ def load_checkpoint(path: str | os.PathLike[str], *, weights: str = "ema", devic
 
     Args:
         path: a run's folder (its newest checkpoint is taken) or a checkpoint's.
-        weights: "ema" (averaged), "ema-<decay>" (another average of `train.ema_decay`) or "model" (as trained last).
+        weights: "ema" (averaged by the first of `train.ema_decay`), "ema-<decay>" (by that one) or "model" (as trained last).
         device: where to put the model.
 
     Raises:
@@ -246,6 +256,7 @@ def load_checkpoint(path: str | os.PathLike[str], *, weights: str = "ema", devic
     try:
         config = Config.from_mapping(state["config"])
         model = make_model(config, LatentShape(**state["latent"]), int(state["bank"]["dim"]))
+        weights = own_name(weights, config)
         tensors = read_tensors(checkpoint, weights_file(_known(weights, state, checkpoint)))
         prefix = "" if weights == "model" else "module."
         model.load_state_dict({name.removeprefix(prefix): t for name, t in tensors.items() if name != "n_averaged"})
@@ -268,6 +279,11 @@ def load_checkpoint(path: str | os.PathLike[str], *, weights: str = "ema", devic
         tokenizer=tokenizers.upgraded(state["tokenizer"], model.latent),
         classes=tuple(state.get("classes", ())),
     )
+
+
+def own_name(weights: str, config: Config) -> str:
+    """Return the name of weights as they are stored: the first average is "ema", also where its decay is named."""
+    return "ema" if weights == f"ema-{config.train.ema_decay[0]!r}" else weights
 
 
 def _known(weights: str, state: dict[str, Any], checkpoint: Path) -> str:

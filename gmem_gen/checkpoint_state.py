@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gmem_bank.errors import CheckpointError, WriteError
+from gmem_bank.errors import CheckpointError, WriteError, reason_of
 from gmem_gen.images import replace_file
 
 STATE = "state.json"
@@ -41,8 +41,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         _require_types(state["bank"], BANK_ENTRIES, "bank.")
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{checkpoint} is not a checkpoint that can be read ({error}): delete that folder, or train with --resume-from "
-            "previous, to go on from the one before it",
+            f"{checkpoint} is not a checkpoint that can be read ({reason_of(error)}): delete that folder, or train with "
+            "--resume-from previous, to go on from the one before it; or give that one to 'sample' with --checkpoint",
             path=checkpoint,
         ) from error
     return state

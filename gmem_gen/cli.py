@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from typing import Any
 
 import click
@@ -40,10 +41,12 @@ def main(traceback: bool) -> None:
 def _resolved(preset: str, config_file: str | None, settings: tuple[str, ...]) -> Any:
     import gmem_gen
 
-    config = gmem_gen.preset(preset)
+    with gmem_bank.usage_errors():
+        config = gmem_gen.preset(preset)
     if config_file is not None:
         config = gmem_gen.load_config(config_file, config)
-    return gmem_gen.apply_settings(config, settings)
+    with gmem_bank.usage_errors():
+        return gmem_gen.apply_settings(config, settings)
 
 
 @main.command()
@@ -136,7 +139,7 @@ def train(
     elif leads:
         click.echo(_ended(report))
     if report.stopped == "signal":
-        raise click.exceptions.Exit(130)
+        raise click.exceptions.Exit(128 + (report.signal or signal.SIGINT))  # as shells have it
 
 
 def _ended(report: Any) -> str:

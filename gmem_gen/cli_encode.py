@@ -16,7 +16,7 @@ from gmem_gen.cli_shared import bank_option, json_option, print_json, quiet_opti
     "weights",
     default="",
     metavar="PLACE",
-    help="A folder or file, or OWNER/NAME on the hub; default: the tokenizer's own repository there.",
+    help="A folder or file, or OWNER/NAME on the hub; default: the tokenizer's own repository there (taef2, va-vae: none).",
 )
 @click.option("--revision", default="", help="Of the hub: a branch, tag or commit; default: the main branch.")
 @click.option("--output", "-o", default="latents", show_default=True, metavar="FOLDER", help="The folder to write.")
@@ -60,14 +60,17 @@ def encode(
     from gmem_gen.runtime import pick_device
 
     where = Weights(place=weights, revision=revision, posterior=posterior)
+    with gmem_bank.usage_errors():
+        computing = str(pick_device(device))
     with gmem_bank.ProgressBar("encode", "image", quiet=quiet) as progress:
         report = gmem_gen.encode(
             bank, tokenizer, output, weights=where, image_size=image_size, flip=flip,
             dtype=dtype, images=images or None, allow_missing=allow_missing, batch_size=batch_size, num_workers=workers,
-            overwrite=overwrite, device=str(pick_device(device)), progress=progress,
+            overwrite=overwrite, device=computing, progress=progress,
         )  # fmt: skip
     if as_json:
         print_json(report.to_json())
         return
+    remade = f", of which {report.num_damaged} were damaged and made anew" if report.num_damaged else ""
     shape = " × ".join(map(str, report.shape))
-    click.echo(f"{report.output}: {report.num_rows} latents of {shape}, {report.num_shards} shards")
+    click.echo(f"{report.output}: {report.num_rows} latents of {shape}, {report.num_shards} shards{remade}")

@@ -70,13 +70,15 @@ def evaluate(
     settings = [pair for pair in pairs if pair.startswith("sample.")]
     parameters = gmem_bank.parse_parameters(tuple(pair for pair in pairs if pair not in settings))
     given = {name: value for name, value in judging.items() if value is not None}
-    options = gmem_gen.EvaluationOptions(**given, match_size=not own_size)
+    with gmem_bank.usage_errors():
+        options = gmem_gen.EvaluationOptions(**given, match_size=not own_size)
     run = _run(bank, checkpoint) if samples is None and bank is not None else None
     judge = None
     if encoder is not None:
-        judge = gmem_bank.load_encoder(
-            encoder, weights=weights, device=device, space=options.space or "raw", parameters=parameters
-        )  # fmt: skip
+        with gmem_bank.usage_errors():
+            judge = gmem_bank.load_encoder(
+                encoder, weights=weights, device=device, space=options.space or "raw", parameters=parameters
+            )
     elif parameters:
         raise click.UsageError(f"--set {next(iter(parameters))}: it is a setting of --encoder, which is not given")
     sampling = _sampling(run, settings) if settings else None
@@ -122,4 +124,6 @@ def _sampling(run: str | None, settings: list[str]) -> Any:
 
     if run is None:
         raise click.UsageError(f"--set {settings[0]}: nothing is drawn with --samples")
-    return gmem_gen.apply_settings(gmem_gen.load_checkpoint(run).config, settings).sample
+    config = gmem_gen.load_checkpoint(run).config
+    with gmem_bank.usage_errors():
+        return gmem_gen.apply_settings(config, settings).sample

@@ -55,10 +55,12 @@ def sample(
     kind = _kind_of(options)
     way = _way_of(options) if kind == "interpolate" else {}
     given = _drawing_of(options)
-    gmem_gen.SampleConfig(**given)  # wrong values are told before anything is opened
-    _check_places(options)
+    with gmem_bank.usage_errors():  # wrong values are told before anything is opened
+        gmem_gen.SampleConfig(**given)
+        _check_places(options)
+        place = str(pick_device(device))
     opened = open_bank(bank)
-    loaded = gmem_gen.load_checkpoint(checkpoint or default_run(bank), weights=weights, device=str(pick_device(device)))
+    loaded = gmem_gen.load_checkpoint(checkpoint or default_run(bank), weights=weights, device=place)
     loaded = _with_tokenizer_weights(loaded, options["tokenizer_weights"])
     config = _sample_settings(loaded.config, given, settings)
     conditions = _conditions(opened, kind, way, options, config.seed, device)
@@ -167,6 +169,8 @@ def _check_places(options: Mapping[str, Any]) -> None:
         require_own(Path(options["output"]))
     if options["npz"] is not None:
         require_npz(Path(options["npz"]))
+    if options["shard"] >= options["num_shards"]:
+        raise click.UsageError(f"--shard is 0 to --num-shards - 1, got {options['shard']} of {options['num_shards']}")
 
 
 def _sample_settings(config: Any, given: dict[str, Any], settings: tuple[str, ...]) -> Any:
@@ -177,7 +181,8 @@ def _sample_settings(config: Any, given: dict[str, Any], settings: tuple[str, ..
         if not setting.strip().startswith("sample."):
             raise click.UsageError(f"--set {setting}: sampling takes settings of the section 'sample' only")
     words = [*settings, *(f"sample.{name}={value}" for name, value in given.items())]
-    return gmem_gen.apply_settings(config, words).sample
+    with gmem_bank.usage_errors():
+        return gmem_gen.apply_settings(config, words).sample
 
 
 def _with_tokenizer_weights(checkpoint: Any, place: str | None) -> Any:
@@ -270,7 +275,11 @@ def _print_report(report: Any, label: str, files: Any, as_json: bool) -> None:
             f"{report.num_drawn} samples drawn in {report.seconds} s; those of other processes are still missing"
         )
         return
-    there = f", {present} of them were there already or are of other processes" if present else ""
+    if not report.num_drawn:
+        click.echo(f"{files.grid}: all {present} samples of {label!r} were there already, NFE {record['nfe']}")
+        return
+    others = " or are of other processes" if record.get("num_shards", 1) > 1 else ""
+    there = f", {present} of them were there already{others}" if present else ""
     click.echo(
         f"{files.grid}: {report.num_images} samples of {label!r}{there}, NFE {record['nfe']}, {report.seconds} s"
     )

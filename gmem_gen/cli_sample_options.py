@@ -107,7 +107,7 @@ def drawing_options(command: Command) -> Command:
             click.option("--precision", default=None, help="What the network computes in: fp32, bf16 or fp16. [fp32]"),
             click.option(
                 "--weights", default="ema", show_default=True,
-                help="Averaged weights; ema-0.999: those of another train.ema_decay; model: the last ones.",
+                help="Averaged weights, by the first train.ema_decay; ema-0.999: by that one; model: the last ones.",
             ),
             click.option(
                 "--seed", type=click.IntRange(min=0), default=None,

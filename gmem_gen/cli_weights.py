@@ -62,9 +62,10 @@ def import_checkpoint(
 
     spec = None
     if encoder is not None:
-        loaded = gmem_bank.load_encoder(
-            encoder, weights=encoder_weights, space=space, parameters=gmem_bank.parse_parameters(encoder_settings)
-        )
+        with gmem_bank.usage_errors():
+            loaded = gmem_bank.load_encoder(
+                encoder, weights=encoder_weights, space=space, parameters=gmem_bank.parse_parameters(encoder_settings)
+            )
         spec = loaded.spec
     report = gmem_gen.import_checkpoint(
         file, out or Path("runs") / Path(file).stem,

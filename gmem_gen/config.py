@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from gmem_bank.errors import ConfigError, suggest
+from gmem_bank.errors import ConfigError, reason_of, suggest
 from gmem_gen.choices import choose
 from gmem_gen.sample_settings import SampleConfig
 from gmem_gen.settings import DataConfig, FlowConfig, ModelConfig, TrainConfig
@@ -65,8 +65,24 @@ def load_config(path: str | Path, base: Config | None = None) -> Config:
     try:
         record = tomllib.loads(where.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"could not read the configuration {where}: {error}", path=where) from error
-    return override(base or Config(), record)
+        raise ConfigError(f"could not read the configuration {where}: {reason_of(error)}", path=where) from error
+    try:
+        return override(base or Config(), record)
+    except ConfigError as error:
+        place = _line_of(str(error.key), where.read_text(encoding="utf-8"))
+        raise ConfigError(f"{where}{place}: {error}", path=where, key=error.key) from error
+
+
+def _line_of(key: str, text: str) -> str:
+    """Return ", line N" of where a TOML text sets SECTION.FIELD or begins a section; "" where that is not to be seen."""
+    section = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        word = line.partition("#")[0].partition("=")[0].strip()
+        if word.startswith("["):
+            section, word = word.strip("[] "), ""
+        if f"{section}.{word}".strip(".") == key:
+            return f", line {number}"
+    return ""
 
 
 def apply_settings(config: Config, settings: Sequence[str]) -> Config:

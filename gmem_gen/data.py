@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 import gmem_bank
-from gmem_bank.errors import GMemError, SourceError, WriteError
+from gmem_bank.errors import GMemError, SourceError, WriteError, unusable_images
 from gmem_gen.conditioning import Bank, ImagesFrom, Join, read_image, record_of
 from gmem_gen.model import LatentShape
 from gmem_gen.tokenizers import Tokenizer
@@ -59,9 +59,16 @@ def default_image_size(bank: Bank, join: Join, images: ImagesFrom, *, most: int,
         multiple: the side is brought down to a multiple of it, at least once.
     """
     chosen = join.rows[np.linspace(0, len(join.rows) - 1, min(PROBE, len(join.rows))).astype(np.int64)]
-    short = min(int(min(read_image(bank, int(row), images).shape[:2])) for row in chosen)
-    size = min(most, short)
+    size = min([most, *(side for row in chosen if (side := _short_side(bank, int(row), images)))])
     return max(multiple, size - size % multiple)
+
+
+def _short_side(bank: Bank, row: int, images: ImagesFrom) -> int:
+    """Return the short side of an image, 0 for one that cannot be read: that is told when all images are read."""
+    try:
+        return int(min(read_image(bank, row, images).shape[:2]))
+    except SourceError:
+        return 0
 
 
 def to_pixels(image: NDArray[np.uint8], size: int, channels: int) -> NDArray[np.uint8]:
@@ -124,14 +131,20 @@ class PixelCache:
         try:
             array, kept = _room_for(partial, shape, keep=done > 0)
             done = done if kept else 0
+            unusable: dict[str, str] = {}
             for place in range(done, shape[0]):
-                array[place] = to_pixels(_readable(bank, join, place, images), shape[1], shape[3])
-                if (place + 1) % FLUSH_EVERY == 0:
+                try:
+                    array[place] = to_pixels(read_image(bank, int(join.rows[place]), images), shape[1], shape[3])
+                except SourceError as error:
+                    unusable[join.keys[place]] = str(error)
+                if (place + 1) % FLUSH_EVERY == 0 and not unusable:
                     array.flush()
                     counter.write_text(str(place + 1))
                 progress(place + 1, shape[0])
             array.flush()
             del array
+            if unusable:  # all are found before any is told
+                raise unusable_images(unusable, shape[0])
             partial.replace(path)
             counter.unlink(missing_ok=True)
         except OSError as error:
@@ -168,17 +181,6 @@ class PixelImages:
     def read(self, places: NDArray[np.int64]) -> Tensor:
         """Return (B, c, h, w) float32 normalised latents."""
         return self.tokenizer.encode(self._cache.read(places))
-
-
-def _readable(bank: Bank, join: Join, place: int, images: ImagesFrom) -> NDArray[np.uint8]:
-    try:
-        return read_image(bank, int(join.rows[place]), images)
-    except SourceError as error:
-        raise SourceError(
-            f"{error}. It could be read when the bank was built: restore it, or build the bank again without it",
-            path=error.path,
-            key=join.keys[place],
-        ) from error
 
 
 def _count_in(counter: Path) -> int:

@@ -181,7 +181,7 @@ def load_exported(folder: Path, *, weights: str, device: str) -> LoadedCheckpoin
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{folder} is no generator that can be loaded: {error!r}", path=folder) from error
-    if weights not in ("ema", held):  # "ema" is what is taken where nothing is asked for
+    if checkpoints.own_name(weights, config) not in ("ema", held):  # "ema" is what is taken where nothing is asked for
         raise CheckpointError(f"{folder} holds the weights {held!r} only, not {weights!r}", path=folder)
     return loaded
 

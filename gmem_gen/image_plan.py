@@ -96,11 +96,12 @@ def _of_latents(
     data = dataclasses.replace(
         config.data, tokenizer=tokenizer.name, image_size=tokenizer.image_size, posterior=facts["posterior"]
     )
-    plan = ImagePlan(
-        join=join, data=data, latent=tokenizer.latent,
-        open=lambda folder, progress: open_latent_images(shards, join, tokenizer, record),  # noqa: ARG005
-    )  # fmt: skip
-    return plan, tokenizer
+
+    def open_images(_folder: Path, progress: Progress) -> TrainingImages:
+        shards.require_sound(progress)  # a flipped bit would otherwise be learned from without a word
+        return open_latent_images(shards, join, tokenizer, record)
+
+    return ImagePlan(join=join, data=data, latent=tokenizer.latent, open=open_images), tokenizer
 
 
 def _of_images(

@@ -122,7 +122,8 @@ class Generator(nn.Module):
         self.patch_size = config.patch_size or auto_patch_size(latent.size)
         if latent.size % self.patch_size:
             raise ConfigError(
-                f"model.patch_size {self.patch_size} does not divide the image size {latent.size}",
+                f"model.patch_size {self.patch_size} does not divide {latent.size}, the side of what is drawn "
+                "(with a tokenizer: of its latents)",
                 key="model.patch_size",
             )
         if config.condition == "class" and not config.num_classes:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import gmem_bank
-from gmem_bank.errors import CheckpointError, GMemError
+from gmem_bank.errors import CheckpointError, GMemError, why_not_loaded
 
 MAX_ENTRIES, MAX_PICKLE_BYTES = 100_000, 64 << 20
 """A checkpoint of model, average and optimizer has some thousand entries; its structure takes a megabyte."""
@@ -92,10 +92,9 @@ def _pickled(path: Path) -> tuple[dict[str, Mapping[str, Any]], int]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             stored = torch.load(str(path), weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:  # a hostile structure makes the reader raise anything
-        reason = str(error).strip().partition("\n")[0][:200]
         raise CheckpointError(
-            f"it holds more than tensors, tables and numbers, or is damaged; nothing in it was executed ({reason}): have its "
-            "maker save the state dict alone"
+            "it holds more than tensors, tables and numbers, or is damaged; nothing in it was executed "
+            f"({why_not_loaded(error)}): have its maker save the state dict alone"
         ) from error
     if not isinstance(stored, Mapping):
         raise CheckpointError(f"it holds a {type(stored).__name__}, not a table of tensors")
@@ -144,9 +143,8 @@ def read_latent_stats(path: Path) -> tuple[list[float], list[float]]:
         if len(mean) != len(std) or not bool(torch.isfinite(mean).all()) or not bool((std > 0).all()):
             raise ValueError("mean and std must be of one length, finite, std positive")
     except Exception as error:  # as above
-        reason = str(error).strip().partition("\n")[0][:200]
         raise CheckpointError(
-            f"{path} holds no statistics of latents (two tensors, 'mean' and 'std'): {reason or type(error).__name__}",
+            f"{path} holds no statistics of latents (two tensors, 'mean' and 'std'): {why_not_loaded(error)}",
             path=path,
         ) from error
     return mean.tolist(), std.tolist()

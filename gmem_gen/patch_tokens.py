@@ -63,6 +63,10 @@ class PatchTokens:
             )  # fmt: skip
         self._grid = grid
 
+    def require_sound(self) -> None:
+        """Read the files through once; raises CorruptError for one that is not what was written."""
+        self._shards.require_sound()
+
     def remark(self, bank: Mapping[str, Any]) -> str:
         """Return what is odd about them beside a bank, of which `conditioning.record_of` is given: another encoder; else ""."""
         try:

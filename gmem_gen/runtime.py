@@ -32,7 +32,9 @@ def pick_device(name: str) -> torch.device:
             raise RuntimeError("it holds no numbers")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} cannot be used here: {error}", key="device") from error
+        raise ConfigError(
+            f"device {name!r} cannot be used here ({error}): use --device cpu or auto", key="device"
+        ) from error
     return device
 
 

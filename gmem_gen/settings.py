@@ -113,8 +113,8 @@ class ModelConfig:
         require(0 <= self.num_classes <= 10**7, "model", "num_classes", self.num_classes, "0 to 10000000")
         require(0 <= self.projection_dim <= 65_536, "model", "projection_dim", self.projection_dim, "0 to 65536")
         require(self.encoder_depth >= 1, "model", "encoder_depth", self.encoder_depth, "at least 1")
-        require(not self.projection_dim or self.encoder_depth <= self.depth, "model", "encoder_depth",
-                 self.encoder_depth, f"at most model.depth, which is {self.depth}")  # fmt: skip
+        require(not self.projection_dim or self.encoder_depth <= self.depth, "model", "encoder_depth", self.encoder_depth,
+                 f"at most model.depth, which is {self.depth} (--set model.encoder_depth={self.depth})")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -150,6 +150,8 @@ class Trainer:
             checkpoints.restore_optimizer(self.optimizer, names, checkpoints.read_tensors(where, checkpoints.OPTIMIZER))
             if self.scaler.is_enabled() and state.get("scaler"):
                 self.scaler.load_state_dict(state["scaler"])
+        except CheckpointError:
+            raise  # it is a ValueError too, and says already what to do
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{where} does not fit this training: {error}", path=where) from error
         self.step, self.elapsed = resumption.step, resumption.elapsed
@@ -232,7 +234,7 @@ class Trainer:
         if math.isfinite(loss) and (math.isfinite(norm) or overflow):
             return
         raise GMemError(
-            f"the loss became {loss} (gradient norm {norm}) at step {self.step}: earlier checkpoints stand. {ADVICE}"
+            f"the loss became {loss} (gradient norm {norm}) at step {self.step}: checkpoints that were saved stand. {ADVICE}"
         )
 
     def _require_finite_weights(self) -> None:
@@ -244,7 +246,7 @@ class Trainer:
         ]
         if not bool(torch.stack(found).all()):
             raise GMemError(
-                f"the weights are not finite after step {self.step}, and were not saved: earlier checkpoints stand. {ADVICE}"
+                f"the weights are not finite after step {self.step}, and were not saved: checkpoints that were stand. {ADVICE}"
             )
 
     def save(self, run: Path, keys_digest: str) -> Path:

@@ -83,6 +83,8 @@ class TrainReport:
     num_processes: int
     stopped: str
     """"budget", "time", "signal" or "nothing to do"."""
+    signal: int | None
+    """Its number, where this process got one: 2 for Ctrl-C, 15 for SIGTERM."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as a JSON object."""
@@ -157,6 +159,8 @@ def train(
         facts |= held.facts()
         require_trainable(resolved, opened, planned, split, tokens=tokens, num_processes=processes.count)
         with cpu_threads(resolved.train.num_threads), kept_memory(processes.device), writing(run):
+            if tokens is not None:
+                tokens.require_sound()
             with processes.first_goes_first():
                 ready = planned.open(run / "cache", read_progress)
             trainer = Trainer(opened, resolved, ready, join, processes, split=split, tokens=tokens, facts=facts)
@@ -240,6 +244,7 @@ def _ended(loop: Loop, reason: str) -> TrainReport:
         best=trainer.best,
         num_processes=trainer.processes.count,
         stopped=reason,
+        signal=loop.stop.signal,
     )
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import gmem_bank
-from gmem_bank.errors import EncoderError
+from gmem_bank.errors import EncoderError, why_not_loaded
 from gmem_gen.autoencoders import Autoencoder
 from gmem_gen.diffusers_autoencoders import posterior_of, require_diffusers
 
@@ -78,9 +78,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = str(error).split("\n", 1)[0]
         raise EncoderError(
-            f"{path} is not a checkpoint that can be read without running code: {reason}", path=path
+            f"{path} is not a checkpoint that can be read without running code: {why_not_loaded(error)}", path=path
         ) from error
     tensors = stored.get("state_dict", stored) if isinstance(stored, dict) else None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):

@@ -109,6 +109,7 @@ BANK_DOOR = [
     "undo",
     "unmask",
     "update_index",
+    "usage_errors",
     "verify",
     "write_image_shards",
     "write_tokens",

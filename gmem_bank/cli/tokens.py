@@ -61,5 +61,8 @@ def tokens(
     if as_json:
         print_json(report.to_json())
         return
+    remade = f", of which {report.num_damaged} were damaged and made anew" if report.num_damaged else ""
     num_tokens, dim = report.shape
-    click.echo(f"{report.output}: {report.num_rows} images × {num_tokens} tokens × {dim}, {report.num_shards} shards")
+    click.echo(
+        f"{report.output}: {report.num_rows} images × {num_tokens} tokens × {dim}, {report.num_shards} shards{remade}"
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gmem_bank.encoders.native import PREPROCESSOR
-from gmem_bank.errors import EncoderError
+from gmem_bank.errors import EncoderError, reason_of
 from gmem_bank.provenance import sha256_of, sha256_of_file
 
 WEIGHTS = "model.safetensors"
@@ -163,7 +163,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise EncoderError(f"{folder} has no readable {CONFIG}: {error}", path=folder) from error
+        raise EncoderError(f"{folder} has no readable {CONFIG}: {reason_of(error)}", path=folder) from error
     if not isinstance(config, dict):
         raise EncoderError(f"{folder / CONFIG} is not a JSON object", path=folder)
     return config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 from concurrent.futures import ThreadPoolExecutor
@@ -106,6 +107,39 @@ def test_what_goes_wrong_later_is_said() -> None:
         gmem_bank.Shards("s")
     with pytest.raises(GMemError, match="65504"):
         gmem_bank.ShardWriter(Path("t"), {}).write(0, ["k"], np.full((1, 2), 1e6, np.float32), dtype="f16")
+
+
+def flip_bit(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
+    """In values, in what lies beside them, in the index; files without a hash, of earlier versions, are believed."""
+    write("s", [2, 3], "f16")
+    path, index = Path("s/00001.safetensors"), Path("s/index.json")
+    whole, seen = path.read_bytes(), []
+    gmem_bank.Shards("s").require_sound(lambda done, total: seen.append((done, total)))
+    assert seen == [(2, 5), (5, 5)]
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for offset in (start, start + 3 * 24 * 2, len(whole) - 1):
+        flip_bit(path, offset)
+        with pytest.raises(CorruptError, match=r"00001.*its bytes have changed.*makes damaged shards anew"):
+            gmem_bank.Shards("s").require_sound()
+        path.write_bytes(whole)
+    turned = load_file(path)
+    save_file({**turned, "values": turned["values"][::-1].copy()}, path)
+    gmem_bank.Shards("s").require_sound()
+    path.write_bytes(whole)
+    text = index.read_text()
+    index.write_text(text.replace('"facts":{}', '"facts":{"a":1}'))
+    with pytest.raises(CorruptError, match="its text has changed"):
+        gmem_bank.Shards("s")
+    earlier = json.loads(text)
+    del earlier["sha256"]
+    index.write_text(json.dumps(earlier))
+    assert len(gmem_bank.Shards("s")) == 5
 
 
 def test_other_open_files_leave_room(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 
 import gmem_bank
 import gmem_gen
-from gmem_bank.errors import ConfigError, SourceError, UnknownKeyError
+from gmem_bank.errors import ConfigError, CorruptError, SourceError, UnknownKeyError
 from gmem_gen import conditioning, draws
 from gmem_gen.config import Config, DataConfig, FlowConfig, ModelConfig, TrainConfig
 from gmem_gen.data import PixelCache, PixelImages, to_pixels
@@ -232,6 +232,19 @@ def test_patch_tokens_that_do_not_fit_are_refused() -> None:
         PatchTokens("tokens", ["a.png", "a.png#flip"], "bilinear")
     with pytest.raises(ConfigError, match="4×4 patch tokens, the model 8×8"):
         PatchTokens("tokens", ["a.png"], "none").fit(8)
+
+
+def test_damaged_patch_tokens_are_found_before_the_first_step() -> None:
+    """One flipped bit among the values."""
+    shards_of(["a.png"], 4)
+    tokens = PatchTokens("tokens", ["a.png"], "bilinear")
+    tokens.require_sound()
+    path = Path("tokens/00000.safetensors")
+    data = bytearray(path.read_bytes())
+    data[4096 + 7] ^= 16
+    path.write_bytes(data)
+    with pytest.raises(CorruptError, match="bytes have changed"):
+        tokens.require_sound()
 
 
 def test_training_by_the_command_learns_from_patch_tokens(photos: Path) -> None:

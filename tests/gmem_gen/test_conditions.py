@@ -260,13 +260,14 @@ def test_the_commands_words(bank: gmem_bank.MemoryBank) -> None:
         (("--interpolate", "hat", "shoes", "-n", "3"), "--frames"),
         (("--interpolate", "hat", "shoes", "--method", "mask", "--interpolation", "slerp"), "give one"),
         (("--steps", "3", "--solver-steps", "4"), "give one"),
+        (("--precision", "fp8"), "'fp16'"),
+        (("--device", "cuda:7"), "cannot be used here"),
+        (("--set", "sample.num_stepz=3"), "Did you mean 'sample.num_steps'"),
     ):
         assert answer in gen("sample", *words, code=2).stderr, words
     for words, answer in (
         (("--text", "a hat"), "does not understand text"),
         (("--concept", "hta"), "Did you mean 'hat'"),
-        (("--precision", "fp8"), "'fp16'"),
-        (("--device", "cuda:7"), "cannot be used here"),
         (("--num-shards", "2"), "several processes need a folder"),
         (("-n", "2000"), "a grid holds at most"),
     ):

@@ -125,3 +125,29 @@ def test_configurations_are_frozen_and_keyword_only() -> None:
         TrainConfig().max_steps = 3
     with pytest.raises(TypeError):
         ModelConfig(128)
+
+
+def test_a_file_of_settings_says_where_it_is_wrong() -> None:
+    """File and line, of a misspelt name, a wrong value and an unknown section; without the system's numbers."""
+    path = Path("bad.toml")
+    for text, said in (
+        (
+            "# mine\n[model]\nwidth = 64\n[train]\nmax_stepz = 3\n",
+            r"bad\.toml, line 5: unknown setting 'train\.max_stepz'",
+        ),
+        ("[train]\nmax_steps = 'ten'  # much\n", r"bad\.toml, line 2: train\.max_steps must be int"),
+        ("train.max_steps = 'ten'\n", r"bad\.toml, line 1: train\.max_steps must be int"),
+        ("\n[trian]\nmax_steps = 3\n", r"bad\.toml, line 2: unknown section 'trian'"),
+        ("[train\n", r"could not read the configuration bad\.toml: .*line 1"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            load_config(path)
+    with pytest.raises(ConfigError, match=r"could not read the configuration nope\.toml: No such file or directory$"):
+        load_config("nope.toml")
+
+
+def test_a_shallow_model_with_a_projection_head_is_told_what_to_set() -> None:
+    """The block that the head looks at lies within the model."""
+    with pytest.raises(ConfigError, match=r"encoder_depth .*--set model\.encoder_depth=2"):
+        apply_settings(Config(), ["model.depth=2", "model.projection_dim=5"])

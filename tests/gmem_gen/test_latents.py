@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -137,6 +138,68 @@ def test_interrupted_work_goes_on_and_gives_the_same_bytes(
     for other in ({"dtype": "f32"}, {"posterior": "sample"}, {"flip": True}):
         with pytest.raises(OutputExistsError, match="in another way"):
             encode(bank, weights, "parts", batch_size=4, **other)
+
+
+def test_damaged_latents_are_made_anew_by_the_same_call(
+    bank: str, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flipped bit, a file cut short or gone, an index that is none: told by a training, mended to the same bytes."""
+    monkeypatch.setattr(latents, "SHARD_ROWS", 8)
+    encode(bank, weights, batch_size=4)
+    names = [path.name for path in Path("lat").iterdir() if not path.name.startswith(".")]
+    whole = {name: (Path("lat") / name).read_bytes() for name in names}
+    first = whole["00000.safetensors"]
+    last = first[:-1] + bytes([first[-1] ^ 1])
+    damages = [("00000.safetensors", last, "bytes have changed", 1), ("00001.safetensors", first[:-9], "cut short", 1),
+               ("index.json", b"{}", "not an index of shards: it has no 'format'", 0)]  # fmt: skip
+    for name, data, said, num_damaged in damages:
+        (Path("lat") / name).write_bytes(data)
+        with pytest.raises(CorruptError, match=f"{said}.*makes damaged shards anew"):
+            gmem_gen.train(bank, config('data.latents="lat"'), out="run")
+        report = encode(bank, weights, batch_size=4)
+        assert (report.num_damaged, report.num_resumed) == (num_damaged, 3 - num_damaged)
+        assert {name: (Path("lat") / name).read_bytes() for name in names} == whole
+    (Path("lat") / "00002.safetensors").unlink()
+    assert encode(bank, weights, batch_size=4).num_resumed == 2
+    assert {name: (Path("lat") / name).read_bytes() for name in names} == whole
+
+
+def test_work_that_made_nothing_is_not_in_the_way(bank: str, weights: Path, photos: Path) -> None:
+    """A plan whose first shard never came holds nothing to lose: another may be made there."""
+    image = sorted(photos.rglob("*.jpg"))[0]
+    data = image.read_bytes()
+    image.write_bytes(b"no picture")
+    with pytest.raises(SourceError):
+        encode(bank, weights)
+    assert {path.name for path in Path("lat").iterdir() if not path.name.startswith(".")} == {"plan.json"}
+    image.write_bytes(data)
+    assert encode(bank, weights, dtype="f32").num_rows == 24
+
+
+def test_unreadable_images_are_told_together(
+    bank: str, weights: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By encode and by a training on pixels; shards without them stand, and go on once the images are restored."""
+    monkeypatch.setattr(latents, "SHARD_ROWS", 8)
+    keys = [gmem_bank.open(bank).keys(np.array([row]))[0] for row in (1, 17)]
+    whole = {key: ((photos / key).read_bytes(), (photos / key).stat()) for key in keys}
+    encode(bank, weights, "whole", batch_size=4)
+    for key in keys:
+        (photos / key).write_bytes(b"x" * whole[key][1].st_size)
+        os.utime(photos / key, ns=(0, whole[key][1].st_mtime_ns))
+    said = rf"2 of 24 images cannot be used: '{keys[0]}' \(.*\), '{keys[1]}' \(.*gmem-bank remove --key"
+    with pytest.raises(SourceError, match=said):
+        encode(bank, weights, batch_size=4)
+    for _ in range(2):
+        with pytest.raises(SourceError, match=said):
+            gmem_gen.train(bank, config("data.allow_missing=true"), out="run")
+    for key in keys:
+        (photos / key).write_bytes(whole[key][0])
+        os.utime(photos / key, ns=(0, whole[key][1].st_mtime_ns))
+    assert encode(bank, weights, batch_size=4).num_resumed == 1
+    found, wanted = gmem_bank.Shards("lat"), gmem_bank.Shards("whole")
+    np.testing.assert_array_equal(found.read(np.arange(24)), wanted.read(np.arange(24)))
+    assert gmem_gen.train(bank, config(), out="run").num_images == 24
 
 
 @pytest.mark.slow

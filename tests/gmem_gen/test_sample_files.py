@@ -219,6 +219,18 @@ def test_an_npz_is_what_numpy_would_have_written(tmp_path: Path) -> None:
     np.testing.assert_array_equal(ArrayStore(tmp_path / "x.npz", {"seed": 1}, images.shape).read(3), images[3])
 
 
+def test_a_finished_command_says_that_nothing_was_left_to_do(setting) -> None:
+    """No other processes where there was one, no seconds where nothing was drawn."""
+    from click.testing import CliRunner
+
+    from gmem_gen.cli import main
+
+    words = ["sample", "--concept", "hat", "-n", "3", "--steps", "1", "--save-images", "some", "-o", "grid.png", "-q"]
+    first, again = (CliRunner().invoke(main, words).stdout for _ in range(2))
+    assert first.startswith("grid.png: 3 samples of 'hat', NFE 2, ")
+    assert again == "grid.png: all 3 samples of 'hat' were there already, NFE 2\n"
+
+
 @pytest.mark.slow
 def test_kill_9_at_any_moment_loses_no_whole_batch(setting) -> None:
     """The command is killed again and again; in the end there are exactly as many images, those of one run."""

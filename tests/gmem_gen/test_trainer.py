@@ -256,13 +256,15 @@ def test_a_damaged_checkpoint_is_named_not_skipped(bank: str) -> None:
     newest = checkpoints.list_checkpoints(Path("run"))[-1]
     path = newest / checkpoints.MODEL
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(CheckpointError, match="delete the folder"):
+    with pytest.raises(CheckpointError, match="delete the folder") as caught:
         gmem_gen.train(bank, config(max_steps=8), out="run")
+    assert str(caught.value).count("model.safetensors") == 1
+    assert "does not fit" not in str(caught.value)
     path = newest / checkpoints.EMA
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match="do not match the hash"):
+    with pytest.raises(CheckpointError, match=r"do not match the hash.*--checkpoint run/checkpoints/step-00000004;"):
         gmem_gen.load_checkpoint("run")
     (newest / checkpoints.STATE).write_text("{")
     with pytest.raises(CheckpointError, match="step-00000006"):
@@ -469,6 +471,25 @@ def test_a_signal_saves_and_the_same_command_goes_on(bank: str) -> None:
     assert report.stopped == "signal"
     assert report.step in (3, 4)
     assert gmem_gen.train(bank, config(), out="run").step == 6
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_command_ends_as_shells_have_it(bank: str, number: int, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 and the signal's number, having saved."""
+    from click.testing import CliRunner
+
+    from gmem_gen.cli import main
+
+    def interrupt(bar: gmem_bank.ProgressBar, done: int, total: int) -> None:
+        if bar._label == "train" and done == 3:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(gmem_bank.ProgressBar, "__call__", interrupt)
+    Path("settings.toml").write_text(config().to_toml())
+    result = CliRunner().invoke(main, ["train", "-b", bank, "--config", "settings.toml", "-o", "run", "-q", "--json"])
+    assert result.exit_code == code, result.output
+    assert json.loads(result.stdout)["signal"] == number
+    assert checkpoints.list_checkpoints(Path("run"))
 
 
 def test_a_projection_head_learns_from_patch_tokens(bank: str) -> None:

@@ -159,6 +159,8 @@ def test_several_averages_at_once(bank: str) -> None:
         assert all(torch.equal(both[name][key], alone[key]) for key in alone)
         loaded = gmem_gen.load_checkpoint("both", weights=name).model.state_dict()
         assert all(torch.equal(loaded[key], both[name]["module." + key]) for key in loaded)
+    first, named = (gmem_gen.load_checkpoint("both", weights=name).model.state_dict() for name in ("ema", "ema-0.9"))
+    assert all(torch.equal(first[name], named[name]) for name in first)
     with pytest.raises(ConfigError, match=r"'ema', 'ema-0\.5', 'model'.*not 'ema-0\.7'"):
         gmem_gen.load_checkpoint("both", weights="ema-0.7")
     assert gmem_gen.apply_settings(Config(), ["train.ema_decay=0.5"]).train.ema_decay == (0.5,)
@@ -504,7 +506,7 @@ def test_not_a_number_leaves_sound_checkpoints(bank: str, monkeypatch: pytest.Mo
         return real(*args, **options) * (float("nan") if len(calls) == 5 else 1.0)
 
     monkeypatch.setattr(terms, "squared_errors", poisoned)
-    with pytest.raises(GMemError, match=r"became nan.*step 4.*earlier checkpoints stand"):
+    with pytest.raises(GMemError, match=r"became nan.*step 4.*checkpoints that were saved stand"):
         gmem_gen.train(bank, config(), out="run")
     found = gmem_gen.load_checkpoint("run", weights="model")
     assert found.step == 4

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from gmem_bank.bank import MemoryBank
 from gmem_bank.decode_pool import Decoded
-from gmem_bank.encoding import encoded_ahead, workers_for
 from gmem_bank.errors import ConfigError, SourceError, unusable_images
 from gmem_bank.interface import ImagesFrom
 from gmem_bank.listing import Digest, Item
 from gmem_bank.locating import locate
+from gmem_bank.lookahead import encoded_ahead, workers_for
 from gmem_bank.naming import FLIP_SUFFIX
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import IMAGE_KINDS, Json

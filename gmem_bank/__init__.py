@@ -79,7 +79,7 @@ if TYPE_CHECKING:
     from gmem_bank.mixing import interpolate_snippets as interpolate_snippets
     from gmem_bank.moments import Moments as Moments
     from gmem_bank.narrowing import Narrowing as Narrowing
-    from gmem_bank.official import check_torch_archive as check_torch_archive
+    from gmem_bank.official import read_torch_archive as read_torch_archive
     from gmem_bank.ops import mask as mask
     from gmem_bank.ops import remove as remove
     from gmem_bank.ops import remove_concept as remove_concept
@@ -164,7 +164,7 @@ _DOOR = {
     "moments": ("Moments",),
     "mixing": ("compose_snippet", "interpolate_snippets"),
     "narrowing": ("Narrowing",),
-    "official": ("check_torch_archive",),
+    "official": ("read_torch_archive",),
     "ops": ("mask", "remove", "remove_concept", "rename", "select", "unmask"),
     "parquet": ("export_parquet",),
     "plotting": ("plot",),

@@ -8,7 +8,7 @@ Shapes: N rows, b rows of a block, D dimensions, K components of the file, R ran
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,17 +85,46 @@ def check_torch_archive(
         raise CorruptError(f"its part {damaged!r} does not match its sum")
 
 
-def read_official(path: Path, space: Space) -> Official:
-    """Return what a file holds, checked; the values of rows are checked as they pass."""
+def read_torch_archive(
+    path: Path, *, what: str, holding: str, max_entries: int = MAX_ENTRIES, max_pickle_bytes: int = MAX_PICKLE_BYTES,
+    also: Sequence[type] = (),
+) -> Any:  # fmt: skip
+    """Return what is in a file of `torch.save`, mapped, by torch's safe reader; nothing in it is executed.
+
+    Args:
+        path: the file.
+        what: what it should hold, for messages.
+        holding: what of that can be read, for messages.
+        max_entries: as `check_torch_archive` takes it.
+        max_pickle_bytes: likewise.
+        also: plain containers that may be made beside tensors, tables and numbers.
+
+    Raises:
+        BankNotFoundError, CorruptError: as `check_torch_archive` raises them.
+        FormatError: no such archive, or it holds more.
+    """
+    check_torch_archive(path, what=what, max_entries=max_entries, max_pickle_bytes=max_pickle_bytes)
+    return _loaded(path, holding, also)
+
+
+def _loaded(path: Path, holding: str, also: Sequence[type] = ()) -> Any:
     import torch
 
     try:
-        loaded = torch.load(str(path), weights_only=True, map_location="cpu", mmap=True)
+        with torch.serialization.safe_globals(list(also)):
+            return torch.load(str(path), weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:  # a hostile structure makes the reader raise anything
         raise FormatError(
-            f"it holds more than tensors and numbers, or is damaged; nothing in it was executed ({why_not_loaded(error)}): "
-            "have its maker save a plain tensor or the dictionary of a factored bank"
+            "it holds more than tensors, tables and numbers, or is damaged; nothing in it was executed "
+            f"({why_not_loaded(error)}): have its maker save {holding}"
         ) from error
+
+
+def read_official(path: Path, space: Space) -> Official:
+    """Return what a file holds that `check_torch_archive` let pass; the values of rows are checked as they pass."""
+    import torch
+
+    loaded = _loaded(path, "a plain tensor or the dictionary of a factored bank")
     most = path.stat().st_size
     if isinstance(loaded, torch.Tensor):
         return _dense(_tensor(loaded, "the tensor", 2, most), space)

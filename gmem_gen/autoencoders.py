@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ AUTOENCODERS = {
     "va-vae": ("va_vae", ""),
 }
 """Name → module that loads it, and repository on the hub where no weights are given ("": they must be)."""
+VARIATIONAL = ("sd-vae", "va-vae")
+"""Those that give a distribution of latents, from which a sample can be drawn; the others give one latent an image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +97,9 @@ class LazyAutoencoder:
             place=place or str(kept["weights"]), revision="" if place else str(own.get("revision") or ""),
             posterior=str(kept["posterior"]), sha256=str(kept["weights_sha256"]),
         )  # fmt: skip
+        if place:  # what is made from here on finds them there
+            own.pop("revision", None)
+            kept["weights"] = Path(place).resolve().as_posix() if Path(place).exists() else place
         return cls(str(kept["name"]), weights, device=device, record={**kept, **own})
 
     def _load(self) -> Autoencoder:

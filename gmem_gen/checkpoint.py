@@ -255,11 +255,11 @@ def load_checkpoint(path: str | os.PathLike[str], *, weights: str = "ema", devic
     state = read_state(checkpoint)
     try:
         config = Config.from_mapping(state["config"])
-        model = make_model(config, LatentShape(**state["latent"]), int(state["bank"]["dim"]))
         weights = own_name(weights, config)
         tensors = read_tensors(checkpoint, weights_file(_known(weights, state, checkpoint)))
         prefix = "" if weights == "model" else "module."
-        model.load_state_dict({name.removeprefix(prefix): t for name, t in tensors.items() if name != "n_averaged"})
+        own = {name.removeprefix(prefix): t for name, t in tensors.items() if name != "n_averaged"}
+        model = Generator.of_tensors(config.model, LatentShape(**state["latent"]), int(state["bank"]["dim"]), own)
     except (KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"the weights in {checkpoint} do not fit its configuration: {error}", path=checkpoint

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,7 +116,8 @@ class PixelCache:
             self._fill(path, shape, bank, join, images, progress)
             for stale in set(folder.glob("pixels-*")) - {path}:
                 stale.unlink()  # of a bank that was edited since
-        self._images: NDArray[np.uint8] = np.load(path, mmap_mode="r", allow_pickle=False)
+        self._images: Mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+        self._advise("MADV_RANDOM")  # images are asked for in any order: what follows them is not wanted
 
     def _fill(
         self,
@@ -161,7 +163,17 @@ class PixelCache:
 
     def read(self, places: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return (B, H, W, C) uint8 images by position in the join."""
+        size = self._images[0].nbytes
+        for place in places.tolist():  # all are on their way while the first is copied, and each is one read
+            self._advise("MADV_WILLNEED", self._images.offset + place * size, size)
         return np.ascontiguousarray(self._images[places])
+
+    def _advise(self, what: str, start: int = 0, length: int = 0) -> None:
+        """Tell the system what will be read of the file, where it can be told; `length` 0: all of it."""
+        mapped: Any = self._images.base
+        if isinstance(mapped, mmap.mmap) and hasattr(mmap, what):
+            first = start - start % mmap.PAGESIZE
+            mapped.madvise(getattr(mmap, what), first, start + length - first if length else len(mapped))
 
 
 class PixelImages:

@@ -12,12 +12,20 @@ from pathlib import Path
 
 import numpy as np
 
+from gmem_bank.errors import ConfigError, GMemError
 from gmem_gen import conditioning, tokenizers
 from gmem_gen.autoencoders import Weights
 from gmem_gen.conditioning import Bank, ImagesFrom, Join
 from gmem_gen.config import Config, DataConfig
 from gmem_gen.data import DEFAULT_SIZE, PixelCache, PixelImages, Progress, TrainingImages, default_image_size
-from gmem_gen.latents import DEFAULT_SIDE, encode, join_latents, open_latent_images, open_latents
+from gmem_gen.latents import (
+    DEFAULT_SIDE,
+    encode,
+    join_latents,
+    open_latent_images,
+    open_latents,
+    require_same_images,
+)
 from gmem_gen.model import LatentShape
 from gmem_gen.moments import Moments
 from gmem_gen.tokenizers import (
@@ -93,6 +101,7 @@ def _of_latents(
     shards, tokenizer = open_latents(config.data, device=device)
     join = join_latents(bank, shards, tokenizer.image_size, images, allow_missing=config.data.allow_missing)
     facts = tokenizer.record()
+    _require_made_so(config.data, facts)
     data = dataclasses.replace(
         config.data, tokenizer=tokenizer.name, image_size=tokenizer.image_size, posterior=facts["posterior"]
     )
@@ -102,6 +111,22 @@ def _of_latents(
         return open_latent_images(shards, join, tokenizer, record)
 
     return ImagePlan(join=join, data=data, latent=tokenizer.latent, open=open_images), tokenizer
+
+
+def _require_made_so(data: DataConfig, facts: Record) -> None:
+    """Raise ConfigError for a setting that says how latents are made, beside latents that were made otherwise."""
+    made = {name: facts[name] for name in ("channels", "posterior")} | {
+        "tokenizer_revision": "",
+        "statistics_images": 0,
+    }
+    usual = DataConfig()
+    for name, there in made.items():
+        asked = getattr(data, name)
+        if asked not in (there, getattr(usual, name)):
+            raise ConfigError(
+                f"data.{name} is {asked!r}, which the latents in {data.latents} cannot follow: they are made already. Leave it "
+                "out, or encode the images again", key=f"data.{name}",
+            )  # fmt: skip
 
 
 def _of_images(
@@ -120,9 +145,10 @@ def _of_images(
 
     def open_images(folder: Path, progress: Progress) -> TrainingImages:
         if isinstance(tokenizer, AutoencoderTokenizer) and not data.encode_on_the_fly:
-            place = folder / "latents"
-            encode(bank, tokenizer, place, join=join, images=images, overwrite=True, progress=progress)
-            shards, ready = open_latents(dataclasses.replace(data, latents=str(place)), device=device)
+            lying = dataclasses.replace(data, latents=str(folder / "latents"))
+            if record is None or not _still_good(bank, join, images, lying, tokenizer):
+                encode(bank, tokenizer, lying.latents, join=join, images=images, overwrite=True, progress=progress)
+            shards, ready = open_latents(lying, device=device)
             return open_latent_images(shards, join, ready, record)
         cache = PixelCache(folder, bank, join, images, size=size, channels=data.channels, progress=progress)
         if not isinstance(tokenizer, AutoencoderTokenizer):
@@ -131,6 +157,22 @@ def _of_images(
         return PixelImages(cache, known)
 
     return ImagePlan(join=join, data=data, latent=tokenizer.latent, open=open_images), tokenizer
+
+
+def _still_good(bank: Bank, join: Join, images: ImagesFrom, lying: DataConfig, tokenizer: AutoencoderTokenizer) -> bool:
+    """Say whether the latents that a training began with are whole and of these images, wherever these lie and whenever changed.
+
+    Files that were copied have other times, and their latents are the same; as in `join_latents` some images tell.
+    """
+    try:
+        shards, made = open_latents(dataclasses.replace(lying, tokenizer_weights=""))  # only described
+        tokenizers.require_same(made.record(), tokenizer, lying.latents)
+        if not shards.holds(join.keys).all():
+            return False
+        require_same_images(bank, shards, join, tokenizer.image_size, images)
+    except GMemError:
+        return False  # derived data: made again
+    return True
 
 
 def _measured(tokenizer: AutoencoderTokenizer, cache: PixelCache, data: DataConfig) -> AutoencoderTokenizer:

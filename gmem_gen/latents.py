@@ -217,11 +217,11 @@ def join_latents(bank: Bank, shards: gmem_bank.Shards, size: int, images: Images
     )  # fmt: skip
     made_of = shards.facts.get("bank")
     if not isinstance(made_of, dict) or made_of.get("fingerprint") != bank.fingerprint:
-        _require_same_images(bank, shards, join, size, images)
+        require_same_images(bank, shards, join, size, images)
     return join
 
 
-def _require_same_images(bank: Bank, shards: gmem_bank.Shards, join: Join, size: int, images: ImagesFrom) -> None:
+def require_same_images(bank: Bank, shards: gmem_bank.Shards, join: Join, size: int, images: ImagesFrom) -> None:
     """Look at some images that are there, and raise SourceError where one is not what its latent was made of."""
     places = np.unique(np.linspace(0, len(join.rows) - 1, min(PROBES, len(join.rows))).astype(np.int64))
     known = shards.entry("thumbnails")[shards.rows_for([join.keys[place] for place in places])]

@@ -84,16 +84,18 @@ def make_norm(width: int, *, rms: bool) -> nn.Module:
     return RMSNorm(width) if rms else nn.LayerNorm(width, elementwise_affine=False, eps=NORM_EPSILON)
 
 
+def time_frequencies() -> Tensor:
+    """Return the (128,) frequencies of the features of t: 1 down to nearly 1/10000."""
+    return torch.exp(-math.log(10_000.0) * torch.arange(TIME_FREQUENCIES, dtype=torch.float32) / TIME_FREQUENCIES)
+
+
 class TimestepEmbedder(nn.Module):
     """Sine-cosine features of t in [0, 1], unscaled, through a two-layer MLP."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(2 * TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-        frequencies = torch.exp(
-            -math.log(10_000.0) * torch.arange(TIME_FREQUENCIES, dtype=torch.float32) / TIME_FREQUENCIES
-        )
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.register_buffer("frequencies", time_frequencies(), persistent=False)
         self.frequencies: Tensor
 
     def forward(self, t: Tensor) -> Tensor:

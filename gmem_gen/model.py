@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, overload
@@ -32,6 +33,7 @@ from gmem_gen.layers import (
     normalise,
     position_table,
     projection_head,
+    time_frequencies,
 )
 from gmem_gen.pretrained import read_model, write_model
 
@@ -235,11 +237,25 @@ class Generator(nn.Module):
         """
         facts, tensors = read_model(place, revision)
         try:
-            model = cls(ModelConfig(**facts["model"]), LatentShape(**facts["latent"]), int(facts["snippet_dim"]))
-            model.load_state_dict(tensors)
+            config = ModelConfig(**facts["model"])
+            model = cls.of_tensors(config, LatentShape(**facts["latent"]), int(facts["snippet_dim"]), tensors)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"the weights of {place} do not fit its configuration: {error}") from error
         return model.eval()
+
+    @classmethod
+    def of_tensors(
+        cls, config: ModelConfig, latent: LatentShape, snippet_dim: int, tensors: Mapping[str, Tensor]
+    ) -> Generator:
+        """Return a model of these tensors in float32, allocating nothing else; raises RuntimeError where they do not fit."""
+        blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+        if len(blocks) != config.depth:
+            raise RuntimeError(f"model.depth is {config.depth}, the weights have {len(blocks)} blocks")
+        with torch.device("meta"):
+            model = cls(config, latent, snippet_dim)
+        model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+        model.t_embedder.frequencies = time_frequencies()  # not among what is stored
+        return model
 
     def null_conditions(self, conditions: Tensor) -> Tensor:
         """Return the null conditions for a batch of conditions, of the same shape."""

@@ -86,16 +86,11 @@ def _safetensors(path: Path) -> tuple[dict[str, Mapping[str, Any]], int]:
 
 
 def _pickled(path: Path) -> tuple[dict[str, Mapping[str, Any]], int]:
-    gmem_bank.check_torch_archive(path, what="checkpoint", max_entries=MAX_ENTRIES, max_pickle_bytes=MAX_PICKLE_BYTES)
-    try:
-        # published training scripts keep their command line beside the weights: a container of words and numbers
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            stored = torch.load(str(path), weights_only=True, map_location="cpu", mmap=True)
-    except Exception as error:  # a hostile structure makes the reader raise anything
-        raise CheckpointError(
-            "it holds more than tensors, tables and numbers, or is damaged; nothing in it was executed "
-            f"({why_not_loaded(error)}): have its maker save the state dict alone"
-        ) from error
+    # published training scripts keep their command line beside the weights: a container of words and numbers
+    stored = gmem_bank.read_torch_archive(
+        path, what="checkpoint", holding="the state dict alone", max_entries=MAX_ENTRIES, max_pickle_bytes=MAX_PICKLE_BYTES,
+        also=[argparse.Namespace],
+    )  # fmt: skip
     if not isinstance(stored, Mapping):
         raise CheckpointError(f"it holds a {type(stored).__name__}, not a table of tensors")
     found = {part: stored[part] for part in PARTS if isinstance(stored.get(part), Mapping)}
@@ -137,8 +132,7 @@ def read_latent_stats(path: Path) -> tuple[list[float], list[float]]:
         if path.suffix == ".safetensors":
             stored = load_file(path)
         else:
-            gmem_bank.check_torch_archive(path, what="file of statistics")
-            stored = torch.load(str(path), weights_only=True, map_location="cpu")
+            stored = gmem_bank.read_torch_archive(path, what="file of statistics", holding="'mean' and 'std' alone")
         mean, std = (stored[name].double().flatten() for name in ("mean", "std"))
         if len(mean) != len(std) or not bool(torch.isfinite(mean).all()) or not bool((std > 0).all()):
             raise ValueError("mean and std must be of one length, finite, std positive")

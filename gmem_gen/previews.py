@@ -48,7 +48,7 @@ def write_preview(trainer: Trainer, run: Path, conditions: Conditions) -> Path:
         run=run, tokenizer=trainer.images.tokenizer.record(), classes=trainer.classes,
     )  # fmt: skip
     try:
-        samples = sample(trainer.bank, drawn, conditions, trainer.config.sample)
+        samples = sample(trainer.bank, drawn, conditions, trainer.config.sample, tokenizer=trainer.images.tokenizer)
     finally:
         average.train(before)
     grid = run / "samples" / f"step-{trainer.step:08d}.png"

@@ -43,7 +43,7 @@ def resolve(
     if prediction == "auto":
         fits = 2 * patch**2 * planned.latent.channels <= config.model.width
         prediction = stored.flow.prediction if stored else ("velocity" if fits else "data")
-    projection = _projection_dim(config, tokens)
+    projection = _projection_dim(config, tokens, stored)
     classes = config.model.num_classes
     if config.model.condition == "class":
         present = len(conditioning.class_names(bank))
@@ -62,9 +62,12 @@ def resolve(
     )
 
 
-def _projection_dim(config: Config, tokens: PatchTokens | None) -> int:
-    """Return the outputs of the projection head: those of the patch tokens, 0 without any."""
-    asked, there = config.model.projection_dim, tokens.dim if tokens else 0
+def _projection_dim(config: Config, tokens: PatchTokens | None, stored: Config | None) -> int:
+    """Return the outputs of the projection head: those of the patch tokens, else of a training that goes on, else 0."""
+    kept = stored.model.projection_dim if stored else 0
+    asked, there = config.model.projection_dim or kept, tokens.dim if tokens else 0
+    if kept and not there:
+        return asked  # whether it may go on without patch tokens, its checkpoint says
     if asked and not there:
         raise ConfigError(
             "a projection head (model.projection_dim) learns from the encoder's patch tokens: write them with 'gmem-bank tokens' "

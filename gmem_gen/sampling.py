@@ -25,7 +25,7 @@ from gmem_gen.guidance import Guided
 from gmem_gen.ode import Solution
 from gmem_gen.predictions import Field
 from gmem_gen.runtime import versions
-from gmem_gen.tokenizers import PIXELS, make_tokenizer
+from gmem_gen.tokenizers import PIXELS, Tokenizer, make_tokenizer
 
 Progress = Callable[[int, int], None]
 Say = Callable[[str], None]
@@ -101,6 +101,7 @@ def sample(
     conditions: Conditions,
     config: SampleConfig | None = None,
     *,
+    tokenizer: Tokenizer | None = None,
     progress: Progress = _silent_progress,
     say: Say = _silent,
 ) -> Samples:
@@ -111,6 +112,7 @@ def sample(
         checkpoint: from `load_checkpoint`.
         conditions: from `choose_conditions` or one of its like.
         config: method, steps, guidance, seed; None: the checkpoint's own sample settings.
+        tokenizer: the checkpoint's, where it is loaded already; None: as its record says.
         progress: told samples done and samples in all.
         say: told remarks, such as guidance of a model that never saw the null condition.
 
@@ -124,7 +126,7 @@ def sample(
     for remark in remarks:
         say(remark)
     batches = []
-    for batch in draw(bank, checkpoint, conditions, wanted, np.arange(len(conditions))):
+    for batch in draw(bank, checkpoint, conditions, wanted, np.arange(len(conditions)), tokenizer=tokenizer):
         batches.append(batch)
         progress(int(batch.places[-1]) + 1, len(conditions))
     nfe = max(batch.nfe for batch in batches)
@@ -197,8 +199,9 @@ def _reader(bank: Bank, checkpoint: LoadedCheckpoint, conditions: Conditions) ->
 
 
 def draw(
-    bank: Bank, checkpoint: LoadedCheckpoint, conditions: Conditions, config: SampleConfig, places: NDArray[np.int64]
-) -> Iterator[Drawn]:
+    bank: Bank, checkpoint: LoadedCheckpoint, conditions: Conditions, config: SampleConfig, places: NDArray[np.int64],
+    *, tokenizer: Tokenizer | None = None,
+) -> Iterator[Drawn]:  # fmt: skip
     """Yield some of the samples that conditions ask for, batch by batch.
 
     Args:
@@ -207,9 +210,10 @@ def draw(
         conditions: all of them.
         config: how; checked by `check_request`.
         places: which samples; each is the same image whichever others are drawn.
+        tokenizer: as in `sample`.
     """
     latent, device = checkpoint.model.latent, next(checkpoint.model.parameters()).device
-    tokenizer = make_tokenizer(checkpoint.tokenizer, device=str(device))
+    tokenizer = tokenizer or make_tokenizer(checkpoint.tokenizer, device=str(device))
     if (
         len(places) and tokenizer.name != PIXELS
     ):  # weights that are not to be had are told before minutes go into sampling

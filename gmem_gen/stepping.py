@@ -67,7 +67,7 @@ class Trainer:
         join: rows with images.
         processes: that train together, and their device.
         split: which rows are trained on; None: all.
-        tokens: places among the rows → (B, T, P) patch tokens of the encoder, for a model with a projection head.
+        tokens: places among the rows → (B, T, P) patch tokens of the encoder; None: a projection head is left as it is.
         facts: further entries of the checkpoints' state.
 
     Raises:
@@ -89,6 +89,8 @@ class Trainer:
             torch.manual_seed(config.train.seed)
             self.model: Generator = checkpoints.make_model(config, images.latent, dim).to(self.device)
         self.model.recompute = config.train.gradient_checkpointing
+        if config.model.projection_dim and tokens is None:
+            self.model.projector.requires_grad_(False)  # of an imported checkpoint: kept as it is
         self.averages = optim.make_averages(self.model, config.train)
         self.optimizer = optim.make_optimizer(self.model, config.train)
         self.scaler = optim.make_scaler(self.device, config.train)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gmem_bank.errors import CheckpointError, ConfigError, suggest
-from gmem_gen.autoencoders import AUTOENCODERS, LazyAutoencoder, Weights
+from gmem_gen.autoencoders import AUTOENCODERS, VARIATIONAL, LazyAutoencoder, Weights
 from gmem_gen.model import LatentShape
 
 PIXELS = "pixels"
@@ -169,7 +169,8 @@ def check_name(name: str) -> str:
     """Return the name of a tokenizer; raises ConfigError for an unknown one."""
     if name not in TOKENIZERS:
         raise ConfigError(
-            f"unknown tokenizer {name!r} (there are: {', '.join(TOKENIZERS)}).{suggest(name, TOKENIZERS)}", key=name
+            f"unknown tokenizer {name!r} (there are: {', '.join(TOKENIZERS)}).{suggest(name, TOKENIZERS)}",
+            key="data.tokenizer",
         )
     return name
 
@@ -183,11 +184,16 @@ class TokenizerMaker:
         device: where the autoencoder computes.
 
     Raises:
-        ConfigError: unknown name.
+        ConfigError: unknown name; a sample of a posterior of one that has none.
     """
 
     def __init__(self, name: str, weights: Weights | None = None, device: str = "cpu") -> None:
         self.name = check_name(name)
+        if weights is not None and weights.posterior != "mean" and name not in VARIATIONAL:
+            raise ConfigError(
+                f"tokenizer {name!r} makes one latent of an image, and no distribution to draw a sample from: posterior must be "
+                "'mean'", key="data.posterior",
+            )  # fmt: skip
         self._autoencoder = None if name == PIXELS else LazyAutoencoder(name, weights or Weights(), device=device)
 
     @property

@@ -200,9 +200,13 @@ def _patch_tokens(config: Config, keys: list[str]) -> PatchTokens | None:
 
 
 def _token_facts(tokens: PatchTokens | None, checkpoint: Path | None) -> dict[str, Any]:
-    """Return what checkpoints remember of the patch tokens; raises CheckpointError where the training began with others."""
+    """Return what checkpoints remember of the patch tokens; raises CheckpointError where the training began with others.
+
+    An imported checkpoint does not say what its head learned from: any of its dimension are taken, or none.
+    """
     facts = {"tokens": tokens.record() if tokens else None}
-    if checkpoint is not None and checkpoints.read_state(checkpoint).get("tokens") != facts["tokens"]:
+    state = checkpoints.read_state(checkpoint) if checkpoint is not None else {}
+    if state.get("tokens", facts["tokens"]) != facts["tokens"]:
         raise CheckpointError(
             f"{checkpoint} was trained with other patch tokens (data.tokens): give them, or choose another --out",
             path=checkpoint,

@@ -8,7 +8,6 @@ Shapes: B batch, K channels.
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import gmem_bank
-from gmem_bank.errors import EncoderError, why_not_loaded
+from gmem_bank.errors import EncoderError, GMemError
 from gmem_gen.autoencoders import Autoencoder
 from gmem_gen.diffusers_autoencoders import posterior_of, require_diffusers
 
@@ -28,6 +27,8 @@ WIDTH, MULTIPLES, RES_BLOCKS, LATENT_CHANNELS = 128, (1, 1, 2, 2, 4), 2, 32
 TRAINING_ONLY = ("loss.", "foundation_model.", "linear_proj.")
 """Beginnings of the names of what only its training used: the discriminator, and the alignment with a vision model."""
 MAX_BYTES = 4 << 30
+MAX_ENTRIES, MAX_PICKLE_BYTES = 100_000, 64 << 20
+"""Parts of the archive and bytes of its structure: the published one has some hundred, with its optimizer some thousand."""
 WHERE = "hustvl/vavae-imagenet256-f16d32-dinov2"
 
 HALVES = {"encoder": "down", "decoder": "up"}
@@ -76,15 +77,22 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+        stored = gmem_bank.read_torch_archive(
+            path, what="checkpoint", holding="the state dict alone", max_entries=MAX_ENTRIES,
+            max_pickle_bytes=MAX_PICKLE_BYTES,
+        )  # fmt: skip
+    except (OSError, GMemError, SafetensorError) as error:
         raise EncoderError(
-            f"{path} is not a checkpoint that can be read without running code: {why_not_loaded(error)}", path=path
+            f"{path} is not a checkpoint that can be read without running code: {error}", path=path
         ) from error
     tensors = stored.get("state_dict", stored) if isinstance(stored, dict) else None
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    if not isinstance(tensors, dict) or not all(map(_is_plain, tensors.values())):
         raise EncoderError(f"{path} holds no table of tensors (under 'state_dict' or at the top)", path=path)
     return tensors
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
 
 
 def translated(tensors: Mapping[str, Tensor], levels: int, path: Path) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import gmem_bank
 from gmem_bank import shards
-from gmem_bank.errors import CorruptError, GMemError, SourceError
+from gmem_bank.errors import CorruptError, GMemError, SourceError, UnknownKeyError
 
 SHAPE = (4, 3, 2)
 
@@ -51,6 +52,35 @@ def test_values_are_rounded_to_nearest_and_read_back(dtype: str, kind: torch.dty
     assert found.holds(["k3", "k8", "k0"]).tolist() == [True, False, True]
     with safe_open("s/00002.safetensors", "pt") as file:
         assert torch.equal(file.get_tensor("values"), expected[4:])
+
+
+def test_keys_are_found_even_where_their_hashes_collide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All hashes forced to one of two: every key has its own row, and one that is not there has none."""
+    write("s", [3, 1, 4], "f32")
+    hashes = shards.key_tables.hashes_of
+    monkeypatch.setattr(shards.key_tables, "hashes_of", lambda keys: hashes(keys) % np.uint64(2))
+    found = gmem_bank.Shards("s")
+    order = ["k7", "k0", "k3", "k3", "k2", "k1", "k4", "k5", "k6"]
+    assert found.rows_for(order).tolist() == [7, 0, 3, 3, 2, 1, 4, 5, 6]
+    assert found.holds(["other", "k3", "another", "\ud800"]).tolist() == [False, True, False, False]
+    assert found.holds([]).tolist() == [] == found.rows_for([]).tolist()
+    with pytest.raises(UnknownKeyError, match=r"nothing for 2 keys, such as 'k9', 'x'"):
+        found.rows_for(["k1", "k9", "x"])
+
+
+def test_keys_take_sixteen_bytes_each_once_they_were_looked_up() -> None:
+    """A million keys as texts in a dictionary would take 220 MB for the whole training."""
+    count = 20_000
+    write("s", [count // 2, count // 2], "f32", (1,))
+    found, order = gmem_bank.Shards("s"), [f"k{row}" for row in range(count)]
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        assert np.array_equal(found.rows_for(order), np.arange(count))
+        kept = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert kept < 24 * count
 
 
 def test_rows_begin_at_a_page() -> None:

@@ -141,6 +141,18 @@ def maker_of(bank: gmem_bank.MemoryBank, config: Config, tokens: object = None) 
     return BatchMaker(bank, config, PixelImages(cache, PixelTokenizer(8, 3)), join, split, tokens=tokens), join
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="looks at mappings as Linux tells them")
+def test_pixels_are_read_without_what_follows_them(flipped: gmem_bank.MemoryBank) -> None:
+    """The system is told that images are asked for in any order; what is read is what was kept."""
+    join = conditioning.join_images(flipped, None, allow_missing=False)
+    cache = PixelCache(Path("cache"), flipped, join, None, size=48, channels=3, progress=lambda done, total: None)
+    kept = np.load(next(Path("cache").glob("pixels-*.npy")))
+    places = np.array([len(join.keys) - 1, 0, 7, 7])
+    np.testing.assert_array_equal(cache.read(places), kept[places])
+    maps = Path("/proc/self/smaps").read_text().split(".npy\n")[1]
+    assert "rr" in next(line for line in maps.splitlines() if line.startswith("VmFlags")).split()
+
+
 def test_latent_snippet_and_tokens_are_always_of_the_same_side(flipped: gmem_bank.MemoryBank) -> None:
     """One decision a sample: in every batch all three are the picture's or all three the mirrored twin's."""
     config = Config(

@@ -91,6 +91,34 @@ def test_a_model_saves_and_loads_itself() -> None:
         assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+def test_a_configuration_that_lies_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model is laid out without memory, and compared with its weights, before anything is filled; its formulas are whole."""
+    model = gmem_gen.Generator(
+        ModelConfig(width=16, depth=2, num_heads=2), gmem_gen.LatentShape(channels=1, size=8), 12
+    )
+    model.save_pretrained("model")
+    laid_out, initialise = [], gmem_gen.Generator._initialise
+
+    def watched(self: gmem_gen.Generator) -> None:
+        laid_out.append({parameter.device.type for parameter in self.parameters()})
+        initialise(self)
+
+    monkeypatch.setattr(gmem_gen.Generator, "_initialise", watched)
+    again = gmem_gen.Generator.from_pretrained("model")
+    assert {name: value.device.type for name, value in again.named_buffers()} == dict.fromkeys(
+        dict(model.named_buffers()), "cpu"
+    )
+    assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in again.parameters())
+    x, t, c = torch.randn(2, 1, 8, 8), torch.rand(2), torch.randn(2, 12)
+    torch.testing.assert_close(again(x, t, c), model.eval()(x, t, c))
+    told = json.loads(Path("model/config.json").read_text())
+    for wrong, answer in (({"width": 4096}, "do not fit.*size mismatch"), ({"depth": 60_000}, "60000.* 2 blocks")):
+        Path("model/config.json").write_text(json.dumps({**told, "model": {**told["model"], **wrong}}))
+        with pytest.raises(CheckpointError, match=f"(?s){answer}"):
+            gmem_gen.Generator.from_pretrained("model")
+    assert laid_out == [{"meta"}] * 2
+
+
 def test_folders_that_are_none_are_refused(trained: gmem_gen.LoadedCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Absent, cut, of another model, of another tool; nothing is overwritten; a full disk says so."""
     gmem_gen.export_folder(trained, "shared")

@@ -135,7 +135,7 @@ def test_interrupted_work_goes_on_and_gives_the_same_bytes(
     names = sorted(path.name for path in Path("whole").iterdir())
     assert len(names) == 5
     assert [(Path("whole") / n).read_bytes() for n in names] == [(Path("parts") / n).read_bytes() for n in names]
-    for other in ({"dtype": "f32"}, {"posterior": "sample"}, {"flip": True}):
+    for other in ({"dtype": "f32"}, {"flip": True}):
         with pytest.raises(OutputExistsError, match="in another way"):
             encode(bank, weights, "parts", batch_size=4, **other)
 
@@ -269,6 +269,33 @@ def test_latents_made_first_equal_latents_made_before(bank: str, weights: Path) 
     assert set(seen) <= {24}  # all there already
 
 
+def test_images_that_were_only_copied_are_not_encoded_again(
+    bank: str, weights: Path, photos: Path, monkeypatch
+) -> None:
+    """A training goes on with the latents that it began with, whatever times the files have; of other pictures they are made anew."""
+    from gmem_gen import image_plan
+
+    settings = ["data.tokenizer=taef2", f'data.tokenizer_weights="{weights}"', "data.image_size=16"]
+    made, really = [], image_plan.encode
+    monkeypatch.setattr(image_plan, "encode", lambda *given, **more: made.append(1) or really(*given, **more))
+    gmem_gen.train(bank, config(*settings), out="run")
+    before = gmem_bank.Shards("run/cache/latents").facts
+    files = sorted(photos.rglob("*.jpg"))
+    for path in files:
+        os.utime(path, (1, 1))
+    gmem_gen.train(bank, config(*settings, "train.max_steps=4"), out="run")
+    assert made == [1]
+    shard = Path("run/cache/latents/00000.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    gmem_gen.train(bank, config(*settings, "train.max_steps=5"), out="run")
+    assert made == [1, 1]
+    assert gmem_bank.Shards("run/cache/latents").facts == before
+    for path in files[1:]:
+        shutil.copy(files[0], path)
+    gmem_gen.train(bank, config(*settings, "train.max_steps=6"), out="run")
+    assert made == [1, 1, 1]
+
+
 def test_on_the_fly_the_statistics_are_of_the_images_asked_for(bank: str, weights: Path) -> None:
     """Measured once over so many images, kept by the checkpoint; read like latents that lie ready, but for rounding."""
     settings = ["data.tokenizer=taef2", f'data.tokenizer_weights="{weights}"', "data.image_size=16",
@@ -371,6 +398,40 @@ def test_a_training_does_not_go_on_with_other_latents(bank: str, weights: Path) 
     assert gmem_gen.train(bank, more, out="run", accept_bank_change=True).step == 5
     first, last = (checkpoints.read_state(path)["tokenizer"] for path in checkpoints.list_checkpoints(Path("run")))
     assert first["mean"] == last["mean"] != gmem_bank.Shards("fewer").facts["tokenizer"]["mean"]
+
+
+def test_a_tokenizer_that_was_moved_draws_the_samples_on_the_way(bank: str, weights: Path, monkeypatch) -> None:
+    """From its new place, which later checkpoints remember; its weights are read once a training."""
+    encode(bank, weights)
+    settings = ['data.latents="lat"', "train.sample_every=1", "train.sample_images=2", "sample.num_steps=2"]
+    gmem_gen.train(bank, config(*settings), out="run")
+    shutil.move(weights, "moved")
+    read, load = [], taef2.load
+    monkeypatch.setattr(
+        taef2, "load", lambda name, place, *rest, **more: read.append(place) or load(name, place, *rest, **more)
+    )
+    told = ['data.tokenizer_weights="moved"', "train.max_steps=5"]
+    assert gmem_gen.train(bank, config(*settings, *told), out="run").step == 5
+    assert Path("run/samples/step-00000005.png").is_file()
+    assert read == ["moved"]
+    loaded = gmem_gen.load_checkpoint("run")
+    assert loaded.tokenizer["weights"] == Path("moved").resolve().as_posix()
+    opened = gmem_bank.open(bank)
+    conditions = gmem_gen.choose_conditions(opened, concept=None, keys=(), num=1, per_snippet=1, seed=0)
+    assert gmem_gen.sample(opened, loaded, conditions).images.shape == (1, 16, 16, 3)
+
+
+def test_what_would_do_nothing_is_refused(bank: str, weights: Path) -> None:
+    """A sample of a posterior where there is none, and how latents are made where they lie ready; nothing false is recorded."""
+    with pytest.raises(ConfigError, match="'taef2' makes one latent of an image"):
+        encode(bank, weights, posterior="sample")
+    with pytest.raises(ConfigError, match="'pixels' makes one latent of an image"):
+        plan_images(gmem_bank.open(bank), None, config("data.posterior=sample"))
+    encode(bank, weights)
+    for setting in ("channels=1", "posterior=sample", "tokenizer_revision=main", "statistics_images=7"):
+        with pytest.raises(ConfigError, match=rf"data\.{setting.split('=')[0]} is .* made already") as caught:
+            plan_images(gmem_bank.open(bank), None, config('data.latents="lat"', f"data.{setting}"))
+        assert caught.value.key == f"data.{setting.split('=')[0]}"
 
 
 def test_an_image_of_512_pixels_is_512_pixels(photos: Path, weights: Path) -> None:

@@ -333,6 +333,40 @@ def test_an_imported_run_samples_and_trains_on(photos: Path) -> None:
     assert "no file at none.pt" in gen("import-checkpoint", "none.pt", "-o", "x", "-e", "hog", code=1).stderr
 
 
+@pytest.mark.parametrize("tokens", ["", "tokens"])
+def test_an_imported_projection_head_learns_from_any_patch_tokens_or_is_kept(photos: Path, tokens: str) -> None:
+    """The file does not say which tokens it saw; once the training has gone on, its checkpoints do."""
+    import numpy as np
+
+    gmem_bank.build(photos, gmem_bank.load_encoder("hog"), "bank.safetensors")
+    writer = gmem_bank.ShardWriter(Path("tokens"), {"made": "here"})
+    bank = gmem_bank.open("bank.safetensors")
+    keys = bank.keys(bank.rows())
+    writer.write(0, keys, np.random.default_rng(0).standard_normal((len(keys), 4, 7)).astype(np.float32))
+    writer.finish(1, {"encoder": {"name": "made-up"}})
+    config = ModelConfig(
+        width=32, depth=1, num_heads=2, patch_size=2, snippet_scale=1.0, projection_dim=7, encoder_depth=1
+    )
+    torch.manual_seed(0)
+    model = Generator(config, LatentShape(channels=3, size=8), 324)
+    bring_in(saved({"ema": model.state_dict()}), memory=Memory(bank="bank.safetensors"))
+    words = ["train", "--out", "run", "--config", "run/config.toml", "--accept-bank-change", "--json", "-q"]
+    words += ["--set", "train.num_threads=1", "--set", "train.batch_size=256"]
+    free = ["--set", "model.projection_dim=0"]
+    told = ["--tokens", tokens] if tokens else []
+    assert json.loads(gen(*words, *told, "--set", "train.max_steps=2").stdout)["step"] == 2
+    assert json.loads(gen(*words, *told, *free, "--set", "train.max_steps=3").stdout)["step"] == 3
+    trained = gmem_gen.load_checkpoint("run", weights="model").model
+    head = [
+        torch.equal(a, b) for a, b in zip(trained.projector.parameters(), model.projector.parameters(), strict=True)
+    ]
+    assert any(head) != bool(tokens) and all(head) == (not tokens)
+    assert not torch.equal(trained.x_embedder.proj.weight, model.x_embedder.proj.weight)
+    other = ["--set", "data.tokens=" + ("" if tokens else "tokens"), "--set", "train.max_steps=4"]
+    refused = gen(*words, *other, code=1)
+    assert "other patch tokens" in refused.stderr
+
+
 def test_an_export_of_our_own_keeps_its_transport_and_the_factor_on_snippets(photos: Path) -> None:
     """A model that predicts data, with snippets scaled: brought back it draws what it drew, up to rounding of one level."""
     import numpy as np

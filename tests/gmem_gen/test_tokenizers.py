@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -308,6 +310,31 @@ def test_va_vae_refuses_what_is_not_its_checkpoint(small_va_vae: torch.nn.Module
         TokenizerMaker("va-vae", Weights(place=str(tmp_path / "bad.ckpt"))).make(32)
     with pytest.raises(EncoderError, match="published checkpoint"):
         TokenizerMaker("va-vae", Weights(place=str(tmp_path / "gone.pt"))).make(32)
+
+
+def test_va_vae_is_read_like_any_foreign_checkpoint(small_va_vae: torch.nn.Module, tmp_path: Path) -> None:
+    """A packed structure, one that breaks the reader, a damaged part, tensors that are no plain ones: told, never a bare error."""
+    torch.save(ldm_checkpoint(small_va_vae), tmp_path / "whole.pt")
+
+    def refused(match: str) -> None:
+        with pytest.raises(EncoderError, match=match):
+            TokenizerMaker("va-vae", Weights(place=str(tmp_path / "bad.pt"))).make(32)
+
+    def rewritten(method: int, change: Callable[[str, bytes], bytes]) -> None:
+        with zipfile.ZipFile(tmp_path / "whole.pt") as old, zipfile.ZipFile(tmp_path / "bad.pt", "w", method) as new:
+            for info in old.infolist():
+                new.writestr(info.filename, change(info.filename, old.read(info)))
+
+    rewritten(zipfile.ZIP_DEFLATED, lambda name, data: data)
+    refused("compressed after")
+    rewritten(zipfile.ZIP_STORED, lambda name, data: b"\x80\x02t." if name.endswith("data.pkl") else data)
+    refused("nothing in it was executed")
+    broken = bytearray((tmp_path / "whole.pt").read_bytes())
+    broken[len(broken) // 2] ^= 1
+    (tmp_path / "bad.pt").write_bytes(broken)
+    refused("does not match its sum")
+    torch.save({"quant_conv.bias": torch.zeros(3).to_sparse()}, tmp_path / "bad.pt")
+    refused("no table of tensors")
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -256,6 +256,18 @@ def test_no_module_takes_what_another_keeps_to_itself() -> None:
                 assert not private, f"{path.relative_to(ROOT)} imports {private} of {node.module}"
 
 
+def test_a_bank_is_read_in_conditioning_alone() -> None:
+    """Other stages of the generator ask a bank what it is and which rows it has; commands and references open their own."""
+    plain = {"dim", "space", "encoder", "fingerprint", "rows", "rows_for"}
+    own = {"cli_sample": {"folder"}, "evaluation_sources": {"basis"}}  # of a bank that gmem_bank.open gave them
+    for path in sorted((ROOT / "gmem_gen").glob("*.py")):
+        if path.stem == "conditioning":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("bank", "self._bank", "self.bank"):
+                assert node.attr in plain | own.get(path.stem, set()), f"{path.name} asks a bank for {node.attr}"
+
+
 def test_the_options_of_sample_are_tables_and_not_long_functions() -> None:
     """They grow by one at a time."""
     for node in ast.walk(ast.parse((ROOT / "gmem_gen/cli_sample_options.py").read_text(encoding="utf-8"))):

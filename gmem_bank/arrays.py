@@ -24,8 +24,13 @@ ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors", ".h5", ".hdf5", ".parquet")
 SNIPPET_NAMES = ("snippets", "embeddings", "features", "vectors", "vector", "embedding")
 PLAIN_TYPES = ("F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 """Of safetensors files, those that NumPy has."""
+PARQUET_BYTES = {"DOUBLE": 8, "INT64": 8, "FLOAT": 4, "INT32": 4}
 BLOCK_ROWS = 8192
 MOST_EXPANSION = 200
+"""Bytes that a byte of a compressed file may become: arrays of numbers do not shrink like that."""
+MODEST_BYTES = 64 << 20
+"""Of a table that is read whatever it takes on disk."""
+BATCH_ROWS = 1024
 KEY_NAMES = ("keys", "paths", "names", "ids", "key", "path", "name", "id")
 
 
@@ -134,7 +139,7 @@ def _plain(path: Path, dataset: Any) -> NDArray[Any]:
 
 
 def _require_modest(path: Path) -> None:
-    """Raise SourceError where a zip would unpack to far more than it holds: arrays of numbers do not shrink like that."""
+    """Raise SourceError where a zip would unpack to far more than it holds."""
     import zipfile
 
     try:
@@ -152,10 +157,40 @@ def _read_parquet(path: Path) -> dict[str, NDArray[Any]]:
     try:
         file = arrow.parquet.ParquetFile(path)
         wanted = [f.name for f in file.schema_arrow if _is_vector(arrow.types, f.type) or f.name in KEY_NAMES]
-        table = file.read(columns=wanted)
+        _require_modest_columns(path, file.metadata, wanted)
+        table = _read_columns(path, arrow, file, wanted)
     except arrow.ArrowException as error:
         raise SourceError(f"could not read {path}: {error}", path=path) from error
     return {name: _numpy_column(path, name, table.column(name).combine_chunks()) for name in wanted}
+
+
+def _require_modest_columns(path: Path, metadata: Any, wanted: Sequence[str]) -> None:
+    """Raise SourceError where columns would unpack to far more than the file holds: equal numbers are stored once."""
+    size = 0
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for leaf in map(group.column, range(metadata.num_columns)):
+            if leaf.path_in_schema.partition(".")[0] in wanted:
+                width = PARQUET_BYTES.get(leaf.physical_type, 1)
+                size += max(leaf.total_uncompressed_size, leaf.num_values * width)
+    _require_at_most(path, size)
+
+
+def _read_columns(path: Path, arrow: Any, file: Any, wanted: Sequence[str]) -> Any:
+    """Return columns, a few rows at a time, since of texts the file does not say how long they are."""
+    batches, size = [], 0
+    for batch in file.iter_batches(BATCH_ROWS, columns=wanted):
+        size += batch.nbytes
+        _require_at_most(path, size)
+        batches.append(batch)
+    return arrow.Table.from_batches(batches) if batches else file.read(columns=wanted)
+
+
+def _require_at_most(path: Path, size: int) -> None:
+    if size > max(MODEST_BYTES, MOST_EXPANSION * path.stat().st_size):
+        raise SourceError(
+            f"{path} would unpack to {size:,} bytes or more: save it as .npy or .safetensors",
+            path=path,
+        )
 
 
 def _is_vector(types: Any, kind: Any) -> bool:

@@ -94,7 +94,8 @@ def compress(
         "relative_error" is ‖s - ŝ‖ over ‖s - mean‖ of all rows together, "optimal_relative_error" that of the best basis with
         exact coefficients (Eckart and Young 1936), rounding where it is below "optimum_known_to"; "warnings" has sentences, one
         where the former passes the latter by more than a thousandth. With `dry_run` energy is that of the first pass, and what
-        only the second one knows is left out. Where the bank was made before, what would have to be measured again is None.
+        only the second one knows is left out; "bytes_after" may then be up to 128 above what is written. Where the
+        bank was made before, what would have to be measured again is None.
 
     Raises:
         ConfigError: not one goal, one out of range, or one that cannot be reached (the message says what can).
@@ -244,7 +245,7 @@ def _first_facts(found: Moments, directions: Directions, rank: int) -> dict[str,
     beyond = found.energy - float(directions.energies[:rank].sum())
     unsure = max(found.rounding, NOTHING * found.energy)
     return {
-        "rank": rank, "energy": 1 - beyond / found.energy,
+        "rank": rank, "energy": 1 - max(beyond, 0.0) / found.energy,
         "optimal_relative_error": float(np.sqrt(max(beyond, 0.0) / found.energy)),
         "optimum_known_to": float(np.sqrt(unsure / found.energy)),
     }  # fmt: skip

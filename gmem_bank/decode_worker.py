@@ -44,6 +44,8 @@ def decode_one(item: Item, preprocessing: Mapping[str, Any]) -> tuple[str, NDArr
         pixels = crop(decode_picture(data), preprocessing)
     except SourceError as error:
         return _sha256(data), error.message.removeprefix(f"{item.path}: ")[:MOST_REASON]
+    except MemoryError:
+        return _sha256(data), "there is too little memory to decode it"
     return _sha256(data), np.ascontiguousarray(pixels[:, ::-1]) if item.flipped else pixels
 
 

@@ -5,6 +5,7 @@ Shapes: N rows, B rows asked for, D dimensions, R rank, m kept coefficients, g g
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,11 @@ from numpy.typing import NDArray
 from gmem_bank.errors import CorruptError
 from gmem_bank.space import TINY_NORM
 
+Blocks = Callable[[], Iterable[NDArray[np.float32]]]
+"""Yields (b, D) float32 snippets in the bank's space."""
+
 I8_LIMIT = 127
+CHUNK_VALUES = 1 << 19
 GROW_BELOW = 0.99
 """Cosine of a new snippet to its reconstruction below which the basis grows, where the bank recorded none of its own."""
 
@@ -113,61 +118,85 @@ def project(
 
 @dataclass(frozen=True, kw_only=True)
 class Grown:
-    """A basis that reaches new snippets, and how well."""
+    """A basis that reaches new snippets, and how well the old one did."""
 
     basis: NDArray[np.float32]
     """(R + g, D): the old rows first, as they were."""
-    coefficients: NDArray[np.float32]
-    """(n, R + g)."""
     cosines_before: NDArray[np.float64]
     """(n,) cosine of each snippet to its reconstruction by the old basis: what plain projection would have kept."""
-    cosines_after: NDArray[np.float64]
-    """(n,) the same by the grown basis."""
 
 
-def grow(
-    snippets: NDArray[np.float32], basis: NDArray[np.float32], mean: NDArray[np.float32], *, below: float
-) -> Grown:
-    """Project snippets, and add to the basis the fewest residual directions by which all reach a cosine.
+def row_chunks(blocks: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+    """Yield the rows of (b, D) blocks in order, so many at a time that float64 arrays of them stay at 4 MB."""
+    for block in blocks:
+        step = max(1, CHUNK_VALUES // block.shape[1])
+        for start in range(0, len(block), step):
+            yield block[start : start + step]
 
-    Directions are taken from the singular vectors of the residuals of those snippets that fall short, largest first.
+
+def grow(blocks: Blocks, basis: NDArray[np.float32], mean: NDArray[np.float32], *, below: float) -> Grown:
+    """Add to a basis the fewest residual directions by which all of n new snippets reach a cosine.
+
+    Directions are the singular vectors of the residuals of those snippets that fall short, largest first. Snippets pass by
+    twice; what is kept of them is a cosine a row and 3 D×D numbers.
 
     Args:
-        snippets: (n, D) float32.
+        blocks: yields (b, D) float32, n rows in all.
         basis: (R, D) float32, orthonormal rows.
         mean: (D,) float32.
         below: -1 to 1; a snippet whose reconstruction has a lower cosine makes the basis grow. -1 never grows.
     """
     wide, centre = basis.astype(np.float64), mean.astype(np.float64)
-    centred = snippets.astype(np.float64) - centre
-    before = cosines(snippets, centred @ wide.T @ wide + centre)
-    short = before < below
     room = basis.shape[1] - len(basis)
-    if not short.any() or not room:
-        return Grown(
-            basis=basis, coefficients=project(snippets, basis, mean), cosines_before=before, cosines_after=before
-        )
-    residuals = centred[short] - centred[short] @ wide.T @ wide
+    before, residuals = [np.zeros(0)], np.zeros((0, basis.shape[1]))
+    for snippets in row_chunks(blocks()):
+        centred = snippets.astype(np.float64) - centre
+        inside = centred @ wide.T @ wide
+        before.append(cosines(snippets, inside + centre))
+        short = before[-1] < below
+        if room and short.any():
+            residuals = _same_scatter(np.vstack([residuals, (centred - inside)[short]]))
+    found = np.concatenate(before)
+    if not len(residuals):
+        return Grown(basis=basis, cosines_before=found)
     directions = np.linalg.svd(residuals, full_matrices=False)[2][:room]
-
-    def reached(count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        grown = np.vstack([wide, directions[:count]])
-        return grown, cosines(snippets, centred @ grown.T @ grown + centre)
-
-    low, high = 1, len(directions)
-    while (
-        low < high
-    ):  # more directions never lower a reconstruction's quality by much, so the fewest is found by halving
-        middle = (low + high) // 2
-        if (reached(middle)[1] >= below).all():
-            high = middle
-        else:
-            low = middle + 1
+    directions = directions[: _fewest(blocks, wide, directions, centre, below)]
     # one more orthogonalisation: the residuals were orthogonal to the basis only up to their own rounding
-    grown = np.linalg.qr(reached(low)[0].T)[0].T
-    grown = np.asarray(np.vstack([basis, signed(grown[len(basis) :])]), np.float32)
-    after = cosines(snippets, centred @ grown.astype(np.float64).T @ grown + centre)
-    return Grown(basis=grown, coefficients=project(snippets, grown, mean), cosines_before=before, cosines_after=after)
+    added = np.linalg.qr(np.vstack([wide, directions]).T)[0].T[len(basis) :]
+    grown = np.asarray(np.vstack([basis, signed(added)]), np.float32)
+    return Grown(basis=grown, cosines_before=found)
+
+
+def _same_scatter(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return at most 2 D rows with the singular values and right singular vectors of (m, D) rows: R of QR, if they are more."""
+    return rows if len(rows) <= 2 * rows.shape[1] else np.asarray(np.linalg.qr(rows, mode="r"))
+
+
+def _fewest(
+    blocks: Blocks,
+    basis: NDArray[np.float64],
+    directions: NDArray[np.float64],
+    mean: NDArray[np.float64],
+    below: float,
+) -> int:
+    """Return how many of (d, D) directions are needed for all snippets to reach a cosine; d where even all do not do.
+
+    Of s = x + μ and ŝ = c·B + μ, B orthonormal: s·ŝ = ‖c‖² + c·Bμ + x·μ + ‖μ‖² and ‖ŝ‖² = ‖c‖² + 2c·Bμ + ‖μ‖², so that sums over
+    c from left to right give the cosines for every number of directions at once.
+    """
+    rank, both = len(basis), np.vstack([basis, directions])
+    pull, lowest = both @ mean, np.ones(len(directions))
+    for snippets in row_chunks(blocks()):
+        centred = snippets.astype(np.float64) - mean
+        kept = centred @ both.T
+        squares, cross = (kept * kept).cumsum(axis=1)[:, rank:], (kept * pull).cumsum(axis=1)[:, rank:]
+        products = squares + cross + (centred @ mean + mean @ mean)[:, None]
+        norms = np.sqrt(np.maximum(squares + 2 * cross + mean @ mean, 0))
+        norms *= np.linalg.norm(snippets.astype(np.float64), axis=1)[:, None]
+        found = np.divide(products, norms, out=np.zeros_like(norms), where=norms > 0)
+        lowest = np.minimum(lowest, found.min(axis=0))
+    enough = np.flatnonzero(lowest >= below)
+    return int(enough[0]) + 1 if len(enough) else len(directions)
 
 
 def cosines(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.float64]:

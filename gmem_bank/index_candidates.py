@@ -61,7 +61,7 @@ class Candidates:
     def find(self, projected: NDArray[np.float32], num: int, effort: int) -> NDArray[np.int64]:
         """Return the (B, c) rows that the index finds for (B, E) queries, best estimate first; -1 where it finds fewer."""
         labels = self._labels(projected, min(num, self.num_rows), effort, self._selector)
-        self._require_known(labels)
+        self._require_known(labels, least=-1)  # FAISS gives -1 where it finds no more
         return np.where(labels >= 0, self._state.rows[labels], -1)
 
     def num_compared(self, projected: NDArray[np.float32], effort: int) -> float:
@@ -91,8 +91,8 @@ class Candidates:
         hidden: NDArray[np.bool_] = shares.mean(axis=1) < OPEN_SHARE * usual
         return hidden
 
-    def _require_known(self, labels: NDArray[np.int64]) -> None:
-        if labels.max(initial=-1) >= len(self._state.rows):
+    def _require_known(self, labels: NDArray[np.int64], least: int = 0) -> None:
+        if labels.max(initial=-1) >= len(self._state.rows) or labels.min(initial=least) < least:
             raise CorruptError(f"{self._path} knows a row that is not in its table: build it again", path=self._path)
 
     def _labels(self, projected: NDArray[np.float32], num: int, effort: int, selector: Any) -> NDArray[np.int64]:

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gmem_bank.errors import CorruptError
 from gmem_bank.held_settings import HeldSetting
 from gmem_bank.index import require_faiss
@@ -201,7 +204,7 @@ def _require_read(faiss: Any, index: Any, wanted: EngineFacts) -> None:
 
 
 def _require_graph(faiss: Any, index: Any) -> None:
-    """Raise CorruptError where a link of an HNSW index leads out of it: FAISS follows them unseen."""
+    """Raise CorruptError where a link of an HNSW index leads out of it or its layer: FAISS follows them unseen."""
     graph, storage = index.hnsw, faiss.downcast_index(index.storage)
     offsets, links = faiss.vector_to_array(graph.offsets), faiss.vector_to_array(graph.neighbors)
     levels = faiss.vector_to_array(graph.levels)
@@ -213,6 +216,36 @@ def _require_graph(faiss: Any, index: Any) -> None:
         and bool((offsets[1:] >= offsets[:-1]).all())
         and -1 <= int(links.min(initial=-1)) <= int(links.max(initial=-1)) < index.ntotal
         and -1 <= graph.entry_point < index.ntotal
+        and _has_sound_layers(faiss, graph, levels, offsets, links)
     )
     if not sound:
         raise CorruptError("the graph of its HNSW index leads out of it", tensor="faiss")
+
+
+def _has_sound_layers(
+    faiss: Any, graph: Any, levels: NDArray[np.int32], offsets: NDArray[np.uint64], links: NDArray[np.int32]
+) -> bool:
+    """Say whether each layer of an HNSW graph links nodes of that layer alone, and the search begins in the topmost.
+
+    Args:
+        faiss: the module.
+        graph: `faiss.HNSW`.
+        levels: (N,) in how many layers each node is.
+        offsets: (N + 1,) where its links begin, ascending.
+        links: of all nodes, layer by layer; -1: none, or -1 to N - 1.
+    """
+    ends = faiss.vector_to_array(graph.cum_nneighbor_per_level).astype(np.int64)
+    if len(ends) != graph.assign_probas.size() + 1 or ends[0] != 0 or (np.diff(ends) < 0).any():
+        return False
+    if not len(levels):
+        return bool((graph.entry_point, graph.max_level) == (-1, -1))
+    if not 1 <= levels.min() <= levels.max() < len(ends) or (np.diff(offsets) != ends[levels]).any():
+        return False
+    if graph.entry_point < 0 or not graph.max_level + 1 == levels.max() == levels[graph.entry_point]:
+        return False
+    for layer in range(1, graph.max_level + 1):
+        begins = offsets[:-1][levels > layer].astype(np.int64)
+        targets = links[begins[:, None] + np.arange(ends[layer], ends[layer + 1])]
+        if (levels[targets[targets >= 0]] <= layer).any():
+            return False
+    return True

@@ -41,17 +41,17 @@ def update_index(
     path: str | os.PathLike[str] | None = None,
     progress: Progress = no_progress,
 ) -> IndexReport:
-    """Bring the index of a bank up to date after inserts and removals: new rows are added, gone ones removed, nothing is trained.
+    """Bring the index of a bank up to date after inserts, removals and undos: rows are added and removed, nothing is trained.
 
     Args:
-        bank_path: the bank, by its history a descendant of the one that the index was made for.
+        bank_path: the bank: by its history a descendant of the one that the index was made for, or with a segment of it.
         path: the index; None: the one beside the bank.
         progress: told rows added and rows to add.
 
     Raises:
         BankNotFoundError: no bank, or no index.
-        StaleIndexError: the index is of another bank or of a state that was undone, the basis was fitted anew, or rows are gone
-            that an HNSW index cannot remove, or the basis has grown so that the index would hold too little of new rows.
+        StaleIndexError: the index is of another bank, the basis was fitted anew, or rows are gone that an HNSW index cannot
+            remove, or the basis has grown so that the index would hold too little of new rows.
         FormatError, CorruptError, LockedError, WriteError, MissingDependencyError.
     """
     require_faiss()

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from gmem_bank.bank import MemoryBank
 from gmem_bank.coordinates import BLOCK_BYTES, Coordinates, require_nonzero, require_queries
+from gmem_bank.errors import CorruptError
 from gmem_bank.index import best_of, require_faiss, search_flat, within_one
 from gmem_bank.index_candidates import Candidates, queries_at_once
 from gmem_bank.index_choice import MOST_RERANK, ladder
@@ -89,6 +90,7 @@ class BankIndex:
         Raises:
             EncoderMismatchError: the queries have another dimension.
             ConfigError: k, nprobe or rerank is out of range, or a query has no direction.
+            CorruptError: lists of the index name a row that it does not have, or one row twice.
         """
         require_queries(self.bank, queries, k, self._num_active)
         k = int(k)  # NumPy's are none of FAISS's
@@ -127,6 +129,9 @@ class BankIndex:
             candidates = self._candidates.find(self._projected(unit[asked]), num, effort)
             exact = self._exact(turned[asked], candidates)
             scores[asked], rows[asked] = _first(exact, candidates, k)
+        ordered = np.sort(rows, axis=1)
+        if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
+            raise CorruptError(f"{self.path} has a row in its lists twice: build it again", path=self.path)
         return scores, rows
 
     def _look_further(

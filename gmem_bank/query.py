@@ -33,13 +33,17 @@ from gmem_bank.errors import (
 )
 from gmem_bank.index import require_faiss
 from gmem_bank.indexed import BankIndex
+from gmem_bank.listing import Skipped
 from gmem_bank.progress import Progress, no_progress
 from gmem_bank.provenance import Json
+from gmem_bank.scalars import require_whole
 from gmem_bank.sources import list_images
 from gmem_bank.space import to_space
 
 Load = Callable[[], Encoder]
 """Gives the encoder that a bank was made with; called only where something has to be encoded."""
+CHUNK_VALUES = 1 << 20
+"""Of a concept's snippets that are added up at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +63,13 @@ class QueryHits:
 
     query: str
     hits: tuple[Hit, ...]
+    skipped: str = ""
+    """Why a file of a folder could not be asked, "" where it was: then there are no hits."""
 
     def to_json(self) -> dict[str, Json]:
-        """Return the hits as a JSON object."""
-        return {"query": self.query, "hits": [{**vars(hit), "concepts": list(hit.concepts)} for hit in self.hits]}
+        """Return the hits as a JSON object, with "skipped" where the query could not be asked."""
+        hits = [{**vars(hit), "concepts": list(hit.concepts)} for hit in self.hits]
+        return {"query": self.query, "hits": hits, **({"skipped": self.skipped} if self.skipped else {})}
 
 
 def snippet_of(bank: MemoryBank, item: str) -> NDArray[np.float32]:
@@ -75,8 +82,10 @@ def snippet_of(bank: MemoryBank, item: str) -> NDArray[np.float32]:
         rows = bank.rows_of(item)
         if not len(rows):
             raise UnknownKeyError(f"every row of concept {item!r} in {bank.path} is masked", path=bank.path, key=item)
-        mean = bank.snippets(rows).astype(np.float64).mean(axis=0).astype(np.float32)
-        return to_space(mean[None], bank.space).reshape(-1)
+        step = max(1, CHUNK_VALUES // bank.dim)
+        chunks = (bank.snippets(rows[start : start + step]) for start in range(0, len(rows), step))
+        total = sum((chunk.sum(axis=0, dtype=np.float64) for chunk in chunks), np.zeros(bank.dim))
+        return to_space((total / len(rows)).astype(np.float32)[None], bank.space).reshape(-1)
     row = bank.find_rows([item])
     if row[0] < 0:
         raise UnknownKeyError(
@@ -161,7 +170,7 @@ def search(
     batch_size: BatchSize = AUTO,
     progress: Progress = no_progress,
 ) -> list[QueryHits]:
-    """Find the rows nearest to whatever `query` points at.
+    """Find the rows nearest to whatever `query` points at; files of a folder that cannot be asked come last, with the reason.
 
     Args:
         bank: where to look.
@@ -179,21 +188,22 @@ def search(
         SourceError: no image there, or an array file that cannot be read.
         EncoderMismatchError: the loaded encoder did not make the bank, or a bank of another one or an array of another dimension.
         EncoderError: text, and the encoder understands none.
-        ConfigError: a query without a direction or not finite, or every row is masked.
+        ConfigError: a query without a direction or not finite, k below 1, or every row is masked.
     """
     if not query:
         raise UnknownKeyError("the query is empty: give a concept, a key, an image or a folder", key=query)
+    k = require_whole("k", k, 1)
     require_faiss()  # this, and that there are rows to find, before minutes go into encoding images
     require_active(bank, len(bank.rows()))
     loader = _loader(bank, load or (lambda: reload_encoder(bank.encoder, bank.folder)))
     if text:
-        labels, snippets = [query], text_snippets(bank, [query], loader)
+        labels, snippets, skipped = [query], text_snippets(bank, [query], loader), list[Skipped]()
     else:
-        labels, snippets = _snippets_of(bank, query, loader, batch_size, progress)
+        labels, snippets, skipped = _snippets_of(bank, query, loader, batch_size, progress)
     _require_direction(labels, snippets)
     nearest = bank.nearest if index is None else index.nearest
-    scores, rows = nearest(snippets, max(1, min(k, len(bank.rows()))))
-    return _as_hits(bank, labels, scores, rows)
+    scores, rows = nearest(snippets, min(k, len(bank.rows())))
+    return [*_as_hits(bank, labels, scores, rows), *(_unasked(entry) for entry in skipped)]
 
 
 def _loader(bank: MemoryBank, load: Callable[[], Encoder]) -> Callable[[], Encoder]:
@@ -211,16 +221,16 @@ def _loader(bank: MemoryBank, load: Callable[[], Encoder]) -> Callable[[], Encod
 
 def _snippets_of(
     bank: MemoryBank, query: str, load: Load, batch_size: BatchSize, progress: Progress
-) -> tuple[list[str], NDArray[np.float32]]:
-    """Return the labels and the (B, D) snippets of a query that is not text."""
+) -> tuple[list[str], NDArray[np.float32], list[Skipped]]:
+    """Return the labels and the (B, D) snippets of a query that is not text, and which files of a folder are none."""
     path = Path(query)
     if query in bank.names or bank.find_rows([query])[0] >= 0 or not path.exists():
-        return [query], snippet_of(bank, query)[None]
+        return [query], snippet_of(bank, query)[None], []
     other = _bank_at(path)
     if other is not None:
         require_same_encoder(other.encoder, bank.encoder)
         rows = other.rows()
-        return other.keys(rows), other.snippets(rows)
+        return other.keys(rows), other.snippets(rows), []
     if is_array_file(path):
         found = read_array(path)
         if found.snippets.shape[1] != bank.dim:
@@ -238,11 +248,16 @@ def _snippets_of(
                 "cosine",
                 key=label,
             )
-        return found.keys, narrow
+        return found.keys, narrow, []
     encoder = load()
     require_same_encoder(encoder.spec, bank.encoder)
-    items, snippets, _ = encode_in_memory(list_images(query), encoder, batch_size=batch_size, progress=progress)
-    return [item.key for item in items], snippets
+    listing = list_images(query)
+    items, snippets, skipped = encode_in_memory(listing, encoder, batch_size=batch_size, progress=progress)
+    return [item.key for item in items], snippets, [*skipped, *listing.ignored]
+
+
+def _unasked(entry: Skipped) -> QueryHits:
+    return QueryHits(query=entry.path, hits=(), skipped=entry.reason)
 
 
 def _bank_at(path: Path) -> MemoryBank | None:
@@ -309,9 +324,24 @@ def text_snippets(bank: MemoryBank, texts: Sequence[str], load: Load | None = No
 
 
 def _concepts_of(bank: MemoryBank, rows: NDArray[np.int64]) -> dict[int, tuple[str, ...]]:
+    """Return row → names of its concepts; their rows are ascending, so that few are looked at, not all members of all."""
     members: dict[int, tuple[str, ...]] = {}
-    found = np.unique(rows)
-    for name in bank.names:
-        for row in found[np.isin(found, bank.all_rows_of(name))].tolist():
+    if not bank.names:
+        return members
+    found, offsets, all_rows = (
+        np.unique(rows),
+        bank.stored.array("concepts.offsets"),
+        bank.stored.array("concepts.rows"),
+    )
+    sound = len(offsets) == len(bank.names) + 1 and 0 <= offsets[0] <= offsets[-1] <= len(all_rows)
+    if not sound or (np.diff(offsets) < 0).any():
+        raise CorruptError(
+            f"{bank.path}: the table of its concepts is damaged", path=bank.path, tensor="concepts.offsets"
+        )
+    for name, begin, end in zip(bank.names, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        own = all_rows[begin:end]
+        places = np.searchsorted(own, found)
+        known = places < len(own)
+        for row in found[known][own[places[known]] == found[known]].tolist():
             members[row] = (*members.get(row, ()), name)
     return members

@@ -107,7 +107,8 @@ def _picture(bank: MemoryBank, row: int) -> bytes | str:
 
 def _section(result: QueryHits, pictures: dict[int, bytes | str]) -> str:
     hits = "".join(_item(hit, pictures[hit.row]) for hit in result.hits)
-    return f"<section><h2>{html.escape(result.query)}</h2><ol>{hits}</ol></section>"
+    found = f"<p><i>{html.escape(result.skipped)}</i></p>" if result.skipped else f"<ol>{hits}</ol>"
+    return f"<section><h2>{html.escape(result.query)}</h2>{found}</section>"
 
 
 def _item(hit: Hit, picture: bytes | str) -> str:

@@ -118,10 +118,16 @@ def _as_pairs(keys: NDArray[np.uint64], values: NDArray[np.uint64]) -> NDArray[A
     return pairs
 
 
-def descends(bank: MemoryBank, state: IndexState) -> bool:
-    """Say whether a bank is, by its history, what has become of the one that an index was made for."""
+def is_related(bank: MemoryBank, state: IndexState) -> bool:
+    """Say whether a bank is of the encoder of an index, and a later or earlier state of the bank that it was made for.
+
+    A later one is known by the bank's history, an earlier one, after an undo, by a segment that both have.
+    """
+    content = state.facts["content"]
+    if bank.encoder.fingerprint != content.get("encoder"):
+        return False
     known = {bank.fingerprint, *(entry.get("parent") for entry in bank.history)}
-    return state.facts["bank"] in known and bank.encoder.fingerprint == state.facts["content"].get("encoder")
+    return state.facts["bank"] in known or len(kept_segments(content, content_of(bank))[0]) > 0
 
 
 def require_fit(bank: MemoryBank, state: IndexState, path: Path) -> None:
@@ -131,7 +137,7 @@ def require_fit(bank: MemoryBank, state: IndexState, path: Path) -> None:
     why = why_not_update(bank, state, path)
     if why is None:
         raise StaleIndexError(
-            f"{path} is of an earlier state of {bank.path}: 'gmem-bank index {bank.path} --update' brings it up to date, "
+            f"{path} is of another state of {bank.path}: 'gmem-bank index {bank.path} --update' brings it up to date, "
             "'search --exact' does without",
             path=path,
         )
@@ -141,8 +147,8 @@ def require_fit(bank: MemoryBank, state: IndexState, path: Path) -> None:
 def why_not_update(bank: MemoryBank, state: IndexState, path: Path) -> str | None:
     """Return why an index cannot follow its bank, and the command that makes a new one; None where it can."""
     again = f"'gmem-bank index {bank.path}' builds a new one"
-    if not descends(bank, state):
-        return f"{path} was made for another bank than {bank.path}, or for a state of it that was undone: {again}"
+    if not is_related(bank, state):
+        return f"{path} was made for another bank than {bank.path}, or for a state of it that shares no segment with it: {again}"
     if bank.dim != state.facts["content"]["dim"] or not same_factors(bank, state.facts["content"]):
         return f"{bank.path} has been compressed or fitted anew since {path} was made, so that no row is what it was: {again}"
     return None

@@ -71,9 +71,9 @@ class Staging:
             "places": batch.places,
             "hashes": batch.hashes,
             "skipped": [skipped.to_json() for skipped in batch.skipped],
-            "sha256": hashlib.sha256(snippets.data).hexdigest(),
         }
-        data = save({"snippets": snippets}, metadata={"batch": canonical_json(record)})
+        metadata = {"batch": canonical_json(record), "sha256": _digest(record, snippets)}
+        data = save({"snippets": snippets}, metadata=metadata)
         atomic.write_bytes(self._path(index), data)
 
     def has(self, index: int) -> bool:
@@ -86,17 +86,14 @@ class Staging:
 
         try:
             with safe_open(self._path(index), framework="numpy") as stored:
-                snippets, record = stored.get_tensor("snippets"), json.loads(stored.metadata()["batch"])
-            if hashlib.sha256(np.ascontiguousarray(snippets).data).hexdigest() != record["sha256"]:
+                snippets, facts = stored.get_tensor("snippets"), stored.metadata()
+            record = json.loads(facts["batch"])
+            if _digest(record, snippets) != facts["sha256"]:
                 return None
+            skipped = [Skipped(**entry) for entry in record["skipped"]]
+            return Batch(places=record["places"], hashes=record["hashes"], snippets=snippets, skipped=skipped)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
-        return Batch(
-            places=record["places"],
-            hashes=record["hashes"],
-            snippets=snippets,
-            skipped=[Skipped(**skipped) for skipped in record["skipped"]],
-        )
 
     def discard(self) -> None:
         """Remove this job's batches; another job's stay."""
@@ -105,6 +102,13 @@ class Staging:
     def discard_all(self) -> None:
         """Remove this job's batches, and whatever others that were to write the same bank have left."""
         shutil.rmtree(self._base, ignore_errors=True)
+
+
+def _digest(record: Json, snippets: NDArray[np.float32]) -> str:
+    """Return the sha256 over everything that a batch gave: numbers, and what is said of them."""
+    state = hashlib.sha256(canonical_json([record, str(snippets.dtype), list(snippets.shape)]).encode())
+    state.update(np.ascontiguousarray(snippets).data)
+    return state.hexdigest()
 
 
 def _own_folder(folder: Path, plan: Json) -> Path:

@@ -72,7 +72,7 @@ class Kept:
             "cosine": {name: round(value, 8) for name, value in summary(self.cosines).items()},
             "neighbour_overlap_at_10": None if same is None else round(same, 6),
             "neighbours_among": len(fitted.sample),
-            "energy": float(fitted.column_energy.sum() / energy) if energy > 0 else 1.0,
+            "energy": min(1.0, float(fitted.column_energy.sum() / energy)) if energy > 0 else 1.0,
             "relative_error": float(np.sqrt(self.lost / energy)) if energy > 0 else 0.0,
         }
 

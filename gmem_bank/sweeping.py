@@ -189,7 +189,9 @@ def _ways(found: Moments, ranks: Sequence[int], dtypes: Sequence[str], sample: _
     """Yield what each way keeps of a sample; bytes are still open."""
     energies = spectrum_of(found)
     total = energies.sum()
-    shares = np.cumsum(energies) / total if total > 0 else np.ones(len(energies))  # equal rows: nothing is left out
+    shares = (
+        np.minimum(np.cumsum(energies) / total, 1) if total > 0 else np.ones(len(energies))
+    )  # equal rows: nothing is left out
     directions = principal(found, max(ranks))
     basis, mean = directions.basis.astype(np.float32), found.mean.astype(np.float32)
     for rank in dict.fromkeys(min(rank, len(basis)) for rank in ranks):

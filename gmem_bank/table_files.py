@@ -13,7 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from gmem_bank.arrow import require_pyarrow
+from gmem_bank.arrow import is_compressed, require_pyarrow
 from gmem_bank.errors import SourceError
 
 WHOLE_BYTES = 128 << 20
@@ -24,6 +24,8 @@ STREAM_ROWS = 32
 STREAM_BUFFER = 1 << 20
 OPEN_FILES = 64
 COLUMN_ROWS = 8192
+MAGIC = b"ARROW1\0\0"
+"""With which a file of Arrow begins; a stream follows."""
 
 
 def opened(path: Path) -> TableFile:
@@ -85,27 +87,60 @@ class TableFile:
 
 
 class _ArrowTable(TableFile):
-    """A stream or file of Arrow, mapped: nothing is read before it is asked for."""
+    """A stream or file of Arrow, mapped: nothing is read before it is asked for, and no value before its column was checked."""
 
     def __init__(self, path: Path, arrow: Any) -> None:
+        self.path, self._arrow = path, arrow
         source = arrow.memory_map(str(path))
+        begin = len(MAGIC) if source.read(len(MAGIC)) == MAGIC else 0
+        source.seek(begin)
         try:
-            reader = arrow.ipc.open_file(source)
-        except arrow.ArrowInvalid:
-            reader = arrow.ipc.open_stream(source)
-        self.path, self._table = path, reader.read_all()
+            packed = any(is_compressed(message.metadata.to_pybytes()) for message in _messages(arrow, source))
+        except ValueError as error:
+            raise SourceError(f"{path} is not a readable table: {error}", path=path) from error
+        if packed:
+            raise SourceError(
+                f"{path} is compressed, so that it would have to be unpacked whole: write it without compression, or as Parquet",
+                path=path,
+            )
+        source.seek(begin)
+        self._table = arrow.ipc.open_stream(source).read_all()
+        self._checked: dict[str, Any] = {}
         self.schema, self.num_rows = self._table.schema, self._table.num_rows
 
     def groups(self, name: str) -> list[tuple[int, int]]:  # noqa: ARG002 - the same for any column
         return [(0, 0)]
 
+    def _column(self, name: str) -> Any:
+        """Return a column whose offsets lead to its own bytes: pyarrow believes what a file says, and would read elsewhere."""
+        if name not in self._checked:
+            column = self._table.column(name)
+            try:
+                column.validate(full=True)
+            except self._arrow.ArrowException as error:
+                raise SourceError(
+                    f"{self.path}: column {name!r} is damaged: {error}", path=self.path, key=name
+                ) from error
+            self._checked[name] = column
+        return self._checked[name]
+
     def column(self, name: str) -> Iterator[Any]:
-        for chunk in self._table.column(name).chunks:
+        for chunk in self._column(name).chunks:
             for start in range(0, len(chunk), COLUMN_ROWS):
                 yield from chunk.slice(start, COLUMN_ROWS).to_pylist()
 
     def _value(self, name: str, row: int) -> Any:
-        return self._table.column(name)[row].as_py()
+        return self._column(name)[row].as_py()
+
+
+def _messages(arrow: Any, source: Any) -> Iterator[Any]:
+    """Yield the messages of an Arrow stream; of a mapped one no body is read."""
+    reader = arrow.ipc.MessageReader.open_stream(source)
+    while True:
+        try:
+            yield reader.read_next_message()
+        except StopIteration:
+            return
 
 
 class _ParquetTable(TableFile):

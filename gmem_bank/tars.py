@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from gmem_bank.columns import NONE, Columns, labelled_key
 from gmem_bank.decoding import EXTENSIONS, MAX_FILE_BYTES
@@ -37,6 +37,8 @@ EXTENDING = (
     tarfile.GNUTYPE_LONGLINK,
 )
 """Members that say something of the next one, such as its long name."""
+LARGEST_HEADER = 1 << 20
+"""Bytes of all that is said of one member: a long name, attributes, which parts of it are holes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +63,26 @@ class _Member:
     def is_sidecar(self) -> bool:
         """Whether its extension is of what belongs to an image."""
         return self.name.lower().endswith(SIDECARS)
+
+
+class _Headers:
+    """A tar file as far as it speaks of its members: `tarfile` takes into memory whatever length a header announces."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.seek, self.tell = stream.seek, stream.tell
+        self.next_member()
+
+    def next_member(self) -> None:
+        """Begin anew to count."""
+        self._left = LARGEST_HEADER
+
+    def read(self, size: int) -> bytes:
+        """Return bytes; raises tarfile.ReadError where one member has more than LARGEST_HEADER of them before its data."""
+        self._left -= size
+        if self._left < 0:
+            raise tarfile.ReadError(f"more than {LARGEST_HEADER:,} bytes are said of one member")
+        return self._stream.read(size)
 
 
 def is_tar_source(source: str) -> bool:
@@ -180,9 +202,15 @@ def _members(path: Path) -> Iterator[_Member]:
         file_size = path.stat().st_size
         with path.open("rb") as stream:
             try:
-                with tarfile.open(fileobj=stream, mode="r:") as archive:
-                    yield from _listed(archive, stream, file_size)
-            except (tarfile.TarError, MemoryError, OverflowError):  # the latter where a record is larger than memory
+                headers = _Headers(stream)
+                with tarfile.open(fileobj=cast("BinaryIO", headers), mode="r:") as archive:
+                    yield from _listed(archive, headers, stream, file_size)
+            except (
+                tarfile.TarError,
+                MemoryError,
+                OverflowError,
+                RecursionError,
+            ):  # the last where header follows header
                 if archive is None:
                     raise ValueError(_cut(stream, 0, file_size)) from None
                 yield _end(_cut(stream, archive.offset, file_size))
@@ -192,8 +220,9 @@ def _members(path: Path) -> Iterator[_Member]:
         ) from error
 
 
-def _listed(archive: tarfile.TarFile, stream: BinaryIO, file_size: int) -> Iterator[_Member]:
+def _listed(archive: tarfile.TarFile, headers: _Headers, stream: BinaryIO, file_size: int) -> Iterator[_Member]:
     while (member := archive.next()) is not None:
+        headers.next_member()
         if member.size < 0 or archive.offset < member.offset_data:  # it would be read in circles
             raise ValueError(f"{printable_path(member.name)!r} has a size of {member.size} bytes")
         archive.members.clear()  # type: ignore[attr-defined]  # else every header stays in memory
@@ -239,6 +268,9 @@ def _cut(stream: BinaryIO, offset: int, file_size: int) -> str:
             return _ends_before(f"a header at byte {offset:,} announces {header.size:,} bytes", file_size)
         if header.type not in EXTENDING or header.size < 0:
             raise ValueError(_no_header(offset, file_size, "damaged"))
+        if header.size > LARGEST_HEADER:
+            reason = f"it announces {header.size:,} bytes of attributes or a name, at most {LARGEST_HEADER:,} are read"
+            raise ValueError(_no_header(offset, file_size, reason))
         offset = offset + tarfile.BLOCKSIZE + -(-header.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     return _ends_before(f"a header is expected at byte {offset:,}", file_size)
 

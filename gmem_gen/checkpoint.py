@@ -5,8 +5,9 @@ RUN/checkpoints/step-00000500/{model,ema,optimizer}.safetensors, state.json; ema
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
+import itertools
 import os
 import re
 import shutil
@@ -22,13 +23,21 @@ from torch import Tensor, nn
 
 from gmem_bank.errors import CheckpointError, ConfigError, GMemError, WriteError
 from gmem_gen import tokenizers
+from gmem_gen.checkpoint_state import STATE, read_state, sync, write_state
 from gmem_gen.config import Config
 from gmem_gen.model import Generator, LatentShape
 
-STATE = "state.json"
+__all__ = [
+    "EMA", "MODEL", "OPTIMIZER", "SET_ASIDE", "STATE", "LoadedCheckpoint", "checkpoints_folder", "clean",
+    "list_checkpoints", "load_checkpoint", "make_model", "optimizer_tensors", "read_state", "read_tensors",
+    "restore_optimizer", "save", "set_aside_after", "step_folder", "step_of", "weights_file",
+]  # fmt: skip
+
 MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 SET_ASIDE = "set-aside-"
 """Before the name of a checkpoint that a training went back behind."""
+REMOVING = ".removing-"
+"""Before the name of a checkpoint that is being deleted."""
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -56,6 +65,11 @@ def list_checkpoints(run: Path) -> list[Path]:
         else []
     )
     return sorted(found, key=step_of)
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Return where a step's checkpoint lies, or would."""
+    return checkpoints_folder(run) / f"step-{step:08d}"
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
@@ -94,7 +108,7 @@ def save(
         WriteError: the disk refused; earlier checkpoints stand.
     """
     folder = checkpoints_folder(run)
-    final = folder / f"step-{step:08d}"
+    final = step_folder(run, step)
     temporary: Path | None = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,16 +120,15 @@ def save(
             save_file(_plain(module.state_dict()), temporary / weights_file(name))
         save_file(_plain(optimizer_tensors(optimizer, names)), temporary / OPTIMIZER)
         hashes = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-        text = json.dumps({**state, "step": step, "hashes": hashes}, indent=1)
-        (temporary / STATE).write_text(text, encoding="utf-8")
+        write_state(temporary / STATE, {**state, "step": step, "hashes": hashes})
         for path in temporary.iterdir():
-            _sync(path)
-        _sync(temporary)
+            sync(path)
+        sync(temporary)
         if final.exists():  # the same step of the same training: nothing new to keep
             shutil.rmtree(temporary)
         else:
             temporary.rename(final)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -136,14 +149,6 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def clean(run: Path, keep: int, *, every: int = 0, best: int | None = None) -> None:
     """Remove superseded checkpoints, and what a killed save left.
 
@@ -155,12 +160,14 @@ def clean(run: Path, keep: int, *, every: int = 0, best: int | None = None) -> N
     """
     folder = checkpoints_folder(run)
     if folder.is_dir():
-        for path in folder.glob(".saving-*"):
+        for path in (*folder.glob(".saving-*"), *folder.glob(REMOVING + "*")):
             shutil.rmtree(path, ignore_errors=True)
     for path in list_checkpoints(run)[: -keep or None] if keep else []:
         step = step_of(path)
         if step != best and not (every and step % every == 0):
-            shutil.rmtree(path, ignore_errors=True)
+            # under another name first: what a kill leaves of it must not count as a checkpoint
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path.rename(path.with_name(REMOVING + path.name)), ignore_errors=True)
 
 
 def set_aside_after(checkpoint: Path) -> list[Path]:
@@ -168,25 +175,14 @@ def set_aside_after(checkpoint: Path) -> list[Path]:
     later = [path for path in list_checkpoints(checkpoint.parent.parent) if step_of(path) > step_of(checkpoint)]
     moved = []
     for path in later:
-        target = path.with_name(SET_ASIDE + path.name)
-        shutil.rmtree(target, ignore_errors=True)
-        moved.append(path.rename(target))
+        moved.append(path.rename(_free_name(path.with_name(SET_ASIDE + path.name))))
     return moved
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Return a checkpoint's state.json; raises CheckpointError."""
-    try:
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        if not isinstance(state, dict) or not {"step", "config", "bank", "latent", "tokenizer", "hashes"} <= set(state):
-            raise ValueError("it is incomplete")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{checkpoint} is not a checkpoint that can be read ({error}): delete that folder, or train with --resume-from "
-            "previous, to go on from the one before it",
-            path=checkpoint,
-        ) from error
-    return state
+def _free_name(path: Path) -> Path:
+    """Return the path, or with the first number behind it under which there is nothing: what was set aside before stays."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}-{number}") for number in itertools.count(2)))
+    return next(name for name in names if not name.exists())
 
 
 def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:

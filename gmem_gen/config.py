@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gmem_bank.errors import ConfigError, suggest
-from gmem_gen.settings import DataConfig, FlowConfig, ModelConfig, SampleConfig, TrainConfig, choose
+from gmem_gen.choices import choose
+from gmem_gen.sample_settings import SampleConfig
+from gmem_gen.settings import DataConfig, FlowConfig, ModelConfig, TrainConfig
 
 __all__ = [
     "Config", "DataConfig", "FlowConfig", "ModelConfig", "SampleConfig", "TrainConfig", "apply_settings", "load_config",

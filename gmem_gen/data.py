@@ -122,7 +122,8 @@ class PixelCache:
         partial, counter = path.with_suffix(".partial"), path.with_suffix(".count")
         done = _count_in(counter) if partial.exists() else 0
         try:
-            array = _room_for(partial, shape, keep=done > 0)
+            array, kept = _room_for(partial, shape, keep=done > 0)
+            done = done if kept else 0
             for place in range(done, shape[0]):
                 array[place] = to_pixels(_readable(bank, join, place, images), shape[1], shape[3])
                 if (place + 1) % FLUSH_EVERY == 0:
@@ -196,10 +197,14 @@ def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
     return bool(stored.shape == shape and stored.dtype == np.uint8)
 
 
-def _room_for(path: Path, shape: tuple[int, ...], *, keep: bool) -> Mapped:
-    """Map a file of that shape whose blocks are allocated: on a full disk this fails, where a sparse map would crash later."""
+def _room_for(path: Path, shape: tuple[int, ...], *, keep: bool) -> tuple[Mapped, bool]:
+    """Map a file of that shape whose blocks are allocated: on a full disk this fails, where a sparse map would crash later.
+
+    Returns:
+        The map, and whether it is the file that was there: only where that was to be kept, and is whole.
+    """
     if keep and _is_whole(path, shape):
-        return np.lib.format.open_memmap(path, mode="r+")
+        return np.lib.format.open_memmap(path, mode="r+"), True
     fresh: Mapped = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     descriptor = os.open(path, os.O_RDWR)
     try:
@@ -209,7 +214,7 @@ def _room_for(path: Path, shape: tuple[int, ...], *, keep: bool) -> Mapped:
         raise
     finally:
         os.close(descriptor)
-    return fresh
+    return fresh, False
 
 
 class Order:

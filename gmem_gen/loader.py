@@ -93,6 +93,7 @@ class BatchMaker:
         self._split, self._labels, self._tokens = split, labels, tokens
         self.order = Order(len(split.samples), config.train.batch_size, config.train.seed)
         self._lock = threading.Lock()  # of what remembers between batches
+        self._bank_lock = threading.Lock()  # the interface of a bank promises nothing about threads
 
     def training(self, step: int, share: range) -> Batch:
         """Return the samples of a step with these places in the batch of all processes together."""
@@ -146,7 +147,8 @@ class BatchMaker:
             if drawn is None:
                 return labels
             return torch.where(drawn.null[:, 0] >= config.train.null_probability, labels, config.model.num_classes)
-        snippets = conditioning.gather(self._bank, self._join.rows[places], torch.device("cpu"))
+        with self._bank_lock:
+            snippets = conditioning.gather(self._bank, self._join.rows[places], torch.device("cpu"))
         if drawn is None:
             return snippets
         return conditioning.regularise(

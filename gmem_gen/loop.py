@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from gmem_gen import checkpoint as checkpoints
 from gmem_gen import optim
+from gmem_gen.checkpoint_state import amend_state
 from gmem_gen.journal import Journal
 from gmem_gen.previews import preview_conditions, write_preview
 from gmem_gen.runtime import StopRequest
 from gmem_gen.stepping import Step, Trainer
-from gmem_gen.validation import validate
+from gmem_gen.validation import Interrupted, validate
 
 Progress = Callable[[int, int], None]
 Say = Callable[[str], None]
@@ -42,30 +44,39 @@ class Loop:
     """Step at which this part began."""
     spent: float = 0.0
     """Seconds of this part."""
-    saved: int = 0
-    """Step of the newest checkpoint."""
+    saved: int = -1
+    """Step of the newest checkpoint in the run's folder."""
     began: float = field(default=0.0, init=False)
     before: float = field(default=0.0, init=False)
-    marked: tuple[int, float] = field(default=(0, 0.0), init=False)
-    """Step and time of the last line of the log, for images a second."""
+    marked: int = field(default=0, init=False)
+    """Step of the last line of the log."""
+    stepping: float = field(default=0.0, init=False)
+    """Seconds in steps since then, for images a second: validation, samples and checkpoints have no part in it."""
+    noted: tuple[object, ...] = field(default=(), init=False)
+    """What the newest checkpoint says of validation."""
 
     def __post_init__(self) -> None:
-        self.first = self.saved = self.trainer.step
+        self.first, self.noted = self.trainer.step, self._notes()
+        if checkpoints.step_folder(self.run, self.first).is_dir():
+            self.saved = self.first
         self.began, self.before = time.perf_counter(), self.trainer.elapsed
-        self.marked = (self.trainer.step, self.began)
+        self.marked = self.trainer.step
 
     def go(self) -> str:
         """Make the steps that are left; return why it ended: "budget", "time", "signal" or "nothing to do"."""
         trainer = self.trainer
         reason = "nothing to do" if trainer.step >= trainer.total_steps else "budget"
         self.progress(trainer.step, trainer.total_steps)
-        if trainer.looked != trainer.step < trainer.total_steps:
-            self._look()  # a signal came between a step and its validation
-        while trainer.step < trainer.total_steps:
+        signalled = trainer.looked != trainer.step and not self._look()  # a signal came before its validation was done
+        if signalled:
+            reason = "signal"
+        while trainer.step < trainer.total_steps and not signalled:
             if trainer.processes.count == 1 and trainer.elapsed >= self.seconds:
                 reason = "time"
                 break
+            started = time.perf_counter()
             step = trainer.make_step(self._asked)
+            self.stepping += time.perf_counter() - started
             self._clock()
             self._report(step)
             self.progress(trainer.step, trainer.total_steps)
@@ -73,7 +84,9 @@ class Loop:
             if signalled or (late and trainer.processes.count > 1):
                 reason = "signal" if signalled else "time"
                 break
-            self._look()
+            if not self._look():
+                reason = "signal"
+                break
             if trainer.step % trainer.config.train.checkpoint_every == 0:
                 self._save()
         self._save()
@@ -97,9 +110,8 @@ class Loop:
             trainer.step % trainer.config.train.log_every and trainer.step < trainer.total_steps
         ):
             return
-        (last, then), now = self.marked, time.perf_counter()
-        self.marked = (trainer.step, now)
-        speed = (trainer.step - last) * trainer.order.batch_size / max(now - then, 1e-9)
+        speed = (trainer.step - self.marked) * trainer.order.batch_size / max(self.stepping, 1e-9)
+        self.marked, self.stepping = trainer.step, 0.0
         record: dict[str, Any] = {
             "step": trainer.step,
             **step.terms,
@@ -113,26 +125,35 @@ class Loop:
         self.journal.write(record)
         self.status(f"loss {record['mean_loss']:.4f}, {speed:.4g} images/s")
 
-    def _look(self) -> None:
-        """Draw and validate where it is time; a best validation saves what has been done by then."""
+    def _look(self) -> bool:
+        """Draw and validate where it is time; False where a signal came, and it is left to when the training goes on."""
         trainer, config = self.trainer, self.trainer.config.train
         last = trainer.step == trainer.total_steps
         if config.sample_every and (trainer.step % config.sample_every == 0 or last):
             if self.journal is not None:
                 grid = write_preview(trainer, self.run, preview_conditions(trainer))
                 self.journal.picture(grid, trainer.step)
-            trainer.processes.wait()
-        trainer.looked = trainer.step
+            if any(trainer.processes.sum([self._signalled()])):
+                return False
         if len(trainer.split.held_out) and (trainer.step % config.validate_every == 0 or last):
-            self._validate()
+            try:
+                found = validate(trainer, self._signalled)
+            except Interrupted:
+                return False
+            self._validated(found)
+        trainer.looked = trainer.step
+        return True
 
-    def _validate(self) -> None:
-        trainer = self.trainer
-        found = validate(trainer)
-        loss = found["validation_loss"]
+    def _signalled(self) -> bool:
+        return self.stop.signal is not None
+
+    def _validated(self, found: dict[str, float]) -> None:
+        """Write the losses down; a best one saves what has been done by then."""
+        trainer, loss = self.trainer, found["validation_loss"]
         better = math.isfinite(loss) and (trainer.best is None or loss < trainer.best[1])
         if better:
             trainer.best = (trainer.step, loss)
+        trainer.looked = trainer.step
         self._clock()
         if self.journal is not None:
             self.journal.write({"step": trainer.step, **found, "elapsed": round(trainer.elapsed, 3)})
@@ -140,10 +161,16 @@ class Loop:
         if better and trainer.config.train.keep_best:
             self._save()
 
+    def _notes(self) -> tuple[object, ...]:
+        return self.trainer.looked, self.trainer.best
+
     def _save(self) -> None:
-        if self.trainer.step == self.saved:
-            return
-        if self.journal is not None:
-            self.trainer.save(self.run, self.keys_digest)
-        self.saved = self.trainer.step
-        self.trainer.processes.wait()
+        trainer, notes = self.trainer, self._notes()
+        if trainer.step != self.saved:
+            if self.journal is not None:
+                trainer.save(self.run, self.keys_digest)
+        elif notes != self.noted and self.journal is not None:
+            where = checkpoints.step_folder(self.run, trainer.step)
+            amend_state(where, {"looked": trainer.looked, "best": trainer.best})
+        self.saved, self.noted = trainer.step, notes
+        trainer.processes.wait()

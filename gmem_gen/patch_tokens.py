@@ -6,6 +6,7 @@ Shapes: M rows with images, B batch, T tokens of the encoder on a g×g grid, P d
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import gmem_bank
-from gmem_bank.errors import ConfigError, SourceError, UnknownKeyError
+from gmem_bank.errors import ConfigError, FormatError, SourceError, UnknownKeyError
 
 
 class PatchTokens:
@@ -32,8 +33,11 @@ class PatchTokens:
 
     def __init__(self, folder: str, keys: list[str], resampling: str) -> None:
         self._shards, self._resampling, self._grid = gmem_bank.Shards(folder), resampling, 0
-        if len(self._shards.shape) != 2:
-            raise SourceError(f"{folder} holds no patch tokens, but arrays of shape {self._shards.shape}", path=folder)
+        holds = self._shards.facts.get("holds", "patch tokens")
+        if len(self._shards.shape) != 2 or holds != "patch tokens":
+            raise SourceError(
+                f"{folder} holds no patch tokens, but {holds}: arrays of shape {self._shards.shape}", path=folder
+            )
         try:
             self._rows = self._shards.rows_for(keys)
         except UnknownKeyError as error:
@@ -58,6 +62,16 @@ class PatchTokens:
                 "another model.patch_size", key="data.token_resampling",
             )  # fmt: skip
         self._grid = grid
+
+    def remark(self, bank: Mapping[str, Any]) -> str:
+        """Return what is odd about them beside a bank, of which `conditioning.record_of` is given: another encoder; else ""."""
+        try:
+            encoder = gmem_bank.EncoderSpec.from_json(self._shards.facts.get("encoder"))
+        except FormatError:
+            return f"{self._shards.folder} does not say which encoder made its patch tokens"
+        if encoder.fingerprint == bank["encoder_fingerprint"]:
+            return ""
+        return f"patch tokens are those of {encoder.describe()}, while the bank holds snippets of {bank['encoder']}"
 
     def record(self) -> dict[str, Any]:
         """Return what a checkpoint remembers of them."""

@@ -8,6 +8,7 @@ import math
 import torch
 
 from gmem_bank.errors import ConfigError
+from gmem_gen import checkpoint as checkpoints
 from gmem_gen import conditioning
 from gmem_gen.conditioning import Bank
 from gmem_gen.config import Config
@@ -15,6 +16,8 @@ from gmem_gen.image_plan import ImagePlan
 from gmem_gen.model import auto_patch_size
 from gmem_gen.patch_tokens import PatchTokens
 from gmem_gen.previews import require_drawable
+from gmem_gen.splits import Split
+from gmem_gen.stepping import require_share
 
 CPU_MINUTES = 10.0
 
@@ -72,6 +75,32 @@ def _projection_dim(config: Config, tokens: PatchTokens | None) -> int:
             f"model.projection_dim is {asked}, the patch tokens have {there} dimensions", key="model.projection_dim"
         )
     return there
+
+
+def require_trainable(
+    config: Config, bank: Bank, planned: ImagePlan, split: Split, *, tokens: PatchTokens | None, num_processes: int = 1
+) -> None:
+    """Raise now what the training would raise after minutes of reading or encoding images; tokens are fitted to the model.
+
+    Args:
+        config: resolved.
+        bank: what is trained on.
+        planned: its rows with images, and what is made of these.
+        split: which of them are trained on.
+        tokens: patch tokens to learn from; None: none.
+        num_processes: that train together.
+
+    Raises:
+        ConfigError: sizes that do not divide, rows of no class or of two, patch tokens on a grid that does not fit, fewer
+            images a step than processes and parts.
+    """
+    require_share(len(split.samples), config, num_processes)
+    if config.model.condition == "class":
+        conditioning.labels(bank, planned.join.rows, conditioning.class_names(bank))
+    with torch.device("meta"):
+        model = checkpoints.make_model(config, planned.latent, int(conditioning.record_of(bank)["dim"]))
+    if tokens is not None:
+        tokens.fit(model.grid)
 
 
 def minutes_allowed(config: Config, device: torch.device) -> float:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -230,8 +231,12 @@ class Log:
         self._stream = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a line."""
-        self._stream.write(json.dumps(record) + "\n")
+        """Append a line; a number that JSON does not have, such as the norm of a gradient that overflowed, is null."""
+        plain = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
+        self._stream.write(json.dumps(plain, allow_nan=False) + "\n")
 
     def close(self) -> None:
         """Close the file."""

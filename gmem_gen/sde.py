@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from gmem_bank.errors import ConfigError, suggest
+from gmem_gen.choices import PUBLISHED_NAMES
 from gmem_gen.ode import Solution
 from gmem_gen.paths import Coefficients, coefficients
 from gmem_gen.predictions import Dynamics
-from gmem_gen.settings import PUBLISHED_NAMES
 
 Diffusion = Callable[[Tensor, Coefficients, float], Tensor]
 """(t (B, 1, …), coefficients, norm) → w (B, 1, …), norm·w but for "decreasing"."""

@@ -1,49 +1,14 @@
-"""What can be set: one frozen dataclass a section. Every field says what it means, and refuses what makes no sense."""
+"""What can be set: one frozen dataclass a section. Every field says what it means, and refuses what makes no sense.
+
+Sampling has a file of its own (sample_settings).
+"""
 
 from __future__ import annotations
 
-import math
-import typing
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gmem_bank.errors import ConfigError, suggest
-
-
-def _require(condition: bool, section: str, name: str, value: object, what: str) -> None:
-    if not condition:
-        raise ConfigError(f"{section}.{name} must be {what}, got {value!r}", key=f"{section}.{name}")
-
-
-PUBLISHED_NAMES = {"inccreasing-decreasing": "increasing-decreasing", "heun2": "heun", "lognorm": "logit-normal"}
-"""Names of the published code, where ours are others."""
-
-
-def choose(name: str, value: Any, choices: Sequence[str]) -> str:
-    """Return the choice that a value means: as it stands, in another case, or by its published name.
-
-    Raises:
-        ConfigError: none of them; a near one is suggested.
-    """
-    if value in choices:
-        return str(value)
-    word = str(value).casefold()
-    word = PUBLISHED_NAMES.get(word, word)
-    for choice in choices:
-        if choice.casefold() == word:
-            return choice
-    raise ConfigError(
-        f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.{suggest(word, choices)}", key=name
-    )
-
-
-def _choose_all(config: Any, section: str) -> None:
-    """Check the fields that are one of several words, and put the word itself where a published name was given."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        if typing.get_origin(hint) is Literal:
-            chosen = choose(f"{section}.{name}", getattr(config, name), typing.get_args(hint))
-            object.__setattr__(config, name, chosen)
+from gmem_gen.choices import choose_all, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,16 +50,14 @@ class DataConfig:
     """How patch tokens come to the model's grid where it is another (with antialias where it is smaller); none: refused."""
 
     def __post_init__(self) -> None:
-        _choose_all(self, "data")
-        _require(
-            0 <= self.validation_fraction < 1, "data", "validation_fraction", self.validation_fraction, "in [0, 1)"
-        )
-        _require(
+        choose_all(self, "data")
+        require(0 <= self.validation_fraction < 1, "data", "validation_fraction", self.validation_fraction, "in [0, 1)")
+        require(
             0 <= self.image_size <= 4096, "data", "image_size", self.image_size, "0 or a number of pixels up to 4096"
         )
-        _require(self.channels in (1, 3), "data", "channels", self.channels, "1 or 3")
-        _require(self.statistics_images >= 1, "data", "statistics_images", self.statistics_images, "at least 1")
-        _require(not (self.latents and self.encode_on_the_fly), "data", "encode_on_the_fly", self.encode_on_the_fly,
+        require(self.channels in (1, 3), "data", "channels", self.channels, "1 or 3")
+        require(self.statistics_images >= 1, "data", "statistics_images", self.statistics_images, "at least 1")
+        require(not (self.latents and self.encode_on_the_fly), "data", "encode_on_the_fly", self.encode_on_the_fly,
                  "false with data.latents, which are encoded already")  # fmt: skip
 
 
@@ -137,20 +100,20 @@ class ModelConfig:
     """The projection head reads the tokens after this many blocks."""
 
     def __post_init__(self) -> None:
-        _choose_all(self, "model")
+        choose_all(self, "model")
         for name in ("width", "depth", "num_heads"):
             value = getattr(self, name)
-            _require(1 <= value <= 65_536, "model", name, value, "1 to 65536")
+            require(1 <= value <= 65_536, "model", name, value, "1 to 65536")
         head = self.width / self.num_heads
-        _require(head == int(head) and int(head) % 4 == 0, "model", "num_heads", self.num_heads,
+        require(head == int(head) and int(head) % 4 == 0, "model", "num_heads", self.num_heads,
                  f"such that width {self.width} / num_heads is a multiple of 4")  # fmt: skip
-        _require(self.patch_size >= 0, "model", "patch_size", self.patch_size, "0 or a number of pixels")
-        _require(self.snippet_scale >= 0, "model", "snippet_scale", self.snippet_scale, "0 or positive")
-        _require(self.mlp_ratio > 0, "model", "mlp_ratio", self.mlp_ratio, "positive")
-        _require(0 <= self.num_classes <= 10**7, "model", "num_classes", self.num_classes, "0 to 10000000")
-        _require(0 <= self.projection_dim <= 65_536, "model", "projection_dim", self.projection_dim, "0 to 65536")
-        _require(self.encoder_depth >= 1, "model", "encoder_depth", self.encoder_depth, "at least 1")
-        _require(not self.projection_dim or self.encoder_depth <= self.depth, "model", "encoder_depth",
+        require(self.patch_size >= 0, "model", "patch_size", self.patch_size, "0 or a number of pixels")
+        require(self.snippet_scale >= 0, "model", "snippet_scale", self.snippet_scale, "0 or positive")
+        require(self.mlp_ratio > 0, "model", "mlp_ratio", self.mlp_ratio, "positive")
+        require(0 <= self.num_classes <= 10**7, "model", "num_classes", self.num_classes, "0 to 10000000")
+        require(0 <= self.projection_dim <= 65_536, "model", "projection_dim", self.projection_dim, "0 to 65536")
+        require(self.encoder_depth >= 1, "model", "encoder_depth", self.encoder_depth, "at least 1")
+        require(not self.projection_dim or self.encoder_depth <= self.depth, "model", "encoder_depth",
                  self.encoder_depth, f"at most model.depth, which is {self.depth}")  # fmt: skip
 
 
@@ -179,14 +142,14 @@ class FlowConfig:
     """Standard deviation of logit(t), for logit-normal."""
 
     def __post_init__(self) -> None:
-        _choose_all(self, "flow")
-        _require(self.time_std > 0, "flow", "time_std", self.time_std, "positive")
+        choose_all(self, "flow")
+        require(self.time_std > 0, "flow", "time_std", self.time_std, "positive")
         for name in ("cosine_weight", "projection_weight"):
             value = getattr(self, name)
-            _require(value >= 0, "flow", name, value, "0 or more")
-        _require(self.weighting == "none" or self.prediction in ("noise", "score"), "flow", "weighting", self.weighting,
+            require(value >= 0, "flow", name, value, "0 or more")
+        require(self.weighting == "none" or self.prediction in ("noise", "score"), "flow", "weighting", self.weighting,
                  "'none' unless flow.prediction is 'noise' or 'score'")  # fmt: skip
-        _require(not self.cosine_weight or self.prediction in ("auto", "velocity", "data"), "flow", "cosine_weight",
+        require(not self.cosine_weight or self.prediction in ("auto", "velocity", "data"), "flow", "cosine_weight",
                  self.cosine_weight, "0 for flow.prediction 'noise' and 'score', which have no velocity loss")  # fmt: skip
 
 
@@ -264,99 +227,29 @@ class TrainConfig:
     """CPU threads; 0: as many as PyTorch takes, which is one a core. 1 is safer beside other busy programs."""
 
     def __post_init__(self) -> None:
-        _choose_all(self, "train")
+        choose_all(self, "train")
         for name, least in (("batch_size", 1), ("checkpoint_every", 1), ("log_every", 1), ("epochs", 1), ("max_steps", 0),
                             ("warmup_steps", 0), ("keep_checkpoints", 0), ("keep_every", 0), ("num_threads", 0),
                             ("accumulation", 1), ("validate_every", 1), ("sample_every", 0), ("sample_images", 1),
                             ("num_workers", 0)):  # fmt: skip
             value = getattr(self, name)
-            _require(value >= least, "train", name, value, f"at least {least}")
+            require(value >= least, "train", name, value, f"at least {least}")
         several: Any = self.ema_decay  # one number is one decay
         object.__setattr__(
             self, "ema_decay", tuple(several) if isinstance(several, (tuple, list)) else (float(several),)
         )
-        _require(len(set(self.ema_decay)) == len(self.ema_decay) > 0 and all(0 <= decay < 1 for decay in self.ema_decay),
+        require(len(set(self.ema_decay)) == len(self.ema_decay) > 0 and all(0 <= decay < 1 for decay in self.ema_decay),
                  "train", "ema_decay", self.ema_decay, "one or several different numbers in [0, 1)")  # fmt: skip
         for name in ("null_probability", "snippet_dropout", "beta1", "beta2"):
             value = getattr(self, name)
-            _require(0 <= value < 1, "train", name, value, "in [0, 1)")
+            require(0 <= value < 1, "train", name, value, "in [0, 1)")
         for name in ("weight_decay", "clip_norm", "snippet_noise"):
             value = getattr(self, name)
-            _require(value >= 0, "train", name, value, "0 or more")
-        _require(0 <= self.seed < 2**32, "train", "seed", self.seed, "0 to 4294967295")
-        _require(self.num_workers <= 64, "train", "num_workers", self.num_workers, "at most 64")
-        _require(self.sample_images <= 1024, "train", "sample_images", self.sample_images, "at most 1024")
-        _require(self.accumulation <= self.batch_size, "train", "accumulation", self.accumulation,
+            require(value >= 0, "train", name, value, "0 or more")
+        require(0 <= self.seed < 2**32, "train", "seed", self.seed, "0 to 4294967295")
+        require(self.num_workers <= 64, "train", "num_workers", self.num_workers, "at most 64")
+        require(self.sample_images <= 1024, "train", "sample_images", self.sample_images, "at most 1024")
+        require(self.accumulation <= self.batch_size, "train", "accumulation", self.accumulation,
                  f"at most train.batch_size, which is {self.batch_size}")  # fmt: skip
-        _require(self.num_threads <= 1024, "train", "num_threads", self.num_threads, "at most 1024")
-        _require(self.learning_rate > 0, "train", "learning_rate", self.learning_rate, "positive")
-
-
-ODE_METHODS = ("euler", "heun", "midpoint", "heun3", "rk4", "dopri5")
-SDE_METHODS = ("sde-euler", "sde-heun")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """How samples are drawn."""
-
-    method: Literal["euler", "heun", "midpoint", "heun3", "rk4", "dopri5", "sde-euler", "sde-heun"] = "heun"
-    """Of the ODE: Euler, Heun, midpoint, third-order Heun, fourth-order Runge–Kutta (3/8 rule), or adaptive Dormand–Prince
-    (needs torchdiffeq; each image is solved alone, so that it does not depend on its batch). Of the SDE: Euler–Maruyama, Heun."""
-    num_steps: int = 25
-    """Steps, the last step of the SDE counted; dopri5 finds its own. The published "50 steps" of an ODE, which counts
-    points of time, is 49 here; that of the SDE, 49 and a last one, is 50."""
-    guidance: float = 1.0
-    """null + guidance·(conditional − null); 1: none, whatever the interval."""
-    guidance_start: float = 0.0
-    """Guidance from this t on; before it the conditional velocity. Published: 0.89."""
-    guidance_end: float = 1.0
-    """Guidance up to this t; after it the null velocity, as published. 1: no end."""
-    timestep_shift: float = 1.0
-    """1: equal steps; below 1: shorter steps near the noise (the published 0.3). ODE only."""
-    diffusion: Literal["constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing"] = "linear"
-    """Of the SDE: how strong its noise is over t."""
-    diffusion_norm: float = 1.0
-    """Of the SDE: factor on the diffusion."""
-    last_step: Literal["mean", "tweedie", "euler", "none"] = "mean"
-    """Of the SDE: its last step, without noise: mean (the drift), tweedie (the expected image), euler (the ODE's), none."""
-    last_step_size: float = 0.004
-    """Of the SDE: length of the last step."""
-    rtol: float = 1e-3
-    """Of dopri5: relative tolerance."""
-    atol: float = 1e-6
-    """Of dopri5: absolute tolerance."""
-    overshoot: bool = True
-    """Of dopri5: step past t = 1 and interpolate back, as published; the network is then asked at times that it never
-    learned. False: end on t = 1."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """What the network computes in: bf16 and fp16 by autocast. Solver and noise stay in fp32."""
-    seed: int = 0
-    """Of the first sample; sample i is decided by (seed, i)."""
-    batch_size: int = 64
-    """Samples computed together."""
-
-    def __post_init__(self) -> None:
-        _choose_all(self, "sample")
-        _require(1 <= self.num_steps <= 100_000, "sample", "num_steps", self.num_steps, "1 to 100000")
-        _require(self.batch_size >= 1, "sample", "batch_size", self.batch_size, "at least 1")
-        _require(0 <= self.seed < 2**32, "sample", "seed", self.seed, "0 to 4294967295")
-        for name in ("guidance", "diffusion_norm"):
-            value = getattr(self, name)
-            _require(math.isfinite(value) and value >= 0, "sample", name, value, "0 or more")
-        for name in ("timestep_shift", "rtol", "atol"):
-            value = getattr(self, name)
-            _require(0 < value < math.inf, "sample", name, value, "positive")
-        _require(0 < self.last_step_size < 1, "sample", "last_step_size", self.last_step_size, "between 0 and 1")
-        _require(0 <= self.guidance_start <= self.guidance_end <= 1, "sample", "guidance interval",
-                 (self.guidance_start, self.guidance_end), "a start and an end in 0 to 1, in order")  # fmt: skip
-        if self.is_sde:
-            _require(self.timestep_shift == 1.0, "sample", "timestep_shift", self.timestep_shift,
-                     f"1 for {self.method!r}: the SDE has equal steps, only the ODE's methods shift them")  # fmt: skip
-            _require(self.num_steps >= 2 or self.last_step == "none", "sample", "num_steps", self.num_steps,
-                     "at least 2 with a last step, which is one of them")  # fmt: skip
-
-    @property
-    def is_sde(self) -> bool:
-        """Whether the method is one of the SDE's."""
-        return self.method in SDE_METHODS
+        require(self.num_threads <= 1024, "train", "num_threads", self.num_threads, "at most 1024")
+        require(self.learning_rate > 0, "train", "learning_rate", self.learning_rate, "positive")

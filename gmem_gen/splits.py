@@ -103,7 +103,8 @@ def _hash(key: str, seed: int) -> int:
 
 def _read_keys(path: Path) -> set[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # a key may hold what splitlines() takes for the end of a line, such as U+2028
+        lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"could not read the keys to hold out from {path}: {error}", path=path, key="data.validation_keys"

@@ -37,6 +37,11 @@ from gmem_gen.splits import Split
 TERMS = ("loss", "mse", "cosine", "projection")
 LEAST_SCALE = 2.0**-10
 """Of fp16's gradients: below it there is no scale at which they are finite."""
+ADVICE = (
+    "Go on from one of them with --resume-from previous or a step's folder, or begin anew in another --out with a lower "
+    "train.learning_rate or train.clip_norm"
+)
+"""What to do about a training that diverged."""
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -90,11 +95,7 @@ class Trainer:
         self.maker = BatchMaker(bank, config, images, join, self.split, labels=labels, tokens=tokens)
         self.order = self.maker.order
         self.share = processes.share(self.order.batch_size)
-        if self.order.batch_size < processes.count * config.train.accumulation:
-            raise ConfigError(
-                f"a step has {self.order.batch_size} images for {processes.count} processes and train.accumulation "
-                f"{config.train.accumulation}: one each at least", key="train.accumulation",
-            )  # fmt: skip
+        require_share(len(self.split.samples), config, processes.count)
         self.total_steps = config.train.max_steps or config.train.epochs * self.order.steps_per_epoch
         self.step = 0
         self.elapsed = 0.0
@@ -125,8 +126,13 @@ class Trainer:
         assert isinstance(module, Generator)
         return module
 
-    def restore(self, resumption: Resumption) -> None:
-        """Take up a checkpoint; raises CheckpointError."""
+    def restore(self, resumption: Resumption, *, compare_best: bool = True) -> None:
+        """Take up a checkpoint; raises CheckpointError.
+
+        Args:
+            resumption: which one.
+            compare_best: False: other rows are held out now, and the best validation so far says nothing about them.
+        """
         if resumption.checkpoint is None:
             return
         where, state = resumption.checkpoint, checkpoints.read_state(resumption.checkpoint)
@@ -148,7 +154,7 @@ class Trainer:
             raise CheckpointError(f"{where} does not fit this training: {error}", path=where) from error
         self.step, self.elapsed = resumption.step, resumption.elapsed
         self.losses.extend(resumption.losses)
-        self.best = tuple(state["best"]) if state.get("best") else None
+        self.best = tuple(state["best"]) if state.get("best") and compare_best else None
         self.looked = int(state.get("looked", self.step))
 
     def make_step(self, asked: Callable[[], tuple[bool, ...]] = tuple) -> Step:
@@ -226,12 +232,24 @@ class Trainer:
         if math.isfinite(loss) and (math.isfinite(norm) or overflow):
             return
         raise GMemError(
-            f"the loss became {loss} (gradient norm {norm}) at step {self.step}: earlier checkpoints stand. "
-            "Lower train.learning_rate, or set train.clip_norm"
+            f"the loss became {loss} (gradient norm {norm}) at step {self.step}: earlier checkpoints stand. {ADVICE}"
         )
 
+    def _require_finite_weights(self) -> None:
+        """Raise GMemError where an update went too far, which the loss shows one step later: nothing may be saved then."""
+        found = [
+            torch.isfinite(tensor).all()
+            for module in (self.model, *self.averages.values())
+            for tensor in module.parameters()
+        ]
+        if not bool(torch.stack(found).all()):
+            raise GMemError(
+                f"the weights are not finite after step {self.step}, and were not saved: earlier checkpoints stand. {ADVICE}"
+            )
+
     def save(self, run: Path, keys_digest: str) -> Path:
-        """Write a checkpoint and remove superseded ones."""
+        """Write a checkpoint and remove superseded ones; raises WriteError, and GMemError for weights that are not finite."""
+        self._require_finite_weights()
         train = self.config.train
         state = {
             "elapsed": self.elapsed,
@@ -252,6 +270,16 @@ class Trainer:
         path = checkpoints.save(run, self.step, state, weights, self.optimizer)
         checkpoints.clean(run, train.keep_checkpoints, every=train.keep_every, best=self.best[0] if self.best else None)
         return path
+
+
+def require_share(num_samples: int, config: Config, num_processes: int) -> None:
+    """Raise ConfigError where a step has fewer images than processes and parts."""
+    images, parts = min(num_samples, config.train.batch_size), config.train.accumulation
+    if images < num_processes * parts:
+        raise ConfigError(
+            f"a step has {images} images for {num_processes} processes and train.accumulation {parts}: one each at least",
+            key="train.accumulation",
+        )
 
 
 def stack_terms(found: losses.Losses) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gmem_bank.errors import ConfigError
-from gmem_gen.settings import FlowConfig, SampleConfig
+from gmem_gen.sample_settings import SampleConfig
+from gmem_gen.settings import FlowConfig
 
 EPSILON = 1e-3
 VP_TRAIN_EPSILON = 1e-5

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from gmem_bank.errors import CheckpointError, ConfigError
 from gmem_gen import checkpoint as checkpoints
@@ -28,13 +27,14 @@ from gmem_gen import conditioning
 from gmem_gen.conditioning import Bank, ImagesFrom
 from gmem_gen.config import Config
 from gmem_gen.distributed import Processes
+from gmem_gen.held_out import HeldOut, hold_out
 from gmem_gen.image_plan import plan_images
 from gmem_gen.journal import Journal, require_tensorboard
 from gmem_gen.loop import Loop
 from gmem_gen.outputs import Progress, Say, no_progress, no_remarks
 from gmem_gen.patch_tokens import PatchTokens
 from gmem_gen.previews import preview_conditions
-from gmem_gen.resolving import minutes_allowed, resolve
+from gmem_gen.resolving import minutes_allowed, require_trainable, resolve
 from gmem_gen.run import (
     choose_checkpoint,
     default_run,
@@ -48,9 +48,6 @@ from gmem_gen.runtime import StopRequest, cpu_threads, kept_memory, pick_device
 from gmem_gen.sizes import num_parameters
 from gmem_gen.splits import Split, split_rows
 from gmem_gen.stepping import Trainer
-
-HELD_OUT = "validation_keys.txt"
-"""In the run's folder: the keys that are held out, one a line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,23 +135,25 @@ def train(
         )
         join = planned.join
         tokens = _patch_tokens(wanted, join.keys)
+        if tokens is not None and processes.is_first and (remark := tokens.remark(conditioning.record_of(opened))):
+            say(remark)
         resolved = resolve(wanted, opened, planned, stored, tokens)
         digest = hashlib.sha256(json.dumps(join.keys).encode()).hexdigest()
         resumption = find_resumption(
             run, checkpoint, resolved, opened, keys_digest=digest, accept_bank_change=accept_bank_change
         )
         split, facts = _split(opened, join, resolved), _token_facts(tokens, checkpoint)
-        _require_still_held(run, checkpoint, join.keys, split)
+        held = hold_out(checkpoint, join.keys, split)
+        facts |= held.facts()
+        require_trainable(resolved, opened, planned, split, tokens=tokens, num_processes=processes.count)
         with cpu_threads(resolved.train.num_threads), kept_memory(processes.device), writing(run):
             with processes.first_goes_first():
                 ready = planned.open(run / "cache", read_progress)
             trainer = Trainer(opened, resolved, ready, join, processes, split=split, tokens=tokens, facts=facts)
             with contextlib.closing(trainer):
-                if tokens is not None:
-                    tokens.fit(trainer.model.grid)
-                trainer.restore(resumption)
+                trainer.restore(resumption, compare_best=held.comparable)
                 processes.wait()  # all have read before the first one writes
-                journal = _begin(trainer, run, checkpoint, say, tensorboard) if processes.is_first else None
+                journal = _begin(trainer, run, checkpoint, held, say, tensorboard) if processes.is_first else None
                 loop = Loop(
                     trainer=trainer, run=run, keys_digest=digest, journal=journal, stop=StopRequest(), progress=progress,
                     seconds=minutes_allowed(resolved, processes.device) * 60, say=say, status=status,
@@ -203,27 +202,13 @@ def _split(bank: Bank, join: conditioning.Join, config: Config) -> Split:
     return split_rows(join.keys, config.data, config.train.seed, concept)
 
 
-def _require_still_held(run: Path, checkpoint: Path | None, keys: list[str], split: Split) -> None:
-    """Raise ConfigError where a row that was held out so far would be trained on."""
-    if checkpoint is None or not (run / HELD_OUT).exists():
-        return
-    before = set((run / HELD_OUT).read_text(encoding="utf-8").splitlines())
-    lost = [keys[place] for place in np.unique(split.samples) if keys[place] in before]
-    if lost:
-        raise ConfigError(
-            f"{len(lost)} rows, such as {lost[0]!r}, were held out so far and would now be trained on: hold them out again "
-            "(data.validation_*), or choose another --out", key="data.validation_keys",
-        )  # fmt: skip
-
-
-def _begin(trainer: Trainer, run: Path, checkpoint: Path | None, say: Say, tensorboard: bool) -> Journal:
+def _begin(trainer: Trainer, run: Path, checkpoint: Path | None, held: HeldOut, say: Say, tensorboard: bool) -> Journal:
     """Write what a run's folder has from the beginning, and say what comes; only in the first process."""
     if checkpoint is not None and checkpoint.resolve().parent == checkpoints.checkpoints_folder(run).resolve():
         for moved in checkpoints.set_aside_after(checkpoint):
             say(f"a later checkpoint is now {moved}")
     (run / "config.toml").write_text(trainer.config.to_toml(), encoding="utf-8")
-    held = [trainer.join.keys[place] for place in trainer.split.held_out]
-    (run / HELD_OUT).write_text("".join(key + "\n" for key in held), encoding="utf-8")
+    held.write(run)
     _introduce(trainer, run, say)
     return Journal(run, trainer.step, tensorboard=tensorboard)
 
@@ -254,11 +239,7 @@ def plan(bank: str | os.PathLike[str], config: Config, *, images: ImagesFrom = N
     planned = plan_images(opened, images, config, device=str(pick_device(config.train.device)))
     tokens = _patch_tokens(config, planned.join.keys)
     resolved = resolve(config, opened, planned, None, tokens)
-    _split(opened, planned.join, resolved)
-    with torch.device("meta"):
-        model = checkpoints.make_model(resolved, planned.latent, int(conditioning.record_of(opened)["dim"]))
-    if tokens is not None:
-        tokens.fit(model.grid)
+    require_trainable(resolved, opened, planned, _split(opened, planned.join, resolved), tokens=tokens)
     return resolved
 
 

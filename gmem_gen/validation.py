@@ -6,7 +6,7 @@ Shapes: V held-out rows, b of one part.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -16,18 +16,29 @@ from torch import nn
 from gmem_gen.stepping import TERMS, Trainer, stack_terms
 
 
-def validate(trainer: Trainer) -> dict[str, float]:
+class Interrupted(Exception):  # noqa: N818 - no error: the loop ends, and validates when the training goes on
+    """A signal came to one of the processes."""
+
+
+def validate(trainer: Trainer, asked: Callable[[], bool] = bool) -> dict[str, float]:
     """Return the mean losses over the held-out rows, computed by all processes together.
 
     With conditions as they are: no null snippet, no dropout. "validation_loss" and its terms are those of the averaged weights
     (of the first decay), which sampling uses; "validation_loss_model" of the weights as they are, "validation_loss_ema-0.999" of
     another average.
+
+    Args:
+        trainer: what is validated.
+        asked: called before every part: whether this process was asked to stop.
+
+    Raises:
+        Interrupted: any process was, in all of them.
     """
     networks: dict[str, nn.Module] = {name: each.module for name, each in trainer.averages.items()}
     networks["model"] = trainer.model
     found: dict[str, float] = {}
     for name, network in networks.items():
-        terms = _mean_terms(trainer, network)
+        terms = _mean_terms(trainer, network, asked)
         if name == "ema":
             found |= {f"validation_{term}": value for term, value in terms.items()}
         else:
@@ -35,13 +46,18 @@ def validate(trainer: Trainer) -> dict[str, float]:
     return found
 
 
-def _mean_terms(trainer: Trainer, network: nn.Module) -> dict[str, float]:
+def _mean_terms(trainer: Trainer, network: nn.Module, asked: Callable[[], bool]) -> dict[str, float]:
     held, size = len(trainer.split.held_out), max(1, len(trainer.share) // trainer.config.train.accumulation)
     share = trainer.processes.share(held)
+    longest = math.ceil(held / trainer.processes.count)  # all take as many turns, since all are asked at each
     sums = torch.zeros(len(TERMS), dtype=torch.float64)
     with torch.inference_mode(), _evaluating(network):
-        for start in range(share.start, share.stop, size):
+        for start in range(share.start, share.start + longest, size):
+            if any(trainer.processes.sum([asked()])):
+                raise Interrupted
             samples = np.arange(start, min(share.stop, start + size))
+            if not len(samples):
+                continue
             batch = trainer.maker.validation(samples).to(trainer.device)
             sums += stack_terms(trainer.evaluate(network, batch)).cpu().double() * len(samples)
     totals = trainer.processes.sum(sums.tolist())

@@ -15,6 +15,7 @@ from tools.experiment_kit import Cells, Images, Judge, Row, judged, table
 
 WITHIN = 1.05
 """Of the whole bank's distance: what counts as as good."""
+MARKERS = "osD^v<>Ph"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +99,14 @@ def draw(found: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.5, 3.6), constrained_layout=True)
-    for dtype in dict.fromkeys(row["dtype"] for row in found["rows"]):
-        own = [row for row in found["rows"] if row["dtype"] == dtype]
-        axis.plot([row["bytes"] / 1024 for row in own], [row["frechet"] for row in own], "o", label=dtype)
+    for index, (dtype, kept) in enumerate(dict.fromkeys((row["dtype"], row["kept"]) for row in found["rows"])):
+        own = [row for row in found["rows"] if (row["dtype"], row["kept"]) == (dtype, kept)]
+        axis.plot([row["bytes"] / 1024 for row in own], [row["frechet"] for row in own], MARKERS[index % len(MARKERS)],
+                  mfc="none", label=f"{dtype}, {kept:.0%} kept")  # fmt: skip
     axis.axhline(WITHIN * found["rows"][0]["frechet"], color="#888", linestyle="--", label="whole bank + 5 %")
     axis.set(xscale="log", yscale="log", xlabel="KiB of the bank", ylabel="Fréchet distance")
-    axis.legend(frameon=False)
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)

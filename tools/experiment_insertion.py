@@ -1,11 +1,12 @@
 """Experiment "insertion": every class held out of the training in turn, then inserted into the bank, or not.
 
 The bank is factored, as a small bank is: insertion projects on its basis, or lets it grow. Held-out
-real images of all classes vote on what each sample shows.
+real images of all classes vote on what each sample shows; a classifier trained on them is a second judge.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,13 @@ from PIL import Image
 
 import gmem_bank
 import gmem_gen
+from tools.experiment_judging import RealImages
 from tools.experiment_kit import Cells, Images, Judge, Row, table
 
 INSERTED = {"projected": -1.0, "basis grown": None}
 """Variant → `grow_below` of the insertion; None: the bank's own threshold."""
+CLASSIFIED = ": classifier"
+"""What follows the name of a figure that is the classifier's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +36,17 @@ class Insertion:
     """Samples of each class."""
     guidance: float = 2.0
     seed: int = 0
+    classes: tuple[str, ...] = ()
+    """Held out in turn; none: every class."""
 
 
 def run(config: Insertion, images: Images, judge: Judge, cells: Cells) -> dict[str, Any]:
     """Hold out every class in turn and return a row for each."""
-    classes = sorted(path.name for path in images.train.iterdir() if path.is_dir())
-    settings = {"config": config, "training": images.training, "encoder": images.parameters, "judge": judge}
+    there = sorted(path.name for path in images.train.iterdir() if path.is_dir())
+    if unknown := sorted(set(config.classes) - set(there)):
+        raise SystemExit(f"no class {unknown[0]!r}: give some of {', '.join(there)}")
+    alone = dataclasses.replace(config, classes=())  # a cell is the same whichever others are held out
+    settings = {"config": alone, "training": images.training, "encoder": images.parameters, "judge": judge}
     rows = [
         {
             "class": name,
@@ -47,10 +56,12 @@ def run(config: Insertion, images: Images, judge: Judge, cells: Cells) -> dict[s
                 lambda work, n=name: _hold_out(config, images, judge, work, n),
             ),
         }
-        for name in classes
+        for name in config.classes or there
     ]
-    means = {field: float(np.mean([row[field] for row in rows])) for field in ("seen", "not inserted", *INSERTED)}
-    return {"rows": [*rows, {"class": "mean", **means}], "share_of_seen": means["basis grown"] / means["seen"]}
+    fields = [name + judged for judged in ("", CLASSIFIED) for name in ("seen", "not inserted", *INSERTED)]
+    means = {field: float(np.mean([row[field] for row in rows])) for field in fields}
+    return {"rows": [*rows, {"class": "mean", **means}], "share_of_seen": means["basis grown"] / means["seen"],
+            "share_of_seen_classified": means["basis grown" + CLASSIFIED] / means["seen" + CLASSIFIED]}  # fmt: skip
 
 
 def _hold_out(config: Insertion, images: Images, judge: Judge, work: Path, held: str) -> Row:
@@ -68,9 +79,10 @@ def _hold_out(config: Insertion, images: Images, judge: Judge, work: Path, held:
     )  # fmt: skip
     gmem_gen.train(bank, train, out=work / "run")
     keys = [key for name in opened(bank).names for key in _keys(config, bank, name)]
-    figures: Row = {"seen": _fidelity(images, judge, work, bank, keys, [key.partition("/")[0] for key in keys], "seen")}
+    asked = [key.partition("/")[0] for key in keys]
+    figures = _fidelity(images, judge, work, bank, keys, asked, "seen")
     stand_ins = _stand_ins(config, images, bank, held)
-    figures["not inserted"] = _fidelity(images, judge, work, bank, stand_ins, [held] * len(stand_ins), "not-inserted")
+    figures |= _fidelity(images, judge, work, bank, stand_ins, [held] * len(stand_ins), "not inserted")
     for variant, grow_below in INSERTED.items():
         target = work / f"{variant.replace(' ', '-')}.safetensors"
         if not target.exists():
@@ -84,7 +96,7 @@ def _hold_out(config: Insertion, images: Images, judge: Judge, work: Path, held:
                 output=target,
             )
         keys = _keys(config, target, held)
-        figures[variant] = _fidelity(images, judge, work, target, keys, [held] * len(keys), target.stem)
+        figures |= _fidelity(images, judge, work, target, keys, [held] * len(keys), variant)
         figures[f"{variant}: rank"] = len(opened(target).basis)
     return figures
 
@@ -112,11 +124,11 @@ def _stand_ins(config: Insertion, images: Images, bank: Path, held: str) -> list
 
 def _fidelity(
     images: Images, judge: Judge, work: Path, bank: Path, keys: list[str], asked: list[str], name: str
-) -> float:
-    """Draw rows of a bank, and return the share for which held-out images of all classes vote as asked."""
+) -> Row:
+    """Draw rows of a bank; the shares that held-out images of all classes vote for, and a classifier takes for, as asked."""
     conditions = gmem_gen.choose_conditions(opened(bank), concept=None, keys=keys, num=None, per_snippet=1, seed=0)
     drawn = gmem_gen.sample(opened(bank), gmem_gen.load_checkpoint(work / "run"), conditions)
-    folder = work / f"samples-{name}"
+    folder = work / f"samples-{name.replace(' ', '-')}"
     shutil.rmtree(folder, ignore_errors=True)
     for place, (pixels, concept) in enumerate(zip(drawn.images, asked, strict=True)):
         (folder / concept).mkdir(parents=True, exist_ok=True)
@@ -126,15 +138,23 @@ def _fidelity(
         None, judge.load(), samples=folder, reference=images.held_out, options=options, out=work / "judged"
     )
     assert report.concepts is not None
-    return report.concepts.fidelity.value
+    classified = RealImages(judge, images.held_out).classified(folder)
+    return {name: report.concepts.fidelity.value, name + CLASSIFIED: classified}
 
 
 def words(found: dict[str, Any]) -> str:
-    """Return the section's text."""
-    columns = {"class": "held out", "seen": "seen classes", "not inserted": "not inserted", "projected": "inserted, projected",
-               "basis grown": "inserted, basis grown", "projected: rank": "rank", "basis grown: rank": "rank, grown"}  # fmt: skip
-    share = f"Mean fidelity of inserted classes (basis grown) over that of seen ones: {found['share_of_seen']:.3g}."
-    return f"{table(found['rows'], columns)}\n\n{share}"
+    """Return the section's text; figures that were written before there was a classifier have no columns of it."""
+    judges = {"": "", CLASSIFIED: " (classifier)"} if f"seen{CLASSIFIED}" in found["rows"][0] else {"": ""}
+    columns = {"class": "held out"}
+    for field, label in judges.items():
+        columns |= {f"seen{field}": f"seen classes{label}", f"not inserted{field}": f"not inserted{label}",
+                    f"projected{field}": f"inserted, projected{label}",
+                    f"basis grown{field}": f"inserted, basis grown{label}"}  # fmt: skip
+    columns |= {"projected: rank": "rank", "basis grown: rank": "rank, grown"}
+    share = f"Mean fidelity of inserted classes (basis grown) over that of seen ones: {found['share_of_seen']:.3g}"
+    if CLASSIFIED in judges:
+        share += f"; by the classifier: {found['share_of_seen_classified']:.3g}"
+    return f"{table(found['rows'], columns)}\n\n{share}."
 
 
 def draw(found: dict[str, Any], path: Path) -> None:

@@ -194,7 +194,8 @@ def write_section(name: str, text: str, path: Path = RESULTS) -> None:
     section = f"{begin}\n{text.strip()}\n{end}\n"
     if begin in page:
         before, _, rest = page.partition(begin)
-        page = before + section + rest.partition(end)[2].lstrip("\n")
+        after = rest.partition(end)[2].lstrip("\n")
+        page = before + section + (f"\n{after}" if after else "")
     else:
         page = page.rstrip() + "\n\n" + section
     path.write_text(page, encoding="utf-8")

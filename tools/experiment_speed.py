@@ -91,6 +91,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
     for axis, field, label in zip(axes, ("step", "train_seconds"), ("steps", "seconds of training"), strict=True):
@@ -98,6 +99,11 @@ def draw(found: dict[str, Any], path: Path) -> None:
             own = [row for row in found["rows"] if row["model"] == name]
             axis.plot([row[field] for row in own], [row["frechet"] for row in own], "o-", label=name)
         axis.set(xscale="log", yscale="log", xlabel=label, ylabel="Fréchet distance")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.legend(title="conditioned on", frameon=False)
+    steps = sorted({row["step"] for row in found["rows"]})
+    axes[0].set_xticks(steps, [f"{step}" for step in steps])
+    axes[0].xaxis.set_minor_locator(NullLocator())
     figure.savefig(path, dpi=110)
     plt.close(figure)

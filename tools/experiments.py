@@ -3,6 +3,7 @@
     python -m tools.experiments speed            # on scikit-learn's digits
     python -m tools.experiments insertion
     python -m tools.experiments compression
+    python -m tools.experiments composition
     python -m tools.experiments speed --data FOLDER --judge hf:FOLDER   # CIFAR-10 as train.tar and test.tar
 
 The same command again takes up where it was interrupted: what is done lies in --out, a JSON a cell. With --publish the
@@ -14,16 +15,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from tools import experiment_compression, experiment_insertion, experiment_speed
+from tools import experiment_composition, experiment_compression, experiment_insertion, experiment_speed
 from tools.experiment_kit import FIGURES, Cells, Images, Judge, cifar10, digits, record, write_section
 
 EXPERIMENTS: dict[str, tuple[Any, Any, str]] = {
     "speed": (experiment_speed, experiment_speed.Speed, "Training speed: a memory, classes, or nothing"),
     "insertion": (experiment_insertion, experiment_insertion.Insertion, "A class inserted without training"),
+    "composition": (experiment_composition, experiment_composition.Composition, "Between two classes"),
     "compression": (experiment_compression, experiment_compression.Compression, "How small the bank may be"),
 }
 
@@ -38,6 +41,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--judge-weights", help="folder with its weights")
     parser.add_argument("--judge-parameters", default="{}", help="JSON object")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=JSON", help="a field of the configuration")
+    parser.add_argument("--train", action="append", default=[], metavar="KEY=VALUE", help="a setting of the generator")
+    parser.add_argument("--variant", help="short word for a second section of the same experiment, such as full-rank")
     parser.add_argument("--out", type=Path, default=Path("experiments"), help="folder for cells (experiments)")
     parser.add_argument("--publish", action="store_true", help="write docs/results and docs/RESULTS.md")
     parser.add_argument("--from-json", action="store_true", help="only write docs/RESULTS.md again from docs/results")
@@ -74,8 +79,9 @@ def publish(stem: str) -> None:
     found = json.loads((FIGURES / f"{stem}.json").read_text(encoding="utf-8"))
     module, _, title = EXPERIMENTS[found["name"]]
     module.draw(found["figures"], FIGURES / f"{stem}.png")
+    data = ", ".join(part for part in (found["data"], found.get("variant")) if part)
     about = (
-        f"## {title}: {found['data']}\n\n    {found['command']}\n\nConfiguration: `{json.dumps(found['config'])}`. Conditioned "
+        f"## {title}: {data}\n\n    {found['command']}\n\nConfiguration: `{json.dumps(found['config'])}`. Conditioned "
         f"on {found['conditioned_on']}, judged by {found['judge']}; {found['seconds']:,.0f} s in all.\n\n"
     )
     write_section(stem, f"{about}{module.words(found['figures'])}\n\n![{title}](results/{stem}.png)")
@@ -91,15 +97,21 @@ def main() -> int:
         return 0
     config = configured(kind, options.set)
     data, images, judge = material(options)
-    stem = f"{options.name}-{data.lower()}"
+    images = dataclasses.replace(images, training=(*images.training, *options.train))
+    if options.variant and not options.variant.replace("-", "").isalnum():
+        raise SystemExit(f"--variant {options.variant}: give a word of letters, digits and '-'")
+    stem = "-".join(part for part in (options.name, data.lower(), options.variant) if part)
     cells = Cells(options.out / stem)
     figures = module.run(config, images, judge, cells)
     seconds = sum(json.loads(path.read_text(encoding="utf-8"))["seconds"] for path in cells.used)
     words = ["--data CIFAR10", f"--per-class {options.per_class}", f"--judge {judge.words()}"]
     command = " ".join(["python -m tools.experiments", options.name, *(words if options.data else []),
-                        *(f"--set {pair}" for pair in options.set)])  # fmt: skip
+                        *(f"--set {shlex.quote(pair)}" for pair in options.set),
+                        *(f"--train {shlex.quote(pair)}" for pair in options.train),
+                        *([f"--variant {options.variant}"] if options.variant else [])])  # fmt: skip
     found = {
-        "name": options.name, "data": data, "command": command, "config": record(config), "conditioned_on": images.encoder,
+        "name": options.name, "data": data, "variant": options.variant, "command": command, "config": record(config),
+        "conditioned_on": images.encoder,
         "judge": judge.words(), "seconds": round(seconds), "figures": figures,
     }  # fmt: skip
     print(module.words(figures))

@@ -97,6 +97,8 @@ def build(
         loaded = gmem_bank.load_encoder(
             encoder, weights=weights, device=device, space=space, parameters=parse_parameters(pairs)
         )
+    if wanted.num_shards > 1:
+        _require_one_precision(loaded, parse_parameters(pairs))
     with ProgressBar("encode", "image", quiet=quiet) as progress:
         report = gmem_bank.build(
             source, loaded, output, dtype=dtype, batch_size=batch_size, num_workers=workers, narrowing=wanted,
@@ -118,6 +120,16 @@ def build(
     click.echo(
         f"skipped: {report.num_unreadable} unusable images, {num_others} other files ({report.bank}.report.json)"
     )
+
+
+def _require_one_precision(encoder: Any, parameters: dict[str, Any]) -> None:
+    """Raise UsageError where the machine would choose the precision of a part: another's would not be merged with it."""
+    chosen = encoder.spec.parameters.get("dtype")
+    if chosen is not None and parameters.get("dtype", "auto") == "auto":
+        raise click.UsageError(
+            f"parts must be computed alike on whatever machine, and this one would choose {chosen}: give every part "
+            "--set dtype=fp32 or --set dtype=bf16"
+        )
 
 
 def _remark(source: str, report: Any, encoder: Any) -> None:

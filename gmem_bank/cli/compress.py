@@ -31,8 +31,8 @@ from gmem_bank.console import ShareType, SizeType, note, print_json, quiet_optio
     help="Size of the bank not to pass: 500000, 20M, 1.5G (K, M and G are powers of 1024).",
 )
 @click.option(
-    "--dtype", type=click.Choice(["f32", "f16", "i8"]), default="f32", show_default=True,
-    help="How coefficients are stored; i8 with a scale a component.",
+    "--dtype", type=click.Choice(["f32", "f16", "i8"]), default=None,
+    help="How coefficients are stored; i8 with a scale a component. Default: f32; a sweep shows all.",
 )  # fmt: skip
 @click.option(
     "--memory-limit",
@@ -65,38 +65,36 @@ def compress(
     from gmem_bank.progress import ProgressBar
 
     paths = list(banks) or ["bank.safetensors"]
+    dtype = goal.pop("dtype")
     limits: dict[str, Any] = {"memory_limit": memory_limit, "plot": plot, "seed": seed}
     if sweep:
-        asked = [name for name in ("rank", "energy", "target_cosine") if goal[name] is not None]
+        asked = [value for value in goal.values() if value is not None]
         if asked or max_bytes or output or len(paths) > 1:
             raise click.UsageError("--sweep shows what each goal would give, of one BANK: give no goal and no --output")
+        if dry_run or no_undo:
+            raise click.UsageError("--sweep writes no bank: --dry-run and --no-undo are for one that is compressed")
+        dtypes: dict[str, Any] = {} if dtype is None else {"dtypes": (dtype,)}
         with ProgressBar("sweep", "row", quiet=quiet) as progress:
-            found = gmem_bank.sweep(paths[0], progress=progress, **limits)
+            found = gmem_bank.sweep(paths[0], progress=progress, **dtypes, **limits)
         print_json(found.to_json()) if as_json else click.echo(found.table())
         return
-    goals = {
-        "--" + name.replace("_", "-"): value
-        for name, value in (goal | {"max_bytes": max_bytes}).items()
-        if name != "dtype"
-    }
+    goals = {"--" + name.replace("_", "-"): value for name, value in (goal | {"max_bytes": max_bytes}).items()}
     given = [name for name, value in goals.items() if value is not None]
     if len(given) != 1:
         got = f"got {' and '.join(given)}" if given else "none was given"
         raise click.UsageError(f"give exactly one of {', '.join(goals)}; {got}")
     with ProgressBar("compress", "row", quiet=quiet) as progress:
         report = gmem_bank.compress(
-            paths, max_bytes=max_bytes, output=output, dry_run=dry_run, undo=not no_undo, progress=progress,
-            **limits, **goal,
+            paths, max_bytes=max_bytes, dtype=dtype or "f32", output=output, dry_run=dry_run, undo=not no_undo,
+            progress=progress, **limits, **goal,
         )  # fmt: skip
     facts = report.details
-    print_edit(report, as_json, f"rank {facts.get('rank')}, {goal['dtype']} coefficients")
+    print_edit(report, as_json, f"rank {facts.get('rank')}, {dtype or 'f32'} coefficients")
     if not as_json and not report.unchanged:
         _print_quality(facts)
 
 
 def _print_quality(facts: dict[str, Any]) -> None:
-    for text in facts["warnings"]:
-        note(text)
     if facts["rank_asked"] > facts["rank"]:
         note(f"rank {facts['rank_asked']} was asked for: the rows span {facts['rank']} directions")
     if facts["bytes_after"] > facts["bytes_before"]:

@@ -107,6 +107,8 @@ def print_edit(report: Any, as_json: bool, what: str, unchanged: str = "") -> No
     if as_json:
         print_json(report.to_json())
         return
+    for text in report.details.get("warnings", []):
+        note(text)
     if report.unchanged:
         note(f"{report.output} {unchanged or 'is what this would make of it already'}: nothing to do")
         click.echo(f"{report.output}: {report.num_rows} rows")

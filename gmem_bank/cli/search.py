@@ -12,6 +12,7 @@ from gmem_bank.console import (
     encoder_run_options,
     human_bytes,
     json_option,
+    list_skipped,
     note,
     print_json,
     printable,
@@ -92,7 +93,7 @@ OPTIONS = {"max_bytes": "max-bytes", "nprobe": "effort"}
 def _require_plain_update() -> None:
     context = click.get_current_context()
     for name in ("kind", "recall", "max_bytes", "nlist", "nprobe", "rerank", "seed"):
-        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+        if _is_given(context, name):
             raise click.UsageError(
                 f"--update keeps the index as it was made: --{OPTIONS.get(name, name)} needs a new one"
             )
@@ -156,23 +157,59 @@ def search(
     """
     import gmem_bank
 
+    _require_sense(exact, index_file, page, overwrite)
     opened = gmem_bank.open(bank)
     found = None if exact else gmem_bank.find_index(opened, index_file)
+    loaded = False
+
+    def load() -> Any:
+        nonlocal loaded
+        loaded = True
+        return gmem_bank.reload_encoder(opened.encoder, opened.folder, weights=weights, device=device)
+
     how = f"searched by {found.describe()}" if found else "compared with every row"
     with gmem_bank.ProgressBar("encode", "image", quiet=quiet) as progress:
         results = gmem_bank.search(
-            opened, query, k=k, index=found, text=text, batch_size=batch_size, progress=progress,
-            load=lambda: gmem_bank.reload_encoder(opened.encoder, opened.folder, weights=weights, device=device),
+            opened, query, k=k, index=found, text=text, batch_size=batch_size, progress=progress, load=load,
         )  # fmt: skip
     if found and not quiet:
         note(how)
+    if not loaded:
+        _note_unused("weights", "device", "batch_size")
     if page is not None:
         gmem_bank.write_results_page(page, opened, results, note=how, overwrite=overwrite)
+    list_skipped([{"path": result.query, "reason": result.skipped} for result in results if result.skipped])
     if as_json:
         print_json([result.to_json() for result in results])
         return
-    for result in results:
+    for result in (result for result in results if not result.skipped):
         if len(results) > 1:
             click.echo(printable(result.query))
         for rank, hit in enumerate(result.hits, 1):
             click.echo(f"{rank:>3}  {hit.score:+.4f}  {printable(hit.key)}  {' '.join(hit.concepts)}".rstrip())
+
+
+def _require_sense(exact: bool, index_file: str | None, page: str | None, overwrite: bool) -> None:
+    """Raise UsageError for options that exclude each other, or are about a page where none is asked for or none can be."""
+    from pathlib import Path
+
+    if exact and index_file is not None:
+        raise click.UsageError("give --exact, which uses no index, or --index, not both")
+    if overwrite and page is None:
+        raise click.UsageError("--overwrite is for the page of --html")
+    if page is not None:
+        from gmem_bank.results_page import require_page
+
+        require_page(Path(page), overwrite)  # before minutes go into encoding
+
+
+def _note_unused(*names: str) -> None:
+    """Say which options of the encoder were given where nothing had to be encoded."""
+    context = click.get_current_context()
+    given = [f"--{name.replace('_', '-')}" for name in names if _is_given(context, name)]
+    if given:
+        note(f"nothing had to be encoded: {', '.join(given)} changed nothing")
+
+
+def _is_given(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT

@@ -92,8 +92,9 @@ def require_complete(folder: Path, missing: Sequence[str], pooling: str) -> None
 def tokenizer_of(transformers: Any, folder: Path, config: Mapping[str, Any]) -> Tokenize | None:
     """Return what turns texts into inputs of the text tower, loaded on first use; None for a model without one.
 
-    Texts are padded and cut to what the tower takes: SigLIP to its full length always, and without a mask, as it was trained;
-    CLIP to the longest of them.
+    Texts are padded and cut to what the tower takes: SigLIP to its full length always, without a mask, and in lower case, as it
+    was trained (Tschannen et al. 2025, arXiv 2502.14786); CLIP to the longest of them. SigLIP 2 has the tokenizer of Gemma, whose
+    files say nothing of the case.
     """
     kind = config["model_type"]
     if kind not in TEXT_LENGTHS:
@@ -106,7 +107,8 @@ def tokenizer_of(transformers: Any, folder: Path, config: Mapping[str, Any]) -> 
             loaded.append(_tokenizer(transformers, folder))
         whole = kind != "clip"
         padding = "max_length" if whole else "longest"
-        inputs = loaded[0](list(texts), padding=padding, max_length=length, truncation=True, return_tensors="pt")
+        given = [text.lower() for text in texts] if whole else list(texts)
+        inputs = loaded[0](given, padding=padding, max_length=length, truncation=True, return_tensors="pt")
         return {name: inputs[name] for name in ("input_ids", "attention_mask")[: 1 if whole else 2]}
 
     return tokenize
@@ -120,7 +122,7 @@ def _tokenizer(transformers: Any, folder: Path) -> Any:
             path=folder,
         )
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         first, second = tokenizer(PROBES)["input_ids"]
     except Exception as error:  # whatever a damaged file makes the library raise
         raise EncoderError(f"{folder} has no usable tokenizer: {error}", path=folder) from error

@@ -9,6 +9,7 @@ Shapes: H×W pixels of an image, T side of the encoder's input.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,10 @@ PREPROCESSOR = "preprocessor_config.json"
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 """Pillow's numbers, as the files have them."""
 STEPS = ("do_resize", "do_rescale", "do_normalize")
+MOST_RESIZED = 1 << 26
+"""Pixels of a picture that is resized whole and then cropped, 256 MiB in Pillow; of more, only the crop is made."""
+WIDEST_FILTER = 4
+"""Source pixels on either side that a filter reaches at most: three of Lanczos, and one for rounding."""
 
 
 def native_preprocessing(folder: Path, default_size: int) -> dict[str, Any]:
@@ -87,8 +92,34 @@ def crop_native(picture: Image.Image, record: Mapping[str, Any]) -> NDArray[np.u
     else:
         width, height = size["width"], size["height"]
     resample = Image.Resampling[str(record["resample"]).upper()]
-    resized = picture.resize((width, height), resample=resample)
     if not record["center_crop"]:
-        return np.array(resized)
+        return np.array(picture.resize((width, height), resample=resample))
+    return np.array(resized_center(picture, width, height, side, resample))
+
+
+def resized_center(picture: Image.Image, width: int, height: int, side: int, resample: Image.Resampling) -> Image.Image:
+    """Return the central square of a picture resized to width × height, black where that is smaller than the square.
+
+    Beyond MOST_RESIZED pixels (a line of pixels may be a million times as long as it is high) no more than the square is ever
+    made, of the source pixels that its filter reaches; values may then differ by one, since places are rounded otherwise.
+    """
     left, top = (width - side) // 2, (height - side) // 2
-    return np.array(resized.crop((left, top, left + side, top + side)))
+    if width * height <= MOST_RESIZED:
+        resized = picture.resize((width, height), resample=resample)
+        return resized.crop((left, top, left + side, top + side))
+    window = (max(0, left), max(0, top), min(width, left + side), min(height, top + side))
+    x, end_x, box_x, box_end_x = _needed(picture.width, width, window[0], window[2])
+    y, end_y, box_y, box_end_y = _needed(picture.height, height, window[1], window[3])
+    part = picture.crop((x, y, end_x, end_y))
+    size = (window[2] - window[0], window[3] - window[1])
+    square = part.resize(size, resample=resample, box=(box_x, box_y, box_end_x, box_end_y))
+    left, top = min(left, 0), min(top, 0)  # what is too small lies in the middle
+    return square.crop((left, top, left + side, top + side))
+
+
+def _needed(size: int, resized: int, first: int, end: int) -> tuple[int, int, float, float]:
+    """Return which pixels of `size` some of the `resized` ones are made of, and where within them these lie."""
+    scale = size / resized
+    reach = math.ceil(WIDEST_FILTER * max(1.0, scale))
+    begin, stop = max(0, math.floor(first * scale) - reach), min(size, math.ceil(end * scale) + reach)
+    return begin, stop, first * scale - begin, min(end * scale - begin, float(stop - begin))

@@ -75,9 +75,7 @@ def crop_picture(picture: Image.Image, size: int) -> NDArray[np.uint8]:
         picture = picture.resize((picture.width // 2, picture.height // 2), resample=Image.Resampling.BOX)
     scale = size / min(picture.size)
     width, height = max(size, round(picture.width * scale)), max(size, round(picture.height * scale))
-    left, top = (width - size) // 2, (height - size) // 2
-    resized = picture.resize((width, height), resample=Image.Resampling.BICUBIC)
-    return np.array(resized.crop((left, top, left + size, top + size)))
+    return np.array(native.resized_center(picture, width, height, size, Image.Resampling.BICUBIC))
 
 
 def crop(image: NDArray[np.uint8] | Image.Image, preprocessing: Mapping[str, Any]) -> NDArray[np.uint8]:

@@ -20,7 +20,11 @@ STEM = "model"
 """Weights of the transformers library are named after it, those of diffusers "diffusion_pytorch_model"."""
 CONFIG = "config.json"
 COMMIT = re.compile("[0-9a-f]{40}")
-TOKENIZER = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "spiece.model", "*.tiktoken")
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
+    "special_tokens_map.json", "spiece.model", "*.tiktoken",
+)  # fmt: skip
+"""What is fetched of a tokenizer: data, never a file of code."""
 TOKENIZER_FILES = (
     ("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",), ("spiece.model",),
 )  # fmt: skip

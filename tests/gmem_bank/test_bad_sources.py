@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,36 @@ def test_claims_that_lead_nowhere_or_round_in_circles(picture: bytes, name: str,
     assert words in " ".join(entry["reason"] for entry in report.skipped)
     bank = gmem_bank.open("bank.safetensors")
     assert set(bank.keys(bank.rows())) <= {"good.jpg", "more.jpg"}
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_record_of_gigabytes_is_not_read(picture: bytes, kind: bytes, first: bool) -> None:
+    """The file has a hole of 2 GiB where the record is: it is refused with the place, and takes no memory."""
+    before = b"" if first else member("good.jpg", picture)
+    with Path("hole.tar").open("wb") as stream:
+        stream.write(before + header("record", 2 << 30, kind=kind))
+        stream.seek(2 << 30, 1)
+        stream.write(member("next.jpg", picture) + END)
+    tracemalloc.start()
+    try:
+        with pytest.raises(SourceError, match=rf"byte {len(before):,} of .*announces 2,147,483,648 bytes"):
+            list_tars("hole.tar")
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_headers_upon_headers_end_in_a_reason(picture: bytes) -> None:
+    """Thousands of records before one member would be a call inside a call each."""
+    for count in (900, 5000):
+        Path("chain.tar").write_bytes(
+            member("good.jpg", picture)
+            + member("record", b"9 path=a\n", kind=tarfile.XHDTYPE) * count
+            + member("x", b"") + END
+        )  # fmt: skip
+        with pytest.raises(SourceError, match="damaged"):
+            list_tars("chain.tar")
 
 
 def test_scrambled_archives_end_in_a_listing_or_a_reason(picture: bytes) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import gmem_bank
 from gmem_bank.encoders.sizing import LARGEST, SHARE, best_batch_size, largest_that_fits
@@ -141,5 +143,31 @@ def test_a_batch_that_was_damaged_on_disk_is_encoded_again(photos: Path) -> None
     data = bytearray(first.read_bytes())
     data[-8:] = b"\x00\x00\x80\x7f\x01\x02\x03\x04"
     first.write_bytes(data)
+    assert gmem_bank.build(photos, Wishful(5), "a.safetensors").num_resumed == 5
+    assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes"),
+    [
+        ('"places":[0,1', '"places":[1,0'), ('"hashes":["', '"hashes":["f'), ('"skipped"', '"Skipped"'),
+        ('"places"', '"Places"'), ('"places":[0', '"places":[NaN'),
+    ],
+)  # fmt: skip
+def test_what_is_said_of_a_staged_batch_is_under_its_hash_too(photos: Path, was: str, becomes: str) -> None:
+    """Which image has which row, the hashes of the images, and those passed over: damage there is found, and encoded again."""
+
+    def stop(done: int, total: int) -> None:
+        if done >= 10:
+            raise KeyboardInterrupt
+
+    gmem_bank.build(photos, Wishful(5), "b.safetensors")
+    with pytest.raises(KeyboardInterrupt):
+        gmem_bank.build(photos, Wishful(5), "a.safetensors", progress=stop)
+    [first] = Path(".a.safetensors.build").glob("*/00000000.safetensors")
+    with safe_open(first, framework="numpy") as stored:
+        snippets, facts = stored.get_tensor("snippets"), stored.metadata()
+    assert was in facts["batch"]
+    save_file({"snippets": snippets}, first, {**facts, "batch": facts["batch"].replace(was, becomes, 1)})
     assert gmem_bank.build(photos, Wishful(5), "a.safetensors").num_resumed == 5
     assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()

@@ -562,6 +562,14 @@ def test_extreme_values_are_no_trouble(make_bank: BankMaker) -> None:
         Path("out.safetensors").unlink()
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_no_energy_is_beyond_all_of_it(make_bank: BankMaker, seed: int) -> None:
+    """A share is at most 1, whatever float32 rounding makes of the sums."""
+    bank = make_bank(snippets=spread(seed=seed), space="raw")
+    for dry_run in (True, False):
+        assert 1 - 1e-7 < gmem_bank.compress(bank.path, rank=16, dry_run=dry_run).details["energy"] <= 1
+
+
 # -- the sweep, and the command
 
 
@@ -633,7 +641,10 @@ def test_the_command_compresses_sweeps_and_draws(make_bank: BankMaker) -> None:
     assert "knn" in run("compress", "--sweep", "-q", "--plot", "before.html")
     ways = json.loads(run("compress", "--sweep", "--json", "-q"))["ways"]
     assert {way["rank"] for way in ways} == {8, 16}
-    run("compress", "--sweep", "--rank", "4", code=2)
+    own = json.loads(run("compress", "--sweep", "--dtype", "i8", "--json", "-q"))["ways"]
+    assert own == [way for way in ways if way["dtype"] == "i8"] != []
+    for more in (["--rank", "4"], ["--dry-run"], ["--no-undo"]):
+        run("compress", "--sweep", *more, code=2)
     run("compress", "--max-bytes", "many", code=2)
     assert "exactly one" in run("compress", "-q", code=2)
     assert "factored" in run("info", "out.safetensors")

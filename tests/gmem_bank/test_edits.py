@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import gmem_bank
-from gmem_bank import editing, kinds
+from gmem_bank import editing, factors, kinds
 from gmem_bank.bank import MemoryBank
+from gmem_bank.cli import main
+from gmem_bank.draft import Draft
 from gmem_bank.errors import (
     ConceptExistsError,
     ConfigError,
@@ -29,6 +34,7 @@ from gmem_bank.novelty import compare_with_bank
 from gmem_bank.query import snippet_or_image
 from gmem_bank.selection import Selection, rows_selected
 from gmem_bank.storage import Payload, folder_store, hdf5_store, write
+from gmem_bank.vectors import new_vectors
 from tests.conftest import BankMaker, stored_oracle
 
 FORMS = ["bank.safetensors", "bank.h5", "bank.gmem"]
@@ -489,6 +495,56 @@ def test_inserting_into_a_factored_bank_grows_its_basis_where_projection_would_l
     assert gmem_bank.verify(bank.path).problems == []
     gmem_bank.undo(bank.path)
     assert files(bank.path) == before
+
+
+@pytest.mark.parametrize("dtype", ["f32", "i8"])
+def test_it_is_said_where_i8_does_not_keep_the_cosine_asked_for(make_bank: BankMaker, dtype: str) -> None:
+    """One row 50 times as long as the others sets the steps of their coefficients; in f32, or where none is asked for, all is well."""
+    bank = make_bank(kind="factored", dtype=dtype, dim=12, rank=3, space="raw")
+    values = np.random.default_rng(3).standard_normal((100, 12)).astype(np.float32)
+    values[7] *= 50
+    np.save("new.npy", values)
+    asked = ["insert-concept", "new.npy", "--bank", str(bank.path), "--same-encoder", "--grow-below", "0.999"]
+    done = CliRunner().invoke(main, asked, catch_exceptions=False)
+    assert done.exit_code == 0
+    edited = kinds.open(bank.path)
+    found = factors.cosines(edited.snippets(edited.rows_of("new")), values)
+    below = int((found < 0.999 - 1e-6).sum())
+    assert (below > 0) == (dtype == "i8")
+    said = (
+        f"{below} of 100 new rows have a cosine below the 0.999 asked for, the lowest {found.min():.5f}" in done.stderr
+    )
+    assert said == (below > 0)
+    gmem_bank.undo(bank.path)
+    assert not gmem_bank.insert_snippets(bank.path, values, name="b", grow_below=-1, report=False).details["warnings"]
+
+
+@pytest.mark.parametrize("dtype", ["f32", "i8"])
+@pytest.mark.parametrize("grow_below", [0.9, -1])
+def test_inserting_many_rows_into_a_factored_bank_takes_little_memory(
+    make_bank: BankMaker, monkeypatch: pytest.MonkeyPatch, dtype: str, grow_below: float
+) -> None:
+    """Snippets pass by in blocks, however many there are, and a report does not list the cosine of each."""
+    monkeypatch.setattr(factors, "CHUNK_VALUES", 1 << 15)
+    bank = make_bank(kind="factored", dtype=dtype, dim=32, rank=3)
+    draft = Draft(bank, bank.path)
+
+    def blocks() -> Iterator[np.ndarray]:
+        rng = np.random.default_rng(3)
+        return (rng.standard_normal((5000, 32)).astype(np.float32) for _ in range(12))
+
+    tracemalloc.start()
+    try:
+        payloads, details = new_vectors(draft, blocks, 60_000, grow_below=grow_below)
+        num_bytes = sum(len(block) for block in payloads["coefficients"].blocks())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert num_bytes == 60_000 * details["rank"] * (1 if dtype == "i8" else 4)
+    assert details["rank"] > 3 if grow_below > 0 else details["rank"] == 3
+    assert peak < 60_000 * 32 * 4, f"{peak / 1e6:.0f} MB for 8 MB of snippets"
+    assert "cosines" not in details
+    assert details["cosine"]["min"] > grow_below - 0.05
 
 
 # -- undo, dry runs, and what is left on disk

@@ -161,6 +161,15 @@ def test_texts_of_any_length_are_embedded_as_the_library_does(tmp_path: Path, ki
         np.testing.assert_allclose(row, direct.numpy()[0], atol=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "lowered"), [("siglip", True), ("clip", False)])
+def test_siglip_reads_lower_case_alone(tmp_path: Path, kind: str, lowered: bool) -> None:
+    """It was trained so, and its tokenizer does not say; what CLIP's tokenizer does about it is its own affair."""
+    make_model(tmp_path / "model", kind)
+    save_tokenizer(tmp_path / "model")
+    upper, lower = gmem_bank.load_encoder(f"hf:{tmp_path}/model").encode_texts(["A Cat", "a cat"])
+    assert np.array_equal(upper, lower) == lowered
+
+
 def test_texts_and_images_share_a_space(tmp_path: Path) -> None:
     """CLIP's text tower is there for queries; a model without one says so."""
     model = make_model(tmp_path / "model", "clip")

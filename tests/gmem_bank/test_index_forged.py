@@ -90,6 +90,32 @@ def test_links_that_lead_out_of_a_graph_are_refused(make_bank: BankMaker) -> Non
         read_index(Path("forged.index"))
 
 
+@pytest.mark.parametrize("forged", ["entry", "entry of none", "height", "too high", "link", "probabilities"])
+def test_layers_that_a_node_is_not_in_are_refused(make_bank: BankMaker, forged: str) -> None:
+    """Links of a layer lie behind those of the layer below: where a node has none, FAISS would read beyond them."""
+    state = read_index(made(make_bank(snippets=clustered(3000, 8)), "hnsw"))
+    graph = state.faiss.hnsw
+    levels = faiss.vector_to_array(graph.levels)
+    low, high = int(np.flatnonzero(levels == 1)[-1]), int(np.flatnonzero(levels > 1)[0])
+    if forged == "entry":
+        graph.entry_point = low
+    elif forged == "entry of none":
+        graph.entry_point = -1
+    elif forged == "height":
+        graph.max_level += 1
+    elif forged == "too high":
+        graph.entry_point, graph.max_level = low, graph.cum_nneighbor_per_level.size() - 1
+    elif forged == "link":
+        links = faiss.vector_to_array(graph.neighbors)
+        links[graph.offsets.at(high) + graph.cum_nneighbor_per_level.at(1)] = low
+        faiss.copy_array_to_vector(links, graph.neighbors)
+    else:
+        graph.assign_probas.resize(graph.assign_probas.size() + 9)
+    write_index(Path("forged.index"), state)
+    with pytest.raises(CorruptError, match="leads out of it"):
+        read_index(Path("forged.index"))
+
+
 def test_lists_of_other_sizes_are_refused(make_bank: BankMaker) -> None:
     """More or fewer rows in the lists than the table of rows has."""
     state = read_index(made(make_bank(snippets=clustered(300, 8)), "ivf-flat"))
@@ -99,8 +125,9 @@ def test_lists_of_other_sizes_are_refused(make_bank: BankMaker) -> None:
         read_index(Path("forged.index"))
 
 
+@pytest.mark.parametrize("shift", [1 << 40, -(1 << 40)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_labels_outside_of_the_table_are_refused(make_bank: BankMaker, masked: bool) -> None:
+def test_labels_outside_of_the_table_are_refused(make_bank: BankMaker, masked: bool, shift: int) -> None:
     """Labels stand in the lists, which are not gone through when an index is opened: a search names them."""
     bank = make_bank(snippets=clustered(3000, 8))
     path = made(bank, "ivf-flat")
@@ -108,7 +135,7 @@ def test_labels_outside_of_the_table_are_refused(make_bank: BankMaker, masked: b
     lists = state.facts["num_lists"]
     for number in range(lists):
         ids = faiss.rev_swig_ptr(state.faiss.invlists.get_ids(number), state.faiss.invlists.list_size(number))
-        ids += 1 << 40
+        ids += shift
     write_index(path, state)
     if masked:
         gmem_bank.mask(bank.path, Selection(keys=tuple(bank.keys(np.arange(99)))))
@@ -119,6 +146,25 @@ def test_labels_outside_of_the_table_are_refused(make_bank: BankMaker, masked: b
         return
     with pytest.raises(CorruptError, match="not in its table"):
         index._candidates.hidden_from(clustered(30, 8), 1, lists)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_row_twice_in_the_lists_is_refused(make_bank: BankMaker, masked: bool) -> None:
+    """A search would give it as several neighbours, and hide those whose place it has taken."""
+    bank = make_bank(snippets=clustered(3000, 8))
+    path = made(bank, "ivf-flat")
+    state = read_index(path)
+    for number in range(state.facts["num_lists"]):
+        size = state.faiss.invlists.list_size(number)
+        faiss.rev_swig_ptr(state.faiss.invlists.get_ids(number), size)[:] = 2999
+        codes = faiss.rev_swig_ptr(state.faiss.invlists.get_codes(number), size * 32).reshape(size, 32)
+        codes[:] = np.frombuffer(bank.snippets([2999]).tobytes(), np.uint8)
+    write_index(path, state)
+    if masked:
+        gmem_bank.mask(bank.path, Selection(keys=tuple(bank.keys(np.arange(9)))))
+    index = gmem_bank.open_index(gmem_bank.open(bank.path))
+    with pytest.raises(CorruptError, match="twice"):
+        index.nearest(clustered(1, 8), 5)
 
 
 def forged(state: index_file.IndexState, **changes: object) -> Path:

@@ -197,22 +197,42 @@ def test_growing_reaches_what_projection_loses_and_keeps_the_old_rows() -> None:
     mean = rng.standard_normal(32).astype(np.float32) / 10
     inside = (rng.standard_normal((40, 6)) @ basis + mean).astype(np.float32)
     fresh = (rng.standard_normal((40, 2)) @ rng.standard_normal((2, 32))).astype(np.float32)
-    grown = factors.grow(np.vstack([inside, fresh]), basis, mean, below=0.999)
+    both32 = np.vstack([inside, fresh])
+    grown = factors.grow(lambda: [both32[:7], both32[7:]], basis, mean, below=0.999)
     np.testing.assert_array_equal(grown.basis[:6], basis)
     assert len(grown.basis) in (8, 9)  # two planted directions, and what of the mean they miss
     wide = grown.basis.astype(np.float64)
     np.testing.assert_allclose(wide @ wide.T, np.eye(len(wide)), atol=1e-6)
-    rebuilt = grown.coefficients.astype(np.float64) @ wide + mean
-    both = np.vstack([inside, fresh]).astype(np.float64)
+    rebuilt = factors.project(both32, grown.basis, mean).astype(np.float64) @ wide + mean
+    both = both32.astype(np.float64)
     cosines = (normalised(rebuilt, "unit") * normalised(both, "unit")).sum(axis=1)
     assert cosines.min() >= 0.999
-    np.testing.assert_allclose(grown.cosines_after, cosines, atol=1e-6)
     by_projection = (both - mean) @ basis.T.astype(np.float64) @ basis + mean
     before = (normalised(by_projection, "unit") * normalised(both, "unit")).sum(axis=1)
     np.testing.assert_allclose(grown.cosines_before, before, atol=1e-6)
     assert before[40:].max() < 0.9
-    assert len(factors.grow(inside, basis, mean, below=0.999).basis) == 6
-    assert len(factors.grow(fresh, basis, mean, below=-1).basis) == 6
+    assert len(factors.grow(lambda: [inside], basis, mean, below=0.999).basis) == 6
+    assert len(factors.grow(lambda: [fresh], basis, mean, below=-1).basis) == 6
+
+
+def test_growing_takes_the_fewest_directions_however_many_rows_there_are() -> None:
+    """Of many rows, in blocks, the directions and their number are those that all residuals at once give."""
+    rng = np.random.default_rng(6)
+    basis = np.linalg.qr(rng.standard_normal((12, 3)))[0].T.astype(np.float32)
+    mean = rng.standard_normal(12).astype(np.float32)
+    rows = (rng.standard_normal((500, 12)) * np.geomspace(3, 0.03, 12)).astype(np.float32)
+    grown = factors.grow(lambda: np.array_split(rows, 9), basis, mean, below=0.98)
+    wide, centred = basis.astype(np.float64), rows.astype(np.float64) - mean
+    inside = centred @ wide.T @ wide
+    short = factors.cosines(rows, inside + mean) < 0.98
+    directions = np.linalg.svd((centred - inside)[short])[2]
+    for count in range(10):
+        both = np.vstack([wide, directions[:count]])
+        if factors.cosines(rows, centred @ both.T @ both + mean).min() >= 0.98:
+            break
+    assert len(grown.basis) == 3 + count < 12
+    assert short.sum() > 24
+    np.testing.assert_allclose(np.abs(np.vecdot(grown.basis[3:], directions[:count])), 1, atol=1e-6)
 
 
 def test_inverse_norms_are_those_of_the_reconstructions() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +14,7 @@ from click.testing import CliRunner
 import gmem_bank
 from gmem_bank.cli import main
 from gmem_bank.encoders import load_encoder
+from gmem_bank.encoders.weights import TOKENIZER
 from gmem_bank.errors import EncoderError, EncoderSettingError
 from tests.gmem_bank.test_hub_models import images, make_model, save_tokenizer
 
@@ -57,6 +60,25 @@ def test_code_of_a_models_own_is_never_run() -> None:
     with pytest.raises(EncoderError, match=r"needs code of its own .* never runs") as caught:
         load_encoder("hf:model")
     assert "trust_remote_code" not in str(caught.value)
+
+
+def test_code_of_a_tokenizer_is_neither_fetched_nor_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is asked either whether to trust it."""
+    make_model(Path("model"), "clip")
+    save_tokenizer(Path("model"))
+    Path("model/tokenizer_own.py").write_text("raise SystemExit('run')")
+    settings = json.loads(Path("model/tokenizer_config.json").read_text())
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenizer_own.Own", "tokenizer_own.Own"]}}
+    Path("model/tokenizer_config.json").write_text(json.dumps(settings | own))
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")
+    with contextlib.suppress(EncoderError):  # or the library takes a class of its own
+        load_encoder("hf:model").encode_texts(["a cat"])
+    assert not asked
+    names = [path.name for path in Path("model").iterdir()]
+    assert [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in TOKENIZER)] == [
+        name for name in names if name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    ]
 
 
 def test_weights_of_another_size_than_the_config_are_named_with_both_shapes() -> None:

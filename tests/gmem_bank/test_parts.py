@@ -11,6 +11,7 @@ import gmem_bank
 from gmem_bank.cli import main
 from gmem_bank.errors import ConfigError, SourceError
 from tests.gmem_bank.test_batch_size import Wishful
+from tests.gmem_bank.test_hub_models import make_model
 
 HOG = gmem_bank.load_encoder("hog")
 
@@ -72,3 +73,43 @@ def test_parts_are_cut_alike_on_whatever_machine(photos: Path) -> None:
     assert gmem_bank.build(photos, HOG, "small.safetensors", narrowing=narrowing).unchanged
     with pytest.raises(SourceError, match=r"48 images are 2 batches of 32: too few for 3 shards; .*smaller batch size"):
         gmem_bank.build(photos, HOG, "other.safetensors", narrowing=narrowing)
+
+
+def test_the_precision_of_a_part_is_not_left_to_the_machine(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One with units for bf16 and one without would give parts that cannot be joined, hours later."""
+    make_model(Path("model"), "dinov2")
+    arguments = [
+        "build",
+        str(photos),
+        "-e",
+        "hf:model",
+        "--set",
+        "preset=native",
+        "--limit",
+        "6",
+        "--batch-size",
+        "3",
+        "-q",
+    ]
+    for more in ((), ("--set", "dtype=auto")):
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments, *more, "--num-shards", "2", "--shard", "0"])
+        assert ended.value.code == 2
+        assert "give every part --set dtype=fp32 or" in " ".join(capsys.readouterr().err.split())
+    for shard in range(2):
+        with pytest.raises(SystemExit) as ended:
+            main(
+                [
+                    *arguments,
+                    "--set",
+                    "dtype=fp32",
+                    "--num-shards",
+                    "2",
+                    "--shard",
+                    str(shard),
+                    "-o",
+                    f"{shard}.safetensors",
+                ]
+            )
+        assert ended.value.code == 0
+    assert gmem_bank.merge("0.safetensors", ["1.safetensors"], output="all.safetensors").num_rows == 6

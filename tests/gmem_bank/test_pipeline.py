@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import gc
 import hashlib
 import itertools
@@ -23,7 +24,7 @@ from gmem_bank.decode_pool import Decoded, DecodePool, default_workers
 from gmem_bank.decode_worker import MOST_REASON
 from gmem_bank.errors import ConfigError, GMemError, SourceError
 from gmem_bank.listing import Item
-from gmem_bank.narrowing import Narrowing
+from gmem_bank.narrowing import Narrowing, narrowed
 from gmem_bank.sources import list_folder
 
 ADM = {"crop": "adm", "crop_size": 32}
@@ -203,6 +204,27 @@ def test_patterns_limits_and_seeds_take_what_they_say(photos: Path) -> None:
     for wrong in ({"limit": 0}, {"shuffle_seed": -1}, {"num_shards": 2, "shard": 2}, {"num_shards": 0}):
         with pytest.raises(ConfigError):
             Narrowing(**wrong)
+
+
+def test_patterns_are_those_of_the_shell_and_translated_once(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a key is made of, a pattern means what fnmatch says of it; a million keys do not translate it a million times."""
+    listing = list_folder(photos)
+    keys = [item.key for item in listing.items]
+    for include, exclude in [
+        (("h?t/*", "*[0-3].jpg"), ()), (("*",), ("shoes/*[!5].jpg", "hat*")), ((), ("shoes/0*",)), (("hat", "*.jpg"), ("*.JPG",)),
+    ]:  # fmt: skip
+        taken = narrowed(listing, Narrowing(include=include, exclude=exclude), 8)
+        wanted = [
+            key for key in keys
+            if (not include or any(fnmatch.fnmatchcase(key, pattern) for pattern in include))
+            and not any(fnmatch.fnmatchcase(key, pattern) for pattern in exclude)
+        ]  # fmt: skip
+        assert list(taken.items.all_keys()) == wanted
+    translated = []
+    translate = fnmatch.translate
+    monkeypatch.setattr(fnmatch, "translate", lambda pattern: translated.append(pattern) or translate(pattern))
+    narrowed(listing, Narrowing(include=("*.jpg",), exclude=("a", "b")), 8)
+    assert sorted(translated) == ["*.jpg", "a", "b"]
 
 
 def test_parts_merged_in_order_are_the_whole_bit_for_bit(photos: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import gmem_bank
+from gmem_bank import query
 from gmem_bank.cli import main
 from gmem_bank.errors import (
     ConfigError,
@@ -19,7 +21,8 @@ from gmem_bank.errors import (
     OutputExistsError,
     SourceError,
 )
-from gmem_bank.query import search
+from gmem_bank.query import search, snippet_of
+from gmem_bank.selection import Selection
 from tests.conftest import BankMaker
 from tests.gmem_bank.test_index import clustered
 
@@ -202,6 +205,26 @@ def test_the_page_shows_pictures_and_says_where_there_are_none(photos: Path) -> 
         gmem_bank.write_results_page("other.html", bank, [result])
 
 
+def test_files_of_a_folder_that_cannot_be_asked_are_named(photos: Path) -> None:
+    """A damaged image and one of a foreign format, among three good ones: on stderr, in JSON, and on the page."""
+    gmem_bank.build(photos, gmem_bank.load_encoder("hog"), "bank.safetensors")
+    folder = Path("asked")
+    folder.mkdir()
+    for place, picture in enumerate(sorted((photos / "hat").iterdir())[:3]):
+        (folder / f"{place}.jpg").write_bytes(picture.read_bytes())
+    (folder / "damaged.jpg").write_bytes(b"\xff\xd8\xff" + bytes(40))
+    (folder / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    shown = run("search", "bank.safetensors", "asked", "-k", "1", "--html", "page.html")
+    assert "skipped damaged.jpg: not a readable image" in shown.stderr
+    assert "skipped phone.heic: " in shown.stderr
+    assert [line for line in shown.stdout.splitlines() if not line.startswith(" ")] == ["0.jpg", "1.jpg", "2.jpg"]
+    found = json.loads(run("search", "bank.safetensors", "asked", "-k", "1", "--json").stdout)
+    assert [(entry["query"], len(entry["hits"]), "skipped" in entry) for entry in found] == [
+        ("0.jpg", 1, False), ("1.jpg", 1, False), ("2.jpg", 1, False), ("damaged.jpg", 0, True), ("phone.heic", 0, True),
+    ]  # fmt: skip
+    assert "not a readable image" in Path("page.html").read_text(encoding="utf-8")
+
+
 def test_a_page_replaces_nothing_but_a_page(photos: Path) -> None:
     """The bank that is searched, its index or any other file stay, --overwrite or not."""
     gmem_bank.build(photos, gmem_bank.load_encoder("hog"), "b.safetensors")
@@ -228,3 +251,65 @@ def test_a_query_too_short_for_a_direction_is_refused(photos: Path) -> None:
     np.testing.assert_allclose(bank.nearest(query * 1e-9, 3)[0], bank.nearest(query, 3)[0], atol=1e-6)
     with pytest.raises(ConfigError, match="it has no direction in float32"):
         bank.nearest(query * np.float32(1e-20), 3)
+
+
+@pytest.mark.parametrize("space", ["raw", "unit"])
+def test_a_concept_is_asked_by_a_mean_that_takes_no_room(make_bank: BankMaker, space: str) -> None:
+    """Its rows are added up some at a time, masked ones left out: the mean is that of all at once."""
+    rows = np.random.default_rng(0).standard_normal((6000, 64)).astype(np.float32) + 1
+    bank = make_bank(snippets=rows, keys=[f"all/{i}" for i in range(6000)], space=space, dtype="f32")
+    gmem_bank.mask(bank.path, Selection(keys=("all/3",)))
+    opened = gmem_bank.open(bank.path)
+    snippet_of(opened, "all/0")  # what is kept once it is used
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(query, "CHUNK_VALUES", 1 << 14)
+        tracemalloc.start()
+        try:
+            found = snippet_of(opened, "all")
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    wanted = np.delete(bank.snippets(np.arange(6000)).astype(np.float64), 3, axis=0).mean(axis=0)
+    wanted /= np.linalg.norm(wanted) if space == "unit" else 1
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    assert peak < rows.nbytes / 2
+
+
+def test_options_of_a_search_that_would_do_nothing(make_bank: BankMaker) -> None:
+    """What excludes each other is wrong usage; what a query in the bank has no use for is said; k is a number of rows."""
+    bank = make_bank()
+    key = bank.keys(np.array([5]))[0]
+    for arguments, words in (
+        (["--exact", "--index", "absent"], "not both"), (["--overwrite"], "--html"), (["-k", "0"], "'-k'"),
+    ):  # fmt: skip
+        assert words in run("search", str(bank.path), key, *arguments, code=2).stderr
+    said = run("search", str(bank.path), key, "--weights", "absent", "--batch-size", "3").stderr
+    assert "nothing had to be encoded: --weights, --batch-size changed nothing" in said
+    assert run("search", str(bank.path), key).stderr == ""
+    for k in (0, -3, 1.5):
+        with pytest.raises(ConfigError, match="k must be at least 1"):
+            search(bank, key, k=k)
+
+
+def test_a_page_that_cannot_be_is_refused_before_anything_is_encoded(make_bank: BankMaker) -> None:
+    """Name and place are looked at first: an encoder of another kind than this one would take minutes."""
+    bank = make_bank()
+    Path("notes.html").write_text("mine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gmem_bank, "search", lambda *_, **__: pytest.fail("the search was begun"))
+        assert "named .html" in run("search", str(bank.path), "x.png", "--html", "page.txt", code=1).stderr
+        assert "notes.html" in run("search", str(bank.path), "x.png", "--html", "notes.html", code=1).stderr
+
+
+def test_concepts_of_what_is_found_are_looked_up_and_not_walked(
+    make_bank: BankMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every hit has the names of all concepts that it is in, and no concept is read as a whole."""
+    bank = make_bank(rows=30)
+    gmem_bank.concept_of_rows(bank.path, "odd", Selection(keys=tuple(bank.keys(np.arange(1, 30, 2)))))
+    opened = gmem_bank.open(bank.path)
+    wanted = {row: tuple(name for name in opened.names if row in opened.all_rows_of(name)) for row in range(30)}
+    monkeypatch.setattr(gmem_bank.MemoryBank, "all_rows_of", lambda *_: pytest.fail("a whole concept was read"))
+    hits = search(opened, bank.keys([4])[0], k=30)[0].hits
+    assert {hit.row: hit.concepts for hit in hits} == wanted
+    assert len({len(names) for names in wanted.values()}) == 2

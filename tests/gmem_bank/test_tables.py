@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import gmem_bank
-from gmem_bank import table_files, tables
+from gmem_bank import arrays, table_files, tables
 from gmem_bank.cli import main
 from gmem_bank.columns import Columns
 from gmem_bank.contents import list_source, read_item
@@ -287,3 +287,55 @@ def test_moved_tables_and_patterns_are_found(photos: Path, capsys: pytest.Captur
         main(["insert-concept", "elsewhere/p*.parquet", "--bank", "b.safetensors", "--name", "more", "-q"])
     assert ended.value.code == 0
     assert len(gmem_bank.open("b.safetensors").rows_of("more")) == 4
+
+
+@pytest.mark.parametrize("kind", [pa.ipc.new_file, pa.ipc.new_stream])
+def test_offsets_that_lead_out_of_an_arrow_file_are_found(kind: object, photos: Path) -> None:
+    """Pyarrow would read wherever they point, and the process would die of it: every offset, of values and of rows."""
+    pictures = [path.read_bytes() for path in jpegs(photos)[:3]]
+    table = pa.table({"image": pa.array(pictures, pa.binary()), "label": pa.array([0, 1, 0])})
+    with kind("sound.arrow", table.schema) as writer:  # type: ignore[operator]
+        writer.write_table(table)
+    data = Path("sound.arrow").read_bytes()
+    offsets = np.cumsum([0, *map(len, pictures)]).astype(np.int32)
+    assert data.count(offsets.tobytes()) == 1
+    for place, value in ((3, 2**31 - 1), (1, -5), (1, 2**30)):
+        forged = offsets.copy()
+        forged[place] = value
+        Path("forged.arrow").write_bytes(data.replace(offsets.tobytes(), forged.tobytes()))
+        with pytest.raises(SourceError, match=r"forged\.arrow: column 'image' is damaged"):
+            table_files.opened(Path("forged.arrow").absolute()).cell("image", 1)
+        with pytest.raises(SourceError, match="column 'image' is damaged"):
+            next(table_files.opened(Path("forged.arrow").absolute()).column("image"))
+        table_files._open.cache_clear()
+    assert table_files.opened(Path("sound.arrow").absolute()).cell("image", 1) == pictures[1]
+
+
+@pytest.mark.parametrize("kind", [pa.ipc.new_file, pa.ipc.new_stream])
+@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_compressed_arrow_is_refused_before_it_is_unpacked(kind: object, codec: str, dictionary: bool) -> None:
+    """A file of a few kilobytes would take a gigabyte in every process."""
+    values = pa.array([b"\0" * (1 << 20)] * 8, pa.binary())
+    table = pa.table({"image": values.dictionary_encode() if dictionary else values})
+    with kind("small.arrow", table.schema, options=pa.ipc.IpcWriteOptions(compression=codec)) as writer:  # type: ignore[operator]
+        writer.write_table(table)
+    before = pa.total_allocated_bytes()
+    with pytest.raises(SourceError, match=r"small\.arrow is compressed.*as Parquet"):
+        table_files.opened(Path("small.arrow").absolute())
+    assert pa.total_allocated_bytes() - before < 1 << 20
+
+
+def test_a_small_parquet_file_of_many_equal_snippets_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers of 84 MB in 2 kB are refused by what the file says of itself; texts, of which it says nothing, as they come."""
+    zeros = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(128 * 163_840, np.float32)), 128)
+    pq.write_table(pa.table({"snippets": zeros}), "zeros.parquet", compression="zstd")
+    before = pa.total_allocated_bytes()
+    with pytest.raises(SourceError, match=r"zeros\.parquet would unpack to 83,886,080 bytes"):
+        gmem_bank.read_array(Path("zeros.parquet"))
+    assert pa.total_allocated_bytes() - before < 1 << 20
+    monkeypatch.setattr(arrays, "MODEST_BYTES", 1 << 20)
+    ones = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(4000, np.float32)), 2)
+    pq.write_table(pa.table({"snippets": ones, "key": ["x" * 1000] * 2000}), "keys.parquet")
+    with pytest.raises(SourceError, match=r"keys\.parquet would unpack"):
+        gmem_bank.read_array(Path("keys.parquet"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +177,27 @@ def test_a_share_of_a_batch_is_that_part_of_the_batch(flipped: gmem_bank.MemoryB
     assert [len(whole.part(number, 3)) for number in range(3)] == [3, 4, 4]
 
 
+def test_a_bank_is_asked_by_one_thread_at_a_time(
+    flipped: gmem_bank.MemoryBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its interface does not promise more, and several threads make batches."""
+    config = Config(data=DataConfig(image_size=8), train=TrainConfig(batch_size=4))
+    maker, _ = maker_of(flipped, config)
+    inside, most, real = [], [], conditioning.gather
+
+    def slow(*args: object) -> torch.Tensor:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.02)
+        inside.pop()
+        return real(*args)
+
+    monkeypatch.setattr(conditioning, "gather", slow)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda step: maker.training(step, range(4)), range(8)))
+    assert most == [1] * 8
+
+
 def shards_of(keys: list[str], side: int) -> np.ndarray:
     rng = np.random.default_rng(0)
     values = rng.standard_normal((len(keys), side * side, 5)).astype(np.float32)
@@ -233,6 +256,36 @@ def test_training_by_the_command_learns_from_patch_tokens(photos: Path) -> None:
         gmem_gen.train("bank.safetensors", longer, out="run")
     with pytest.raises(ConfigError, match="patch tokens have 5"):
         gmem_gen.train("bank.safetensors", gmem_gen.apply_settings(config, ["model.projection_dim=6"]), out="other")
+
+
+def test_patch_tokens_of_another_encoder_are_remarked_on(photos: Path) -> None:
+    """They may be wanted, and may be a mistake; what says that it holds something else is refused."""
+    gmem_bank.build(photos, gmem_bank.load_encoder("hog"), "bank.safetensors")
+    bank = gmem_bank.open("bank.safetensors")
+    for name, spec in (("own", bank.encoder), ("other", gmem_bank.load_encoder("pixels").spec), ("none", None)):
+        writer = gmem_bank.ShardWriter(Path(name), {"made": "here"})
+        writer.write(0, ["a.png"], np.zeros((1, 16, 5), np.float32))
+        writer.finish(1, {"holds": "patch tokens", "encoder": spec and spec.to_json()})
+    record = conditioning.record_of(bank)
+    assert PatchTokens("own", ["a.png"], "none").remark(record) == ""
+    assert "those of pixels" in PatchTokens("other", ["a.png"], "none").remark(record)
+    assert "does not say which encoder" in PatchTokens("none", ["a.png"], "none").remark(record)
+    writer = gmem_bank.ShardWriter(Path("latents"), {"made": "here"})
+    writer.write(0, ["a.png"], np.zeros((1, 4, 4), np.float32))
+    writer.finish(1, {"holds": "latents"})
+    with pytest.raises(SourceError, match="but latents"):
+        PatchTokens("latents", ["a.png"], "none")
+    told: list[str] = []
+    shards_of(bank.keys(bank.rows()), 4)
+    settings = [
+        "model.encoder_depth=1",
+        "data.tokens=tokens",
+        "train.max_steps=1",
+        "data.image_size=8",
+        "model.width=16",
+    ]
+    gmem_gen.train("bank.safetensors", gmem_gen.apply_settings(Config(), settings), out="run", say=told.append)
+    assert any("does not say which encoder" in line for line in told)
 
 
 def empty_batch(step: int) -> Batch:

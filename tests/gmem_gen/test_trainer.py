@@ -115,7 +115,7 @@ def test_a_setting_that_is_newer_than_a_checkpoint_does_not_stop_its_resume(bank
     gmem_gen.train(bank, config(), out="run")
     state = checkpoints.list_checkpoints(Path("run"))[-1] / checkpoints.STATE
     record = json.loads(state.read_text())
-    del record["config"]["train"]["snippet_noise"]
+    del record["config"]["train"]["snippet_noise"], record["sha256"]
     state.write_text(json.dumps(record))
     assert gmem_gen.train(bank, config(max_steps=8), out="run").step == 8
 
@@ -269,6 +269,35 @@ def test_a_damaged_checkpoint_is_named_not_skipped(bank: str) -> None:
         gmem_gen.load_checkpoint("run")
 
 
+def test_a_damaged_state_is_named_wherever_it_is_damaged(bank: str) -> None:
+    """By its hash; in the form of older versions, which have none, by what is missing or of another type."""
+    gmem_gen.train(bank, config(max_steps=2), out="run")
+    path = checkpoints.list_checkpoints(Path("run"))[-1] / checkpoints.STATE
+    whole = path.read_bytes()
+    assert b"hog" in whole
+    for old, new in ((b'"step": 2', b'"step": 3'), (b'"hog"', b'"hug"'), (b'"elapsed"', b'"elapsee"')):
+        path.write_bytes(whole.replace(old, new))
+        with pytest.raises(CheckpointError, match="do not match the hash"):
+            gmem_gen.load_checkpoint("run")
+    record = json.loads(whole)
+    del record["sha256"]
+    wrong = [{name: None} for name in ("elapsed", "keys_digest", "hashes", "step", "latent", "bank", "config")]
+    for change in [*wrong, {"bank": {}}, {"bank": {**record["bank"], "dim": "9"}}, {"hashes": []}, {"step": True}]:
+        path.write_text(json.dumps({**record, **change}))
+        with pytest.raises(
+            CheckpointError, match=r"step-00000002 is not a checkpoint that can be read.*(is|is missing)\b"
+        ):
+            gmem_gen.train(bank, config(), out="run")
+        with pytest.raises(CheckpointError, match="previous"):
+            gmem_gen.load_checkpoint("run")
+    for name in ("elapsed", "keys_digest"):
+        path.write_text(json.dumps({key: value for key, value in record.items() if key != name}))
+        with pytest.raises(CheckpointError, match=f"incomplete: {name} is missing"):
+            gmem_gen.train(bank, config(), out="run")
+    path.write_text(json.dumps(record))
+    assert gmem_gen.train(bank, config(), out="run").step == 6
+
+
 def test_a_full_disk_keeps_earlier_checkpoints(bank: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A save that fails raises, and leaves nothing half-written."""
     gmem_gen.train(bank, config(max_steps=2), out="run")
@@ -313,6 +342,26 @@ def test_an_interrupted_reading_of_images_goes_on_where_it_stopped(bank: str, mo
         gmem_gen.train(bank, config(max_steps=1), out="parts")
     gmem_gen.train(bank, config(max_steps=1), out="parts")
     assert len(calls) == 13 + 24 - 10
+    [whole], [parts] = (list(Path(run, "cache").iterdir()) for run in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+
+
+def test_a_half_read_cache_that_was_cut_is_read_from_the_beginning(bank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The count beside it is of a file that is no longer there: its images would stay black."""
+    from gmem_gen import data
+
+    monkeypatch.setattr(data, "FLUSH_EVERY", 4)
+    gmem_gen.train(bank, config(max_steps=1), out="whole")
+
+    def stop(done: int, total: int) -> None:
+        if done == 13:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gmem_gen.train(bank, config(max_steps=1), out="parts", read_progress=stop)
+    [partial] = Path("parts/cache").glob("*.partial")
+    partial.write_bytes(partial.read_bytes()[:-100])
+    gmem_gen.train(bank, config(max_steps=1), out="parts")
     [whole], [parts] = (list(Path(run, "cache").iterdir()) for run in ("whole", "parts"))
     assert whole.read_bytes() == parts.read_bytes()
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +28,7 @@ from gmem_gen.distributed import Processes
 from gmem_gen.loader import Batch
 from gmem_gen.model import LatentShape
 from gmem_gen.stepping import Trainer
+from gmem_gen.trainer import plan
 from tests.conftest import BankMaker
 from tests.gmem_gen.golden import model_of, projector_state
 from tests.gmem_gen.test_published import compare, training_vectors
@@ -219,7 +221,7 @@ def test_the_best_and_every_nth_checkpoint_stay(bank: str, monkeypatch: pytest.M
     from gmem_gen import loop
 
     values = iter([3.0, 1.0, 2.0, 4.0, 0.5, 0.6])
-    monkeypatch.setattr(loop, "validate", lambda trainer: {"validation_loss": next(values)})
+    monkeypatch.setattr(loop, "validate", lambda *_: {"validation_loss": next(values)})
 
     def steps() -> list[int]:
         return [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(Path("run"))]
@@ -243,7 +245,7 @@ def test_a_signal_at_a_step_that_is_validated_loses_no_validation(bank: str) -> 
 
     gmem_gen.train(bank, wanted, out="whole")
     report = gmem_gen.train(bank, wanted, out="parts", handle_signals=True, progress=interrupt)
-    assert (report.step, report.stopped) == (5, "signal")
+    assert (report.step, report.stopped) == (4, "signal")
     shutil.rmtree("parts")
 
     def interrupt_in_a_step(*args: object) -> tuple[bool, ...]:
@@ -260,6 +262,63 @@ def test_a_signal_at_a_step_that_is_validated_loses_no_validation(bank: str) -> 
     assert not [line for line in lines("parts") if "validation_loss" in line and line["step"] == 4]
     gmem_gen.train(bank, wanted, out="parts")
     assert lines("parts") == lines("whole")
+
+
+@pytest.mark.parametrize("where", ["before the last step", "in the last validation", "in the last preview"])
+def test_a_signal_at_the_end_loses_neither_validation_nor_preview(
+    bank: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No further batch is validated, the step is saved; the same command makes up for it, once, and remembers the best."""
+    from gmem_gen import loop
+
+    wanted = settings(
+        "data.validation_fraction=0.3", "sample.num_steps=2", validate_every=100, sample_every=100, sample_images=1,
+        accumulation=4, checkpoint_every=100,
+    )  # fmt: skip
+    whole = gmem_gen.train(bank, wanted, out="whole")
+    batches, maker, preview = [], loop.Trainer.evaluate, loop.write_preview
+
+    def send(when: str) -> None:
+        if when == where:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def evaluate(self: Trainer, network: torch.nn.Module, batch: Batch) -> object:
+        if torch.is_inference_mode_enabled():
+            batches.append(len(batch))
+            send("in the last validation")
+        return maker(self, network, batch)
+
+    def drawn(*args: object) -> Path:
+        send("in the last preview")
+        return preview(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "evaluate", evaluate)
+        patch.setattr(loop, "write_preview", drawn)
+        real = loop.Loop._report
+        patch.setattr(
+            loop.Loop,
+            "_report",
+            lambda self, step: (self.trainer.step == 6 and send("before the last step"), real(self, step)),
+        )
+        report = gmem_gen.train(bank, wanted, out="parts", handle_signals=True)
+    assert (report.step, report.stopped, report.best) == (6, "signal", None)
+    assert len(batches) == (where == "in the last validation")
+    again = gmem_gen.train(bank, wanted, out="parts")
+    assert (again.stopped, again.best) == ("nothing to do", whole.best)
+    assert lines("parts") == lines("whole")
+    assert Path("parts/samples/step-00000006.png").read_bytes() == Path("whole/samples/step-00000006.png").read_bytes()
+    assert gmem_gen.train(bank, wanted, out="parts").best == whole.best
+    assert lines("parts") == lines("whole")
+
+
+def test_a_finished_training_may_be_gone_on_with_elsewhere(bank: str) -> None:
+    """Nothing to do, and yet the new run has a checkpoint."""
+    gmem_gen.train(bank, config(), out="run")
+    report = gmem_gen.train(bank, config(), out="branch", resume_from="run")
+    assert (report.step, report.stopped) == (6, "nothing to do")
+    first, second = tensors("run"), tensors("branch")
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_previews_are_of_the_same_rows_and_noise(bank: str) -> None:
@@ -315,6 +374,44 @@ def test_every_term_is_logged_also_for_tensorboard(bank: str) -> None:
     assert len(events.Scalars("validation/validation_loss")) == sum("validation_loss" in line for line in records)
 
 
+def test_a_norm_that_overflowed_is_null_in_the_log(bank: str) -> None:
+    """JSON has no Infinity, and strict readers stop at it."""
+    from gmem_gen.run import Log
+
+    with contextlib.closing(Log(Path(), 0)) as log:
+        log.write({"step": 1, "loss": 0.5, "gradient_norm": float("inf"), "mean_loss": float("nan")})
+    text = Path("log.jsonl").read_text()
+    assert json.loads(text) == {"step": 1, "loss": 0.5, "gradient_norm": None, "mean_loss": None}
+
+
+def test_images_a_second_are_those_of_steps(bank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock by which a step takes two seconds, and validation, samples and checkpoints a hundred each."""
+    from gmem_gen import loop
+
+    now = [0.0]
+
+    def slow(function: Callable[..., object], seconds: float) -> Callable[..., object]:
+        def called(*args: object) -> object:
+            now[0] += seconds
+            return function(*args)
+
+        return called
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(loop, "validate", slow(loop.validate, 100))
+    monkeypatch.setattr(loop, "write_preview", slow(loop.write_preview, 100))
+    monkeypatch.setattr(Trainer, "save", slow(Trainer.save, 100))
+    monkeypatch.setattr(Trainer, "make_step", slow(Trainer.make_step, 2))
+    wanted = settings(
+        "data.validation_fraction=0.3", "sample.num_steps=1", "train.max_minutes=0", validate_every=2, sample_every=3,
+        log_every=2, sample_images=1,
+    )  # fmt: skip
+    gmem_gen.train(bank, wanted, out="run")
+    found = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    assert [line["images_per_second"] for line in found if "loss" in line] == [4.0, 4.0, 4.0]
+    assert found[-1]["elapsed"] > 400
+
+
 def test_tensorboard_that_is_absent_is_told_before_training(bank: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the line that installs it."""
     real = builtins.__import__
@@ -364,6 +461,38 @@ def test_a_training_goes_on_from_the_checkpoint_that_is_named(bank: str) -> None
         gmem_gen.train(bank, config(), out="new", resume_from="previous")
 
 
+def test_going_back_twice_keeps_what_was_set_aside_first(bank: str) -> None:
+    """Under a number of its own."""
+    gmem_gen.train(bank, config(keep_checkpoints=0), out="run")
+    kept, folder = tensors("run"), Path("run/checkpoints")
+    for _ in range(2):
+        gmem_gen.train(bank, config(keep_checkpoints=0), out="run", resume_from="previous")
+    names = ["set-aside-step-00000006", "set-aside-step-00000006-2"]
+    assert sorted(path.name for path in folder.glob("set-aside-*")) == names
+    for name in names:
+        found = load_file(folder / name / checkpoints.MODEL)
+        assert all(torch.equal(value, kept[f"{checkpoints.MODEL}:{key}"]) for key, value in found.items())
+
+
+def test_a_kill_while_a_checkpoint_is_removed_leaves_none_in_halves(bank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of it is no checkpoint, and goes with the next one."""
+    real = shutil.rmtree
+
+    def killed(path: Path, **options: bool) -> None:
+        if Path(path).is_dir() and "step-" in Path(path).name:
+            next(Path(path).glob("*.json")).unlink()
+            raise KeyboardInterrupt
+        real(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            gmem_gen.train(bank, config(keep_checkpoints=1), out="run")
+    assert [path.name for path in checkpoints.list_checkpoints(Path("run"))] == ["step-00000004"]
+    gmem_gen.train(bank, config(keep_checkpoints=1), out="run")
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step-00000006"]
+
+
 def test_not_a_number_leaves_sound_checkpoints(bank: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those before it load, and the training goes on from them."""
     from gmem_gen import losses as terms
@@ -381,6 +510,16 @@ def test_not_a_number_leaves_sound_checkpoints(bank: str, monkeypatch: pytest.Mo
     assert found.step == 4
     assert all(torch.isfinite(value).all() for value in found.model.state_dict().values())
     assert gmem_gen.train(bank, config(), out="run").step == 6
+
+
+def test_weights_that_are_not_finite_are_never_saved(bank: str) -> None:
+    """An update that goes too far is seen before it is saved, not by the loss of the next step."""
+    wild = config(learning_rate=1e38, warmup_steps=0, checkpoint_every=1, clip_norm=0.0, ema_decay=(0.5,))
+    with pytest.raises(GMemError, match=r"after step \d.*not saved.*--resume-from previous.*train\.learning_rate"):
+        gmem_gen.train(bank, wild, out="run")
+    for checkpoint in checkpoints.list_checkpoints(Path("run")):
+        for name in (checkpoints.MODEL, checkpoints.EMA):
+            assert all(torch.isfinite(value).all() for value in load_file(checkpoint / name).values())
 
 
 def test_a_disk_that_is_full_in_the_middle_of_a_file(bank: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,6 +561,27 @@ def test_a_gpu_that_is_not_there_and_a_patch_that_does_not_fit_are_told_at_once(
     assert not Path("run").exists()
     with pytest.raises(ConfigError, match="patch_size 3 does not divide"):
         gmem_gen.train(bank, settings("model.patch_size=3"), out="run")
+    assert not Path("run/cache").exists()
+
+
+def test_what_cannot_be_trained_is_told_before_images_are_read(bank: str) -> None:
+    """Rows of two classes or none, too many parts, patch tokens that do not fit: nothing is in the cache, by `plan` either."""
+    opened = gmem_bank.open(bank)
+    keys = opened.keys(opened.rows())
+    writer = gmem_bank.ShardWriter(Path("tokens"), {"made": "here"})
+    writer.write(0, keys, np.zeros((len(keys), 9, 5), np.float32))
+    writer.finish(1, {"encoder": opened.encoder.to_json()})
+    gmem_bank.concept_of_rows(bank, "twice", gmem_bank.Selection(keys=tuple(keys[:2])))
+    for words, message in (
+        (["model.condition=class"], "must not overlap"),
+        (["train.accumulation=8", "data.validation_fraction=0.75"], "one each at least"),
+        (["data.tokens=tokens", "data.token_resampling=none", "model.encoder_depth=1"], "3×3 patch tokens"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            plan(bank, settings(*words))
+        with pytest.raises(ConfigError, match=message):
+            gmem_gen.train(bank, settings(*words), out="run")
+    assert not Path("run/cache").exists()
 
 
 def test_accelerate_is_left_as_it_was(bank: str) -> None:

@@ -6,12 +6,15 @@ Shapes: B samples in all, b samples of a batch, H×W pixels, C channels.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import json
 import os
 import shutil
+import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,7 +43,7 @@ class ArrayStore:
 
     Raises:
         ConfigError: not an .npz.
-        OutputExistsError: something that is not ours, or other samples, are there.
+        OutputExistsError: something that is not ours, or other samples, are there, be they half drawn.
         WriteError: no room.
     """
 
@@ -49,25 +52,41 @@ class ArrayStore:
         overwrite: bool = False,
     ) -> None:  # fmt: skip
         require_npz(path, plan, overwrite=overwrite)
-        self.path, self.shape, self.record = path, shape, record_beside(path)
+        self.path, self.plan, self.shape, self.record = path, plan, shape, record_beside(path)
         self.staging = path.with_name(f".{path.name}.partial")
+        self._tally = f"tally-{zlib.crc32(json.dumps(plan, sort_keys=True).encode()):08x}-"  # of calls with this plan
         self.partial, self._counts = self.staging / "samples.npz", self.staging / "done"
-        self.complete = path.exists() and (json_in(self.record) or {}).get("plan") == plan
+        self.complete = self._is_whole()
         if self.complete:
             return
         with writing(path):
             self.staging.mkdir(parents=True, exist_ok=True)
-            with (self.staging / "lock").open("a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one lays the file out
-                self._lay_out(plan, labels)
-            self._offset = _data_offset(self.partial)
-            self._images = np.memmap(self.partial, np.uint8, "r+", self._offset, shape)
-            self._done = np.memmap(self._counts, np.bool_, "r+", shape=shape[:1])
+            with self._alone():  # of several processes one lays the file out
+                self._lay_out(labels, overwrite=overwrite)
+                self._images = np.memmap(self.partial, np.uint8, "r+", _data_offset(self.partial), shape)
+                self._done = np.memmap(self._counts, np.bool_, "r+", shape=shape[:1])
 
-    def _lay_out(self, plan: Plan, labels: NDArray[np.int64] | None) -> None:
+    def _is_whole(self) -> bool:
+        return self.path.exists() and (json_in(self.record) or {}).get("plan") == self.plan
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes out; raises FileNotFoundError where one of them has taken what was drawn to its place."""
+        place = self.staging / "lock"
+        with place.open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not os.path.samestat(place.stat(), os.fstat(lock.fileno())):
+                raise FileNotFoundError(errno.ENOENT, "another process has just finished there", str(place))
+            yield
+
+    def _lay_out(self, labels: NDArray[np.int64] | None, *, overwrite: bool) -> None:
         marker = self.staging / "plan.json"
-        if json_in(marker) == plan:
+        found = json_in(marker)
+        if found == self.plan:
             return
+        if found is not None and not overwrite:
+            require_same_plan(self.staging, found, self.plan)
+        marker.unlink(missing_ok=True)  # first, as it says that the rest is whole
         for left in self.staging.iterdir():
             if left.name != "lock":
                 left.unlink()
@@ -81,7 +100,7 @@ class ArrayStore:
                 with archive.open("arr_1.npy", "w") as entry:
                     npy.write_array(entry, labels, allow_pickle=False)
         self._counts.write_bytes(bytes(self.shape[0]))
-        write_json(marker, plan)  # last: what it stands beside is whole
+        write_json(marker, self.plan)  # last: what it stands beside is whole
 
     def done(self) -> NDArray[np.bool_]:
         """Return (B,) which samples are kept already."""
@@ -107,21 +126,43 @@ class ArrayStore:
         if self.complete:
             return {"images": 0, "evaluations": 0, "nfe": 0}
         with writing(self.path):
-            return add_up(self.staging, "tally-", name, counts)
+            return add_up(self.staging, self._tally, name, counts)
 
     def finish(self, record: Mapping[str, Any]) -> list[Path]:
-        """Complete the file's checksum, and rename it to its place, the record first."""
-        if self.complete:
-            return [self.path, self.record]
-        with writing(self.path), contextlib.suppress(FileNotFoundError), (self.staging / "lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            self._images.flush()
-            _seal(self.partial)  # not there where another process has just finished it
-            write_json(self.record, record)
-            self.partial.replace(self.path)
-            shutil.rmtree(self.staging, ignore_errors=True)
+        """Complete the file's checksum, and rename it to its place, the record first.
+
+        Raises:
+            OutputExistsError: another call has put samples of its own there, or is about to.
+        """
+        if not self.complete:
+            with writing(self.path):
+                try:
+                    with self._alone():
+                        self._put_in_place(record)
+                except FileNotFoundError:  # finished by another process, as long as it drew the same
+                    self._require_ours(self._is_whole())
         self.complete = True
         return [self.path, self.record]
+
+    def _put_in_place(self, record: Mapping[str, Any]) -> None:
+        same = json_in(self.staging / "plan.json") == self.plan
+        self._require_ours(same and bool(np.fromfile(self._counts, np.bool_).all()))
+        self._images.flush()
+        _seal(self.partial)
+        write_json(self.record, record)
+        self.partial.replace(self.path)
+        aside = tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent)
+        shutil.rmtree(
+            self.staging.rename(aside), ignore_errors=True
+        )  # at once, so that nobody begins in half of a folder
+
+    def _require_ours(self, ours: bool) -> None:
+        if not ours:
+            raise OutputExistsError(
+                f"{self.path}: another call has begun other samples there with --overwrite, so those of this one are not kept: "
+                "run it again with another place",
+                path=self.path,
+            )
 
 
 def require_npz(path: Path, plan: Plan | None = None, *, overwrite: bool = False) -> None:

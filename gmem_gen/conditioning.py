@@ -1,6 +1,7 @@
-"""Where the generator meets a bank, and the only place: joining rows to images, gathering snippets, masking them.
+"""Where the generator meets a bank: joining rows to images, gathering snippets, labels, images.
 
-Everything goes through `gmem_bank.interface`, so every manipulation of a model's memory is an operation on its bank.
+Everything goes through `gmem_bank.interface`, so every manipulation of a model's memory is an operation on its bank. No other
+module knows the interface; they ask a bank for no more than what it is and which rows it has.
 
 Shapes: N rows, M training rows, B batch, D snippet dimension, R rank, E width of the model.
 """
@@ -56,14 +57,9 @@ def record_of(bank: Bank) -> dict[str, Any]:
 def record_of_encoder(encoder: gmem_bank.EncoderSpec) -> dict[str, Any]:
     """Return the like of `record_of` for snippets of an encoder, where no bank of them is at hand."""
     return {
-        "fingerprint": "",
-        "dim": encoder.dim,
-        "space": encoder.space,
-        "encoder": encoder.name,
-        "encoder_fingerprint": encoder.fingerprint,
-        "num_rows": 0,
-        "num_active": 0,
-    }
+        "fingerprint": "", "dim": encoder.dim, "space": encoder.space, "encoder": encoder.name,
+        "encoder_fingerprint": encoder.fingerprint, "num_rows": 0, "num_active": 0,
+    }  # fmt: skip
 
 
 def require_same_memory(bank: Bank, record: Mapping[str, Any], what: str) -> None:
@@ -168,7 +164,7 @@ def read_image(bank: Bank, row: int, images: ImagesFrom) -> NDArray[np.uint8]:
     return bank.read_image(row, images)
 
 
-def gather(bank: Bank, rows: NDArray[np.int64], device: torch.device) -> Tensor:
+def gather(bank: Bank, rows: NDArray[np.int64], device: torch.device | str) -> Tensor:
     """Return the (B, D) float32 snippets of rows on a device."""
     return torch.from_numpy(bank.snippets(rows)).to(device)
 
@@ -182,9 +178,8 @@ def reader(bank: Bank, model: Generator, classes: Sequence[str] = ()) -> Reader:
         classes: names of a class-conditional model's classes, in the order of its labels.
     """
     if model.config.condition == "class":
-        return Reader(
-            network=model, read=lambda rows, device: labels(bank, rows, classes).to(device), numbers_per_row=1
-        )
+        label_of = _labeller(bank, classes)
+        return Reader(network=model, read=lambda rows, device: label_of(rows).to(device), numbers_per_row=1)
     if model.config.condition == "none":
         return Reader(network=model, read=lambda rows, device: torch.zeros(len(rows), 0).to(device), numbers_per_row=0)
     if isinstance(bank, SupportsFactors) and len(bank.basis) + 1 < bank.dim:
@@ -244,6 +239,11 @@ def labels(bank: Bank, rows: NDArray[np.int64], classes: Sequence[str]) -> Tenso
     Raises:
         ConfigError: a row in none of the classes, or in two of them.
     """
+    return _labeller(bank, classes)(rows)
+
+
+def _labeller(bank: Bank, classes: Sequence[str]) -> Callable[[NDArray[np.int64]], Tensor]:
+    """Return `labels` as a function of rows alone, so that a bank's concepts are walked once and not for every batch."""
     present = class_names(bank)
     assert isinstance(bank, SupportsConcepts)
     label_of = np.full(len(bank), -1, np.int64)
@@ -255,14 +255,18 @@ def labels(bank: Bank, rows: NDArray[np.int64], classes: Sequence[str]) -> Tenso
             raise ConfigError(f"row {twice[0]} belongs to classes {other!r} and {name!r}: they must not overlap",
                               key="model.condition")  # fmt: skip
         label_of[members] = label
-    result = label_of[rows]
-    if (result < 0).any():
-        raise ConfigError(
-            f"{int((result < 0).sum())} rows, such as row {rows[result < 0][0]}, are of none of this model's {len(classes)} "
-            "classes; a model with a memory (model.condition='memory') could draw them",
-            key="model.condition",
-        )
-    return torch.from_numpy(result)
+
+    def of(rows: NDArray[np.int64]) -> Tensor:
+        result = label_of[rows]
+        if (result < 0).any():
+            raise ConfigError(
+                f"{int((result < 0).sum())} rows, such as row {rows[result < 0][0]}, are of none of this model's {len(classes)} "
+                "classes; a model with a memory (model.condition='memory') could draw them",
+                key="model.condition",
+            )
+        return torch.from_numpy(result)
+
+    return of
 
 
 def concept_rows(bank: Bank, concept: str) -> NDArray[np.int64]:

@@ -19,16 +19,12 @@ import gmem_bank
 from gmem_bank.errors import ConfigError, UnknownKeyError
 from gmem_gen import conditioning
 from gmem_gen.conditioning import Bank
+from gmem_gen.outputs import Progress, no_progress
 
 DEFAULT_SAMPLES = 16
 LABEL_LENGTH = 100
 Load = Callable[[], gmem_bank.Encoder]
 """Gives the encoder that a bank was made with; called only where an image or a text has to be encoded."""
-Progress = Callable[[int, int], None]
-
-
-def _silent_progress(done: int, total: int) -> None:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +148,7 @@ def snippet_conditions(
 
 def image_conditions(
     bank: Bank, images: Sequence[str], *, load: Load | None = None, num: int | None = None, per_snippet: int = 1,
-    same_noise: bool = False, progress: Progress = _silent_progress,
+    same_noise: bool = False, progress: Progress = no_progress,
 ) -> Conditions:  # fmt: skip
     """Return images as conditions: encoded on the spot by the bank's own encoder, with nothing trained or written.
 

@@ -113,5 +113,5 @@ def rows_of_bank(bank: gmem_bank.MemoryBank) -> Embedded:
 
 def snippets_of(bank: Bank, rows: NDArray[np.int64]) -> NDArray[np.float32]:
     """Return the (n, D) float32 snippets of rows."""
-    found: NDArray[np.float32] = bank.snippets(rows)
+    found: NDArray[np.float32] = conditioning.gather(bank, rows, "cpu").numpy()
     return found

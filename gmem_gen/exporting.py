@@ -21,6 +21,8 @@ from gmem_gen.runtime import versions
 from gmem_gen.sizes import num_parameters
 
 INDEX, FACTS, CARD = "model_index.json", "gmem.json", "README.md"
+UNFINISHED = ".gmem-export"
+"""There while a folder is being written: what a kill or a full disk has left is ours to write again."""
 
 
 def export_folder(
@@ -30,7 +32,7 @@ def export_folder(
 
     Args:
         checkpoint: from `load_checkpoint`, with the weights to share.
-        folder: new or empty.
+        folder: new, empty, or left unfinished by an earlier call.
         weights: which they are, for the card.
         licence: an identifier such as "mit" or "cc-by-nc-4.0"; "": the card says that none was given.
         name: of the model, for the card; "": the run's.
@@ -43,8 +45,7 @@ def export_folder(
         WriteError: no room.
     """
     target, title = Path(folder), name or checkpoint.run.name or checkpoint.path.name
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise OutputExistsError(f"{target} is not empty: choose a new folder, or delete it first", path=target)
+    _require_room(target)
     facts = {
         "config": checkpoint.config.to_json(),
         "bank": checkpoint.bank,
@@ -61,12 +62,13 @@ def export_folder(
     }
     try:
         target.mkdir(parents=True, exist_ok=True)
+        (target / UNFINISHED).touch()
+        (target / INDEX).unlink(missing_ok=True)
         checkpoint.model.save_pretrained(target / SUBFOLDER)
         (target / FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         (target / CARD).write_text(model_card(checkpoint, title, weights, licence), encoding="utf-8")
-        (target / INDEX).write_text(
-            json.dumps(index, indent=2) + "\n", encoding="utf-8"
-        )  # last: with it the folder is whole
+        (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")  # with it the folder is whole
+        (target / UNFINISHED).unlink()
     except OSError as error:
         if isinstance(error, GMemError):
             raise
@@ -77,6 +79,12 @@ def export_folder(
         "output": str(target), "weights": weights, "step": checkpoint.step, "bank": checkpoint.bank,
         "num_parameters": num_parameters(checkpoint.model),
     }  # fmt: skip
+
+
+def _require_room(target: Path) -> None:
+    occupied = any(target.iterdir()) if target.is_dir() else target.exists()
+    if occupied and not (target / UNFINISHED).is_file():
+        raise OutputExistsError(f"{target} is not empty: choose a new folder, or delete it first", path=target)
 
 
 def _portable(tokenizer: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Shapes: N latents, M training images, B batch, c·h·w latent, S×S pixels.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from gmem_gen.conditioning import Bank, ImagesFrom, Join
 from gmem_gen.config import DataConfig
 from gmem_gen.data import default_image_size, to_pixels
 from gmem_gen.moments import Moments
+from gmem_gen.outputs import Progress, no_progress
 from gmem_gen.tokenizers import AutoencoderTokenizer, Record, Tokenizer, TokenizerMaker, make_tokenizer, with_statistics
 
 HOLDS = "latents"
@@ -36,11 +37,6 @@ PROBES = 16
 THUMBNAIL = 8
 DECODERS_DIFFER = 8
 """Of 255: more than decoders of the same file ever differ by in the mean of a 64th of an image."""
-Progress = Callable[[int, int], None]
-
-
-def _silent(done: int, total: int) -> None:
-    pass
 
 
 def encode(
@@ -59,7 +55,7 @@ def encode(
     batch_size: int | None = None,
     num_workers: int | None = None,
     overwrite: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = no_progress,
 ) -> gmem_bank.ShardsReport:
     """Encode the images of a bank into a folder of latents by key; the same call again goes on where the last one stopped.
 

@@ -108,14 +108,15 @@ def velocity_field(network: Field, prediction: str, path: str) -> Field:
 
 
 def dynamics(network: Field, prediction: str, path: str) -> Dynamics:
-    """Return velocity and score of a network, which an SDE needs: both from one output, not from two evaluations."""
+    """Return velocity and score of a network, which an SDE needs: both from one output, not from two evaluations.
+
+    Of predicted data only the velocity is bounded near t = 1: the score of a bounded velocity would pull too weakly, and
+    samples end away from the data however many steps are taken. (Solvers never ask at t = 1, where σ is 0.)
+    """
     require_prediction(prediction)
 
     def both(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         output, at = network(x, t), coefficients(path, t, x)
-        if prediction == "data":  # the score of the bounded velocity, so that both speak of one field
-            velocity = to_velocity(output, x, t, prediction, path)
-            return velocity, convert(velocity, x, at, "velocity", "score")
-        return convert(output, x, at, prediction, "velocity"), convert(output, x, at, prediction, "score")
+        return to_velocity(output, x, t, prediction, path), convert(output, x, at, prediction, "score")
 
     return both

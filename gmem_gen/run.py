@@ -12,14 +12,15 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gmem_bank
-from gmem_bank.errors import CheckpointError, ConfigError, GMemError, LockedError, OutputExistsError, WriteError
+from gmem_bank.errors import CheckpointError, ConfigError, LockedError, OutputExistsError
 from gmem_gen import checkpoint as checkpoints
-from gmem_gen import conditioning
+from gmem_gen import conditioning, outputs
 from gmem_gen.conditioning import Bank
 from gmem_gen.config import Config, SampleConfig
 
@@ -72,19 +73,10 @@ class Resumption:
     """The last ones, for the running mean."""
 
 
-@contextlib.contextmanager
-def writing(run: Path) -> Iterator[None]:
+def writing(run: Path) -> AbstractContextManager[None]:
     """Turn an operating-system error in the block into a WriteError that names the run's folder."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, GMemError):
-            raise
-        raise WriteError(
-            f"could not write to the run's folder {run}: {error.strerror}. Checkpoints stand; free some space, or choose another "
-            "--out, and run the same command again",
-            path=run,
-        ) from error
+    advice = "Checkpoints stand; free some space, or choose another --out, and run the same command again"
+    return outputs.writing(run, f"to the run's folder {run}", advice)
 
 
 @contextlib.contextmanager

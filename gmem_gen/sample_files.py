@@ -29,7 +29,8 @@ from gmem_gen.conditions import Conditions
 from gmem_gen.config import SampleConfig
 from gmem_gen.folder_store import FolderStore
 from gmem_gen.images import require_own, write_grid
-from gmem_gen.sampling import Drawn, Progress, Say, _silent, _silent_progress, check_request, cost, describe, draw
+from gmem_gen.outputs import Progress, Say, no_progress, no_remarks
+from gmem_gen.sampling import Drawn, check_request, cost, describe, draw
 from gmem_gen.stores import Store, json_in
 
 PLACES = ("weights", "revision", "software")
@@ -82,8 +83,8 @@ def sample_to(
     shard: int = 0,
     overwrite: bool = False,
     facts: Mapping[str, Any] | None = None,
-    progress: Progress = _silent_progress,
-    say: Say = _silent,
+    progress: Progress = no_progress,
+    say: Say = no_remarks,
 ) -> SampleReport:
     """Draw one image for each condition into files, in bounded memory; the same call again draws only what is missing.
 

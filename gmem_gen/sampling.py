@@ -23,21 +23,12 @@ from gmem_gen.conditions import Conditions
 from gmem_gen.config import FlowConfig, SampleConfig
 from gmem_gen.guidance import Guided
 from gmem_gen.ode import Solution
+from gmem_gen.outputs import Progress, Say, no_progress, no_remarks
 from gmem_gen.predictions import Field
 from gmem_gen.runtime import versions
 from gmem_gen.tokenizers import PIXELS, Tokenizer, make_tokenizer
 
-Progress = Callable[[int, int], None]
-Say = Callable[[str], None]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def _silent_progress(done: int, total: int) -> None:
-    pass
-
-
-def _silent(text: str) -> None:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +93,8 @@ def sample(
     config: SampleConfig | None = None,
     *,
     tokenizer: Tokenizer | None = None,
-    progress: Progress = _silent_progress,
-    say: Say = _silent,
+    progress: Progress = no_progress,
+    say: Say = no_remarks,
 ) -> Samples:
     """Draw one image for each condition, in memory; `sample_to` draws into files.
 

@@ -8,16 +8,17 @@ Shapes: B samples in all, b samples of a batch, H×W pixels, C channels.
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gmem_bank.errors import GMemError, OutputExistsError, WriteError
+from gmem_bank.errors import OutputExistsError
+from gmem_gen import outputs
 from gmem_gen.images import replace_file
 
 Plan = Mapping[str, Any]
@@ -46,19 +47,10 @@ class Store(Protocol):
         """Put the finished samples and their record in place; return the files to show."""
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> AbstractContextManager[None]:
     """Turn an operating-system error in the block into a WriteError that names the output."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, GMemError):
-            raise
-        raise WriteError(
-            f"could not write samples to {path}: {error.strerror or error}. What was drawn stands; free some space and run the "
-            "same command again, or choose another place",
-            path=path,
-        ) from error
+    advice = "What was drawn stands; free some space and run the same command again, or choose another place"
+    return outputs.writing(path, f"samples to {path}", advice)
 
 
 def require_same_plan(path: Path, stored: object, plan: Plan) -> None:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from gmem_gen.held_out import HeldOut, hold_out
 from gmem_gen.image_plan import plan_images
 from gmem_gen.journal import Journal, require_tensorboard
 from gmem_gen.loop import Loop
+from gmem_gen.outputs import Progress, Say, no_progress, no_remarks
 from gmem_gen.patch_tokens import PatchTokens
 from gmem_gen.previews import preview_conditions
 from gmem_gen.resolving import minutes_allowed, require_trainable, resolve
@@ -47,17 +48,6 @@ from gmem_gen.runtime import StopRequest, cpu_threads, kept_memory, pick_device
 from gmem_gen.sizes import num_parameters
 from gmem_gen.splits import Split, split_rows
 from gmem_gen.stepping import Trainer
-
-Progress = Callable[[int, int], None]
-Say = Callable[[str], None]
-
-
-def _silent_progress(done: int, total: int) -> None:
-    pass
-
-
-def _silent(text: str) -> None:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +91,10 @@ def train(
     accept_bank_change: bool = False,
     tensorboard: bool = False,
     handle_signals: bool = False,
-    say: Say = _silent,
-    status: Say = _silent,
-    read_progress: Progress = _silent_progress,
-    progress: Progress = _silent_progress,
+    say: Say = no_remarks,
+    status: Say = no_remarks,
+    read_progress: Progress = no_progress,
+    progress: Progress = no_progress,
 ) -> TrainReport:
     """Train a generator on the images of a bank; the same call again goes on where the last one stopped.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -243,6 +244,36 @@ def test_the_contracts_name_every_module() -> None:
     assert set(contracts[4]["source_modules"]) == {
         f"gmem_gen.{name}" for name in modules("gmem_gen") - {"conditioning"}
     }
+
+
+def test_no_module_takes_what_another_keeps_to_itself() -> None:
+    """Names that begin with "_" are imported by no other module of the packages."""
+    for path in sorted([*(ROOT / "gmem_bank").rglob("*.py"), *(ROOT / "gmem_gen").rglob("*.py")]):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gmem_"):
+                private = [
+                    alias.name for alias in node.names if alias.name.startswith("_") and alias.name != "__version__"
+                ]
+                assert not private, f"{path.relative_to(ROOT)} imports {private} of {node.module}"
+
+
+def test_a_bank_is_read_in_conditioning_alone() -> None:
+    """Other stages of the generator ask a bank what it is and which rows it has; commands and references open their own."""
+    plain = {"dim", "space", "encoder", "fingerprint", "rows", "rows_for"}
+    own = {"cli_sample": {"folder"}, "evaluation_sources": {"basis"}}  # of a bank that gmem_bank.open gave them
+    for path in sorted((ROOT / "gmem_gen").glob("*.py")):
+        if path.stem == "conditioning":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("bank", "self._bank", "self.bank"):
+                assert node.attr in plain | own.get(path.stem, set()), f"{path.name} asks a bank for {node.attr}"
+
+
+def test_the_options_of_sample_are_tables_and_not_long_functions() -> None:
+    """They grow by one at a time."""
+    for node in ast.walk(ast.parse((ROOT / "gmem_gen/cli_sample_options.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef) and node.end_lineno:
+            assert node.end_lineno - node.lineno < 40, node.name
 
 
 def test_version_is_one() -> None:

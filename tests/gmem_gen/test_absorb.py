@@ -90,6 +90,23 @@ def test_labels_are_the_concepts_that_hold_the_rows(photos: Path) -> None:
         conditioning.labels(bank, bank.rows(), (classes[0], classes[0]))
 
 
+def test_a_class_model_walks_the_concepts_of_a_bank_once(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many batches are read; each has the labels of its rows."""
+    gmem_bank.build(photos, gmem_bank.load_encoder("hog"), "bank.safetensors")
+    bank = gmem_bank.open("bank.safetensors")
+    classes, asked = conditioning.class_names(bank), []
+    honest = type(bank).rows_of
+    monkeypatch.setattr(type(bank), "rows_of", lambda self, name: asked.append(name) or honest(self, name))
+    config = ModelConfig(width=16, depth=1, num_heads=2, condition="class", num_classes=len(classes))
+    network = Generator(config, LatentShape(channels=3, size=8), bank.dim)
+    reader = conditioning.reader(bank, network, classes)
+    expected = conditioning.labels(bank, bank.rows(), classes)
+    asked.clear()
+    for place, row in enumerate(bank.rows()):
+        assert reader.read(np.array([row]), torch.device("cpu")).tolist() == [int(expected[place])]
+    assert asked == []
+
+
 @pytest.mark.parametrize("condition", ["class", "none"])
 def test_the_baselines_without_memory_train_and_sample(photos: Path, condition: str) -> None:
     """The same commands; guidance of a model without condition is refused; classes are remembered."""

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 import gmem_bank
 import gmem_gen
 from gmem_bank.errors import CheckpointError, OutputExistsError, WriteError
-from gmem_gen import pretrained
+from gmem_gen import exporting, pretrained
 from gmem_gen.cli import main as gen_main
 from gmem_gen.config import Config, DataConfig, ModelConfig, TrainConfig
 
@@ -148,6 +148,18 @@ def test_folders_that_are_none_are_refused(trained: gmem_gen.LoadedCheckpoint, m
     def full(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pretrained, "save_file", full)
-    with pytest.raises(WriteError, match="No space left"):
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrained, "save_file", full)
+        with pytest.raises(WriteError, match="No space left"):
+            gmem_gen.export_folder(trained, "other")
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "model_card", full)
+        with pytest.raises(WriteError, match="No space left"):
+            gmem_gen.export_folder(trained, "other")
+    assert not exporting.is_exported(Path("other"))
+    gmem_gen.export_folder(trained, "other")  # what was left is written again
+    assert sorted(path.name for path in Path("other").iterdir()) == [
+        "README.md", "gmem.json", "model_index.json", "transformer",
+    ]  # fmt: skip
+    with pytest.raises(OutputExistsError):
         gmem_gen.export_folder(trained, "other")

@@ -231,6 +231,47 @@ def test_a_finished_command_says_that_nothing_was_left_to_do(setting) -> None:
     assert again == "grid.png: all 3 samples of 'hat' were there already, NFE 2\n"
 
 
+def half_drawn(seed: int, *, overwrite: bool = False) -> ArrayStore:
+    """A store of x.npz, with room for two samples, the first of which is drawn and has the seed for pixels."""
+    store = ArrayStore(Path("x.npz"), {"seed": seed}, (2, 4, 4, 3), overwrite=overwrite)
+    store.write(np.array([0]), np.full((1, 4, 4, 3), seed, np.uint8))
+    store.tally("0-of-1", {"images": 1, "evaluations": 4, "nfe": 4})
+    return store
+
+
+def test_an_unfinished_npz_is_not_thrown_away_by_another_plan() -> None:
+    """It is refused, saying what differs, as a finished one is; the first plan goes on; --overwrite begins anew."""
+    half_drawn(7)
+    with pytest.raises(OutputExistsError, match=r"seed was 7, is 9.*--overwrite"):
+        half_drawn(9)
+    assert ArrayStore(Path("x.npz"), {"seed": 7}, (2, 4, 4, 3)).done().tolist() == [True, False]
+    assert ArrayStore(Path("x.npz"), {"seed": 9}, (2, 4, 4, 3), overwrite=True).done().tolist() == [False, False]
+
+
+def test_calls_with_other_plans_never_finish_each_others_npz() -> None:
+    """One whose place was taken says so, whether the other is at work, begun again, or finished; no record lies."""
+    first, second = half_drawn(7), half_drawn(9, overwrite=True)
+    first.write(np.array([1]), np.full((1, 4, 4, 3), 7, np.uint8))
+    first.tally("0-of-1", {"images": 1, "evaluations": 4, "nfe": 4})
+    assert second.tally("", {}) == {"images": 1, "evaluations": 4, "nfe": 4}
+    with pytest.raises(OutputExistsError, match=r"x\.npz: another call"):
+        first.finish({"nfe": 1, "plan": first.plan})
+    assert not Path("x.npz").exists() and not Path("x.npz.json").exists()
+    third = half_drawn(7, overwrite=True)  # the plan of the first, and not its file
+    with pytest.raises(OutputExistsError, match="another call"):
+        first.finish({"nfe": 1, "plan": first.plan})
+    third.write(np.array([1]), np.full((1, 4, 4, 3), 7, np.uint8))
+    twin = ArrayStore(Path("x.npz"), {"seed": 7}, (2, 4, 4, 3))
+    third.finish({"nfe": 1, "plan": third.plan})
+    assert twin.finish({"nfe": 1, "plan": twin.plan}) == [Path("x.npz"), Path("x.npz.json")]
+    with pytest.raises(OutputExistsError, match="another call"):
+        second.finish({"nfe": 1, "plan": second.plan})
+    with np.load("x.npz") as arrays:
+        assert arrays["arr_0"][:, 0, 0, 0].tolist() == [7, 7]
+    assert json.loads(Path("x.npz.json").read_text())["plan"] == {"seed": 7}
+    assert not list(Path().glob(".x.npz*"))
+
+
 @pytest.mark.slow
 def test_kill_9_at_any_moment_loses_no_whole_batch(setting) -> None:
     """The command is killed again and again; in the end there are exactly as many images, those of one run."""

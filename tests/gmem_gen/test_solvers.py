@@ -202,18 +202,41 @@ def test_the_sde_methods_converge_strongly(method: str) -> None:
     np.testing.assert_allclose(rates, 1, atol=0.35)
 
 
+@pytest.mark.parametrize("prediction", ["velocity", "data"])
 @pytest.mark.parametrize("diffusion", list(sde.DIFFUSIONS))
 @pytest.mark.parametrize("path", ["linear", "gvp", "vp"])
-def test_the_sde_carries_noise_to_the_data_for_every_diffusion(path: str, diffusion: str) -> None:
+def test_the_sde_carries_noise_to_the_data_for_every_diffusion(path: str, diffusion: str, prediction: str) -> None:
     """N(0, 1) becomes N(MU, S²), in mean and standard deviation."""
     generator = torch.Generator().manual_seed(1)
     config = SampleConfig(method="sde-heun", num_steps=100, diffusion=diffusion)
-    flow = FlowConfig(path=path, prediction="velocity")
+    flow = FlowConfig(path=path, prediction=prediction)
     drawn = solve(
-        gaussian(path, "velocity", MU, S), flow, config, lambda: torch.randn(20_000, 1, generator=generator)
+        gaussian(path, prediction, MU, S), flow, config, lambda: torch.randn(20_000, 1, generator=generator)
     ).x_1
-    assert float(drawn.mean()) == pytest.approx(MU, abs=0.03)
-    assert float(drawn.std()) == pytest.approx(S, abs=0.03)
+    tolerance = 0.04 if prediction == "data" else 0.03  # its velocity is bounded near t = 1
+    assert float(drawn.mean()) == pytest.approx(MU, abs=tolerance)
+    assert float(drawn.std()) == pytest.approx(S, abs=tolerance)
+
+
+@pytest.mark.parametrize("method", ["sde-euler", "sde-heun"])
+def test_the_sde_draws_predicted_data_itself(method: str) -> None:
+    """Where the network says the same image everywhere, every sample is that image: no noise is left on it."""
+    generator = torch.Generator().manual_seed(1)
+    config = SampleConfig(method=method, num_steps=250)
+    flow = FlowConfig(path="linear", prediction="data")
+    drawn = solve(
+        lambda x, _: torch.full_like(x, 0.8), flow, config, lambda: torch.randn(2_000, 1, generator=generator)
+    ).x_1
+    assert float(drawn.mean()) == pytest.approx(0.8, abs=0.005)
+    assert float(drawn.std()) < 0.005
+
+
+def test_the_score_of_predicted_data_is_not_bounded_where_its_velocity_is() -> None:
+    """At t = 0.99 the velocity is divided by 0.05, the score by the true σ²."""
+    t = torch.full((len(X_0),), 0.99, dtype=torch.float64)
+    velocity, score = predictions.dynamics(lambda x, _: torch.ones_like(x), "data", "linear")(X_0, t)
+    torch.testing.assert_close(velocity, (1 - X_0) / 0.05)
+    torch.testing.assert_close(score, (0.99 - X_0) / (1 - t.view(-1, 1, 1, 1)) ** 2)
 
 
 def test_last_steps_are_their_formulas() -> None:

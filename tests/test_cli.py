@@ -105,7 +105,7 @@ def test_our_errors_are_one_line_and_exit_1_usage_errors_exit_2(photos: Path) ->
     bank("build", str(photos), "-e", "hog")
     assert "did you mean" in bank("build", "--encodr", "x", code=2).stderr.lower()
     assert "'hog'" in bank("build", str(photos), "--encoder", "hogg", "-o", "x.safetensors", code=2).stderr
-    assert "train.max_steps" in gen("train", "--set", "train.max_stps=3", code=1).stderr
+    assert "train.max_steps" in gen("train", "--set", "train.max_stps=3", code=2).stderr
     with pytest.raises(FileNotFoundError):
         CliRunner().invoke(bank_main, ["--traceback", "info", "none.safetensors"], catch_exceptions=False)
 
@@ -142,14 +142,15 @@ def test_numbers_out_of_range_are_answered_in_one_line(photos: Path) -> None:
     gen("train", *TINY)
     for setting in ("train.seed=-5", "model.mlp_ratio=inf", "train.max_minutes=nan", "train.num_threads=100000",
                     "model.width=1000000000", "data.image_size=100000000", "train.device=meta", "train.device=banana"):  # fmt: skip
-        assert gen("train", *TINY, "--out", "other", "--set", setting, code=1).stderr.startswith("Error: "), setting
+        code = 1 if setting in ("train.device=meta", "train.device=banana") else 2
+        assert "\nError: " in "\n" + gen("train", *TINY, "--out", "other", "--set", setting, code=code).stderr, setting
     for option in (
         ("--guidance", "nan"),
         ("--timestep-shift", "inf"),
         ("--steps", "100000000000"),
         ("--device", "meta"),
     ):
-        assert gen("sample", *option, code=1).stderr.startswith("Error: "), option
+        assert "\nError: " in gen("sample", *option, code=2).stderr, option
     Path("empty.txt").touch()
     Path("binary.txt").write_bytes(b"\xff\xfe\x00")
     for option in (("--seed", "-3"), ("--keys-from", "empty.txt"), ("--keys-from", "binary.txt")):
@@ -188,9 +189,9 @@ def test_sampling_takes_the_runs_settings_and_the_command_lines_over_them(photos
         (("--guidance-interval", "0.9", "0.1"), "in order"),
         (("--set", "sample.diffusio=sigma"), "'sample.diffusion'"),
     ):
-        assert answer in gen("sample", *arguments, code=1).stderr, arguments
+        assert answer in gen("sample", *arguments, code=2).stderr, arguments
     gen("sample", "--set", "train.seed=3", code=2)
-    assert "'sde-heun'" in gen("train", *TINY, "--set", "sample.method=sde_heun", code=1).stderr
+    assert "'sde-heun'" in gen("train", *TINY, "--set", "sample.method=sde_heun", code=2).stderr
 
 
 def test_help_lists_its_commands_line_by_line() -> None:

@@ -615,7 +615,9 @@ def test_three_published_steps_by_the_trainer(make_bank: BankMaker) -> None:
     join = conditioning.Join(rows=rows, keys=[str(row) for row in rows], num_derived=0, missing=[])
     images = SimpleNamespace(latent=LatentShape(channels=batch.x_1.shape[1], size=batch.x_1.shape[2]))
     with contextlib.closing(Processes("cpu")) as processes:
-        trainer = Trainer(make_bank(rows=len(rows), dim=768), whole, images, join, processes, tokens=lambda _: batch.tokens)
+        trainer = Trainer(
+            make_bank(rows=len(rows), dim=768), whole, images, join, processes, tokens=lambda _: batch.tokens
+        )
         trainer.loader = SimpleNamespace(take=lambda step: batch)
         trainer.model.load_state_dict(start | projector_state())
         trainer.averages = optim.make_averages(trainer.model, whole.train)

@@ -807,7 +807,7 @@ def test_an_edit_that_fails_leaves_no_kept_state_of_its_own(
     assert [path.name for path in Path.cwd().iterdir()] == [bank.path.name]
 
 
-# -- what a reviewer found
+# -- found later
 
 
 def test_one_banks_states_are_never_anothers(make_bank: BankMaker) -> None:

@@ -141,6 +141,7 @@ def test_the_compiled_network_makes_the_same_steps(bank: str, monkeypatch: pytes
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of what PyTorch imports itself to compile
 def test_the_compiled_network_is_the_network(bank: str) -> None:
     """By PyTorch's compiler for real."""
     gmem_gen.train(bank, config(), out="plain")

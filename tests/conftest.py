@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,11 @@ from gmem_bank.space import to_space
 from gmem_bank.storage import Payload, write
 from gmem_bank.storage.schema import Header, Segment
 from gmem_bank.vectors import coefficient_payloads
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as for a background job; programs that tests start would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DATA = Path(__file__).parent / "data"
 SHARED = Path(__file__).parents[2] / "shared"

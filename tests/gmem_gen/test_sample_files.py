@@ -276,23 +276,24 @@ def test_calls_with_other_plans_never_finish_each_others_npz() -> None:
 def test_kill_9_at_any_moment_loses_no_whole_batch(setting) -> None:
     """The command is killed again and again; in the end there are exactly as many images, those of one run."""
     command = [
-        sys.executable, "-m", "gmem_gen", "sample", "--concept", "hat", "-n", "40", "--steps", "20", "--batch-size", "2",
+        sys.executable, "-m", "gmem_gen", "sample", "--concept", "hat", "-n", "120", "--steps", "20", "--batch-size", "2",
         "--save-images", "all", "--npz", "a.npz", "--device", "cpu", "-q",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     kills = 0
-    for pause in (4.0, 5.0, 6.0):
+    for drawn in (10, 40, 70):
         process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        time.sleep(pause)
+        while process.poll() is None and len(list(Path("all").glob("*.png"))) < drawn:
+            time.sleep(0.002)
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.wait()
     subprocess.run(command, check=True, env=environment, capture_output=True)
-    assert kills
+    assert kills == 3
     whole = [*command[:-5], "--npz", "b.npz", "--device", "cpu", "-q"]
     whole[whole.index("all")] = "once"
     subprocess.run(whole, check=True, env=environment, capture_output=True)
-    assert len(list(Path("all").glob("*.png"))) == 40
+    assert len(list(Path("all").glob("*.png"))) == 120
     with np.load("a.npz") as killed, np.load("b.npz") as once:
         assert np.abs(killed["arr_0"].astype(int) - once["arr_0"]).max() <= 1

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from gmem_bank.image_source import ImageSource as ImageSource
     from gmem_bank.image_source import encode_images as encode_images
     from gmem_bank.image_source import open_images as open_images
+    from gmem_bank.index import require_faiss as require_faiss
     from gmem_bank.index_build import IndexReport as IndexReport
     from gmem_bank.index_build import build_index as build_index
     from gmem_bank.index_update import update_index as update_index
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from gmem_bank.mixing import compose_snippet as compose_snippet
     from gmem_bank.mixing import interpolate_snippets as interpolate_snippets
     from gmem_bank.moments import Moments as Moments
+    from gmem_bank.naming import FLIP_SUFFIX as FLIP_SUFFIX
     from gmem_bank.narrowing import Narrowing as Narrowing
     from gmem_bank.official import read_torch_archive as read_torch_archive
     from gmem_bank.ops import mask as mask
@@ -153,6 +155,7 @@ _DOOR = {
     ),
     "image_source": ("ImageSource", "encode_images", "open_images"),
     "image_shards": ("ImageWork", "ShardsReport", "write_image_shards"),
+    "index": ("require_faiss",),
     "index_build": ("IndexReport", "build_index"),
     "index_update": ("update_index",),
     "indexed": ("BankIndex", "find_index", "open_index"),
@@ -163,6 +166,7 @@ _DOOR = {
     "legacy_export": ("export_official",),
     "moments": ("Moments",),
     "mixing": ("compose_snippet", "interpolate_snippets"),
+    "naming": ("FLIP_SUFFIX",),
     "narrowing": ("Narrowing",),
     "official": ("read_torch_archive",),
     "ops": ("mask", "remove", "remove_concept", "rename", "select", "unmask"),

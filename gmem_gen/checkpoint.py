@@ -6,7 +6,6 @@ RUN/checkpoints/step-00000500/{model,ema,optimizer}.safetensors, state.json; ema
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import os
 import re
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import gmem_bank
 from gmem_bank.errors import CheckpointError, ConfigError, GMemError, WriteError, reason_of
 from gmem_gen import tokenizers
 from gmem_gen.checkpoint_state import STATE, read_state, sync, write_state
@@ -119,7 +119,7 @@ def save(
         for name, module in weights.items():
             save_file(_plain(module.state_dict()), temporary / weights_file(name))
         save_file(_plain(optimizer_tensors(optimizer, names)), temporary / OPTIMIZER)
-        hashes = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+        hashes = {path.name: gmem_bank.sha256_of_file(path) for path in sorted(temporary.iterdir())}
         write_state(temporary / STATE, {**state, "step": step, "hashes": hashes})
         for path in temporary.iterdir():
             sync(path)
@@ -138,11 +138,6 @@ def save(
             path=final,
         ) from error
     return final
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -199,7 +194,7 @@ def _instead(checkpoint: Path) -> str:
 def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
     """Return the tensors of one of a checkpoint's files; raises CheckpointError."""
     try:
-        if _sha256(checkpoint / name) != read_state(checkpoint)["hashes"][name]:
+        if gmem_bank.sha256_of_file(checkpoint / name) != read_state(checkpoint)["hashes"][name]:
             raise OSError("its bytes do not match the hash that was saved")
         return load_file(checkpoint / name)
     except (OSError, KeyError, SafetensorError) as error:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,16 +18,16 @@ from PIL import Image
 from torch import Tensor
 
 import gmem_bank
-from gmem_bank.errors import GMemError, SourceError, WriteError, unusable_images
+from gmem_bank.errors import SourceError, unusable_images
 from gmem_gen.conditioning import Bank, ImagesFrom, Join, read_image, record_of
 from gmem_gen.model import LatentShape
+from gmem_gen.outputs import Progress, writing
 from gmem_gen.tokenizers import Tokenizer
 
 DEFAULT_SIZE = 64
 PROBE = 256
 FLUSH_EVERY = 1024
 Mapped = np.memmap[tuple[int, ...], np.dtype[np.uint8]]
-Progress = Callable[[int, int], None]
 
 
 class TrainingImages(Protocol):
@@ -130,7 +129,8 @@ class PixelCache:
     ) -> None:
         partial, counter = path.with_suffix(".partial"), path.with_suffix(".count")
         done = _count_in(counter) if partial.exists() else 0
-        try:
+        advice = "Free some space, or choose another --out, and run the same command again"
+        with writing(path, f"the training images to {path.parent}", advice):
             array, kept = _room_for(partial, shape, keep=done > 0)
             done = done if kept else 0
             unusable: dict[str, str] = {}
@@ -149,14 +149,6 @@ class PixelCache:
                 raise unusable_images(unusable, shape[0])
             partial.replace(path)
             counter.unlink(missing_ok=True)
-        except OSError as error:
-            if isinstance(error, GMemError):
-                raise
-            raise WriteError(
-                f"could not keep the training images in {path.parent}: {error.strerror}. Free some space, or choose another "
-                "--out, and run the same command again",
-                path=path,
-            ) from error
 
     def __len__(self) -> int:
         return len(self._images)

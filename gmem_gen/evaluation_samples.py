@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gmem_bank.errors import ConfigError, OutputExistsError, WriteError
+from gmem_bank.errors import ConfigError, OutputExistsError
 from gmem_gen import conditioning
 from gmem_gen.checkpoint import LoadedCheckpoint
 from gmem_gen.conditioning import Bank
 from gmem_gen.conditions import Conditions, choose_conditions
 from gmem_gen.config import SampleConfig
 from gmem_gen.evaluation_report import FEWEST, EvaluationOptions
-from gmem_gen.image_sets import ImageSet, Progress, from_pixels, from_source
+from gmem_gen.image_sets import ImageSet, from_pixels, from_source
+from gmem_gen.outputs import Progress, writing
 from gmem_gen.sample_files import SampleFiles, plan_of, sample_to
 from gmem_gen.sampling import sample
 
@@ -50,15 +51,11 @@ class SampleSet:
 def require_own_folder(out: str | os.PathLike[str]) -> Path:
     """Make the folder of an evaluation; raises OutputExistsError where it holds something else, WriteError."""
     folder = Path(out)
-    try:
+    with writing(folder, f"to {folder}", "Choose another --out"):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()) and not (folder / MARKER).is_file():
             raise OutputExistsError(f"{folder} holds other files: give an empty or new folder with --out", path=folder)
         (folder / MARKER).touch()
-    except OSError as error:
-        if isinstance(error, OutputExistsError):
-            raise
-        raise WriteError(f"could not write to {folder}: {error.strerror}: choose another --out", path=folder) from error
     return folder
 
 

@@ -34,8 +34,8 @@ from gmem_gen.evaluation_sources import (
     space_of_features,
 )
 from gmem_gen.exporting import load_checkpoint
-from gmem_gen.image_sets import Embedded, ImageSet, Progress, embed, from_bank, matched
-from gmem_gen.memorisation import require_faiss
+from gmem_gen.image_sets import Embedded, ImageSet, embed, from_bank, matched
+from gmem_gen.outputs import Progress
 from gmem_gen.runtime import pick_device
 
 CACHE = ".cache"
@@ -101,7 +101,7 @@ def evaluate(
     load = load_own or (lambda made: gmem_bank.reload_encoder(made.encoder, made.folder, device=device))
     judged = reference_bank(reference)
     space_of_features(wanted.space, judged)  # before minutes go into sampling
-    require_faiss()
+    gmem_bank.require_faiss()
     judge = choose_judge(encoder, judged, load)
     if checkpoint is not None:
         if own is None:

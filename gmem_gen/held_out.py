@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from gmem_bank import FLIP_SUFFIX
 from gmem_bank.errors import ConfigError
 from gmem_gen import checkpoint as checkpoints
 from gmem_gen.images import replace_file
-from gmem_gen.splits import FLIP_SUFFIX, Split
+from gmem_gen.splits import Split
 
 HELD_OUT = "validation_keys.txt"
 """In the run's folder: the keys that are held out, one a line."""

@@ -15,9 +15,10 @@ import numpy as np
 from gmem_bank.errors import ConfigError, GMemError
 from gmem_gen import conditioning, tokenizers
 from gmem_gen.autoencoders import Weights
+from gmem_gen.channel_moments import ChannelMoments
 from gmem_gen.conditioning import Bank, ImagesFrom, Join
 from gmem_gen.config import Config, DataConfig
-from gmem_gen.data import DEFAULT_SIZE, PixelCache, PixelImages, Progress, TrainingImages, default_image_size
+from gmem_gen.data import DEFAULT_SIZE, PixelCache, PixelImages, TrainingImages, default_image_size
 from gmem_gen.latents import (
     DEFAULT_SIDE,
     encode,
@@ -27,7 +28,7 @@ from gmem_gen.latents import (
     require_same_images,
 )
 from gmem_gen.model import LatentShape
-from gmem_gen.moments import Moments
+from gmem_gen.outputs import Progress
 from gmem_gen.tokenizers import (
     PIXELS,
     AutoencoderTokenizer,
@@ -178,7 +179,7 @@ def _still_good(bank: Bank, join: Join, images: ImagesFrom, lying: DataConfig, t
 def _measured(tokenizer: AutoencoderTokenizer, cache: PixelCache, data: DataConfig) -> AutoencoderTokenizer:
     """Return the tokenizer with the statistics of so many of the images, spread evenly."""
     places = np.unique(np.linspace(0, len(cache) - 1, min(data.statistics_images, len(cache))).astype(np.int64))
-    moments = Moments(tokenizer.latent.channels)
+    moments = ChannelMoments(tokenizer.latent.channels)
     for start in range(0, len(places), STATISTICS_BATCH):
         moments.add(tokenizer.encode_raw(cache.read(places[start : start + STATISTICS_BATCH])).numpy())
     return tokenizer.with_normalisation(Normalisation(**moments.statistics()))

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import gmem_bank
-from gmem_bank.errors import ConfigError, SourceError, WriteError, first_three
+from gmem_bank.errors import ConfigError, SourceError, first_three
 from gmem_gen import conditioning
 from gmem_gen.conditioning import Bank, ImagesFrom
+from gmem_gen.outputs import Progress, writing
 
-Progress = Callable[[int, int], None]
 CHUNK = 256
 """Images that are embedded, and kept, together."""
 
@@ -177,16 +177,14 @@ def _chunk(pixels: Sequence[NDArray[np.uint8]], encoder: gmem_bank.Encoder, cach
         return found
     values = gmem_bank.encode_images(encoder, pixels)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            np.save(stream, values, allow_pickle=False)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise WriteError(
-            f"could not keep embeddings in {cache}: {error.strerror}: free some space", path=cache
-        ) from error
+    with writing(cache, f"embeddings to {cache}", "Free some space, and run the same command again"):
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as stream:
+                np.save(stream, values, allow_pickle=False)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     return values
 
 

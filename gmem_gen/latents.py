@@ -19,10 +19,10 @@ import gmem_bank
 from gmem_bank.errors import ConfigError, SourceError
 from gmem_gen import conditioning
 from gmem_gen.autoencoders import Weights
+from gmem_gen.channel_moments import ChannelMoments
 from gmem_gen.conditioning import Bank, ImagesFrom, Join
 from gmem_gen.config import DataConfig
 from gmem_gen.data import default_image_size, to_pixels
-from gmem_gen.moments import Moments
 from gmem_gen.outputs import Progress, no_progress
 from gmem_gen.tokenizers import AutoencoderTokenizer, Record, Tokenizer, TokenizerMaker, make_tokenizer, with_statistics
 
@@ -115,12 +115,12 @@ def _work(tokenizer: AutoencoderTokenizer, bank: Mapping[str, Any]) -> gmem_bank
         }
 
     def of_shard(values: NDArray[np.float32]) -> NDArray[np.float64]:
-        moments = Moments(channels)
+        moments = ChannelMoments(channels)
         moments.add(values)
         return moments.to_array()
 
     def facts(sums: Iterable[NDArray[np.float64]]) -> dict[str, Any]:
-        moments = Moments(channels)
+        moments = ChannelMoments(channels)
         for part in sums:
             moments.merge(part)
         return {"holds": HOLDS, "tokenizer": {**record, **moments.statistics()}, "bank": dict(bank)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,11 @@ from gmem_gen import checkpoint as checkpoints
 from gmem_gen import optim
 from gmem_gen.checkpoint_state import amend_state
 from gmem_gen.journal import Journal
+from gmem_gen.outputs import Progress, Say
 from gmem_gen.previews import preview_conditions, write_preview
 from gmem_gen.runtime import StopRequest
 from gmem_gen.stepping import Step, Trainer
 from gmem_gen.validation import Interrupted, validate
-
-Progress = Callable[[int, int], None]
-Say = Callable[[str], None]
 
 
 @dataclass(kw_only=True)

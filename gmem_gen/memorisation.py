@@ -12,24 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gmem_bank.errors import MissingDependencyError
+import gmem_bank
 from gmem_gen.estimates import Estimate
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 NEAR_QUANTILE = 0.01
 """Of the distances of real images to the nearest other: what lies below is a near-copy, where no threshold is given."""
 BLOCK_ROWS = 4096
-
-
-def require_faiss() -> Any:
-    """Return FAISS; raises MissingDependencyError where it is not installed."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise MissingDependencyError(
-            "nearest neighbours need FAISS: pip install 'gmem[cpu]' (or 'gmem[gpu]')", extra="cpu"
-        ) from error
-    return faiss
 
 
 def nearest(
@@ -45,7 +34,7 @@ def nearest(
     Raises:
         MissingDependencyError: FAISS is not installed.
     """
-    faiss = require_faiss()
+    faiss = gmem_bank.require_faiss()
     scores = np.empty((len(queries), k), np.float32)
     found = np.empty((len(queries), k), np.int64)
     for start in range(0, len(queries), BLOCK_ROWS):

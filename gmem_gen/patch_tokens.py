@@ -43,7 +43,7 @@ class PatchTokens:
         except UnknownKeyError as error:
             twins = (
                 " (mirrored twins have tokens of their own: 'gmem-bank tokens --flip')"
-                if "#flip" in str(error.key)
+                if gmem_bank.FLIP_SUFFIX in str(error.key)
                 else ""
             )
             raise SourceError(

@@ -12,11 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from gmem_bank import FLIP_SUFFIX
 from gmem_bank.errors import ConfigError, UnknownKeyError, first_three
 from gmem_gen.settings import DataConfig
-
-FLIP_SUFFIX = "#flip"
-"""Of the key of a mirrored twin (docs/FORMAT.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)

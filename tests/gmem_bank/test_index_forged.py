@@ -255,7 +255,7 @@ def test_the_output_is_not_deserialised(make_bank: BankMaker, monkeypatch: pytes
     bank = make_bank(snippets=clustered(300, 8))
     gmem_bank.build_index(bank.path, kind="ivf-flat", output="x.index")
     monkeypatch.setattr(faiss, "read_index", lambda *_: pytest.fail("read as a whole"))
-    gmem_bank.build_index(bank.path, kind="flat", output="x.index")
+    assert gmem_bank.build_index(bank.path, kind="flat", output="x.index").kind == "flat"
 
 
 @pytest.mark.parametrize("rows", [[0, 0, 2], [0, 1, 3], [-1, 0, 1], [0, 1]])

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gmem_gen.channel_moments import ChannelMoments
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -25,7 +26,6 @@ from gmem_gen.autoencoders import Weights
 from gmem_gen.config import Config
 from gmem_gen.data import to_pixels
 from gmem_gen.image_plan import plan_images
-from gmem_gen.moments import Moments
 from gmem_gen.tokenizers import TokenizerMaker, make_tokenizer
 from tests.gmem_gen.test_tokenizers import make_taef2
 
@@ -104,9 +104,9 @@ def test_moments_add_up_and_constant_channels_become_zeros() -> None:
     rng = np.random.default_rng(0)
     values = rng.standard_normal((50, 4, 3, 3)).astype(np.float32) * np.array([1, 1e-3, 0, 0]).reshape(1, 4, 1, 1)
     values = (values + np.array([0, 1000, 0.1, 0]).reshape(1, 4, 1, 1)).astype(np.float32)
-    whole = Moments(4)
+    whole = ChannelMoments(4)
     for start, stop in ((0, 1), (1, 20), (20, 20), (20, 50)):
-        part = Moments(4)
+        part = ChannelMoments(4)
         part.add(values[start:stop])
         whole.merge(part.to_array())
     statistics = whole.statistics()

@@ -14,7 +14,7 @@ CONSTANT = 1e-6
 """A channel whose standard deviation is below this, relative to its largest value, is constant but for rounding."""
 
 
-class Moments:
+class ChannelMoments:
     """Count, mean and centred sum of squares of each channel, in float64; parts are merged as Chan, Golub and LeVeque (1983) do.
 
     Args:

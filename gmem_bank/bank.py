@@ -130,21 +130,7 @@ class MemoryBank:
         """Return the (B,) rows of keys, order kept, -1 where the bank has no such key."""
         if not keys:
             return np.zeros(0, np.int64)
-        table, table_rows = self._stored.array("keys.hash"), self._stored.array("keys.row")
-        hashes = key_tables.hashes_of(keys)
-        begins, ends = np.searchsorted(table, hashes, "left"), np.searchsorted(table, hashes, "right")
-        found = np.full(len(keys), -1, np.int64)
-        hit = np.flatnonzero(begins < ends)
-        found[hit] = table_rows[begins[hit]]
-        # A hash is a hint; the key's own text decides, among all rows of the hash where several share it.
-        for place, stored_key in zip(hit.tolist(), self.keys(found[hit]), strict=True):
-            if stored_key != keys[place]:
-                others = table_rows[begins[place] + 1 : ends[place]]
-                matches = [
-                    row for row, key in zip(others.tolist(), self.keys(others), strict=True) if key == keys[place]
-                ]
-                found[place] = matches[0] if matches else -1
-        return found
+        return key_tables.find(self._stored.array("keys.hash"), self._stored.array("keys.row"), keys, self.keys)
 
     def keys(self, rows: NDArray[np.int64]) -> list[str]:
         """Return the keys of rows, order kept; masked rows have keys too."""

@@ -6,8 +6,9 @@ Shapes: N images.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
-from gmem_bank.keys import hashes_of, sorted_table
+from gmem_bank.keys import find, hashes_of, sorted_table
 from gmem_bank.listing import Items
 
 
@@ -27,11 +28,11 @@ class KeyPlaces:
 
     def find(self, key: str) -> int | None:
         """Return the place of the first image with a key, or None."""
-        wanted = hashes_of([key])
-        begin = int(np.searchsorted(self._hashes, wanted)[0])
-        end = int(np.searchsorted(self._hashes, wanted, side="right")[0])
-        places = (int(place) for place in self._places[begin:end])  # more than one where hashes collide
-        return next((place for place in places if self.items.key(place) == key), None)
+        place = int(find(self._hashes, self._places, [key], self._keys)[0])
+        return None if place < 0 else place
+
+    def _keys(self, places: NDArray[np.int64]) -> list[str]:
+        return [self.items.key(place) for place in places.tolist()]
 
     def repeated(self) -> tuple[int, int] | None:
         """Return the places of an image and of the first after it in the listing with the key of one before, or None."""

@@ -6,7 +6,7 @@ Shapes: N rows, B keys asked for, S bytes of key text.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -96,3 +96,29 @@ def duplicates(keys: Sequence[str]) -> list[str]:
     seen: set[str] = set()
     twice = dict.fromkeys(key for key in keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
     return list(twice)
+
+
+def find(
+    hashes: NDArray[np.uint64], rows: NDArray[np.int64], keys: Sequence[str],
+    texts_of: Callable[[NDArray[np.int64]], Sequence[str]],
+) -> NDArray[np.int64]:  # fmt: skip
+    """Return the (B,) rows of keys by a sorted table, -1 where there is none; of equal keys the first.
+
+    A hash is a hint: a row's own text decides, among all rows of the hash where several share it.
+
+    Args:
+        hashes: (N,) ascending.
+        rows: (N,) that they belong to, equal hashes by row.
+        keys: B.
+        texts_of: (n,) rows → their keys.
+    """
+    wanted = hashes_of(keys)
+    begins, ends = np.searchsorted(hashes, wanted, "left"), np.searchsorted(hashes, wanted, "right")
+    found = np.full(len(keys), -1, np.int64)
+    for further in range(int((ends - begins).max(initial=0))):
+        places = np.flatnonzero((found < 0) & (begins + further < ends))
+        candidates = rows[begins[places] + further]
+        texts = texts_of(candidates)
+        same = [text == keys[place] for text, place in zip(texts, places.tolist(), strict=True)]
+        found[places[same]] = candidates[same]
+    return found

@@ -10,12 +10,6 @@ Shapes: N rows, n rows of a shard, E shape of one row's array.
 
 from __future__ import annotations
 
-import errno
-import json
-import os
-import resource
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -26,29 +20,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmem_bank import keys as key_tables
-from gmem_bank.errors import CorruptError, FormatError, OutputExistsError, SourceError, UnknownKeyError, first_three
+from gmem_bank.errors import CorruptError, OutputExistsError, SourceError, UnknownKeyError, first_three
+from gmem_bank.open_files import OpenFile, OpenFiles
 from gmem_bank.progress import Progress, no_progress
-from gmem_bank.provenance import Json, canonical_json, sha256_of
+from gmem_bank.provenance import Json, canonical_json
 from gmem_bank.segments import narrow, widen
 from gmem_bank.shard_file import REMEDY, STORED, ShardFile, write_shard
+from gmem_bank.shard_index import INDEX, PLAN, read_index, shard_name, write_index
 from gmem_bank.storage import atomic
 from gmem_bank.storage.payload import Payload
 
-INDEX = "index.json"
-PLAN = "plan.json"
-FORMAT = "gmem-shards"
-VERSION = 1
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 """--dtype on the command line → type of the values in the files."""
 READERS = 4
 """Threads that read shards through."""
-MOST_OPEN = 512
-"""Shards that are open at a time, or half of the files that the process may open, where that is less."""
-
-
-def shard_name(number: int) -> str:
-    """Return the file name of a shard."""
-    return f"{number:05d}.safetensors"
 
 
 class ShardWriter:
@@ -92,7 +77,7 @@ class ShardWriter:
     def finished(self) -> bool:
         """Whether the index is there, and is one; raises FormatError where a later version wrote it."""
         try:
-            return bool(_read_index(self.folder))
+            return bool(read_index(self.folder))
         except (SourceError, CorruptError):
             return False
 
@@ -152,90 +137,7 @@ class ShardWriter:
             shard = ShardFile(self.folder / shard_name(number))
             counts.append(len(shard))
             shape, dtype = shard.shape, shard.dtype
-        record: dict[str, Json] = {
-            "format": FORMAT, "version": VERSION, "num_rows": [*counts], "shape": [*shape], "dtype": dtype, "facts": dict(facts),
-        }  # fmt: skip
-        record["sha256"] = sha256_of(record)
-        atomic.write_bytes(self.folder / INDEX, (canonical_json(record) + "\n").encode())
-
-
-class _File:
-    """An open file, closed when the last who reads it lets go."""
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = -1  # where opening fails
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        if hasattr(os, "posix_fadvise"):  # rows are asked for in any order: what follows them is not wanted
-            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-
-    def read_into(self, buffer: memoryview, offset: int) -> int:
-        """Fill a buffer from an offset; returns what could be read."""
-        done = os.preadv(self.descriptor, [buffer], offset)
-        while 0 < done < len(buffer):
-            more = os.preadv(self.descriptor, [buffer[done:]], offset + done)
-            if not more:
-                break
-            done += more
-        return done
-
-
-class _Files:
-    """The files that were used last, open."""
-
-    def __init__(self) -> None:
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._most = max(1, min(MOST_OPEN, soft // 2 if soft > 0 else MOST_OPEN))
-        self._open: OrderedDict[Path, _File] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, path: Path) -> _File:
-        """Return an open file."""
-        with self._lock:
-            file = self._open.get(path)
-            if file is None:
-                file = self._open[path] = self._opened(path)
-                if len(self._open) > self._most:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(path)
-            return file
-
-    def _opened(self, path: Path) -> _File:
-        """Open a file; where the process may open no more, after letting go of those that were used first."""
-        while True:
-            try:
-                return _File(path)
-            except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._open:
-                    raise
-                self._open.popitem(last=False)
-                self._most = max(1, len(self._open))
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    """Return what the index says; raises SourceError, or FormatError, or CorruptError for what can be made anew."""
-    path = folder / INDEX
-    if not path.is_file():
-        state = (
-            "unfinished: run the command that makes it again" if (folder / PLAN).is_file() else "no folder of shards"
-        )
-        raise SourceError(f"{folder} is {state}", path=folder)
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        known = record["format"] == FORMAT and isinstance(record["version"], int)
-        fields = [record[name] for name in ("num_rows", "shape", "dtype", "facts")]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise CorruptError(f"{path} is not an index of shards: {reason}: {REMEDY}", path=path) from error
-    if not known or record["version"] > VERSION or not isinstance(fields[3], dict):
-        raise FormatError(f"{path} is of a version that this gmem does not know: install a newer one", path=path)
-    digest = record.pop("sha256", None)  # indexes of earlier versions have none
-    if digest is not None and digest != sha256_of(record):
-        raise CorruptError(f"{path} is damaged: its text has changed: {REMEDY}", path=path)
-    return dict(record)
+        write_index(self.folder, counts, shape, dtype, facts)
 
 
 class Shards:
@@ -251,7 +153,7 @@ class Shards:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        record = _read_index(self.folder)
+        record = read_index(self.folder)
         self.facts: dict[str, Json] = record["facts"]
         """What was said of them: the encoder's fingerprint and more."""
         self.shape: tuple[int, ...] = tuple(record["shape"])
@@ -259,7 +161,7 @@ class Shards:
         self._counts: list[int] = record["num_rows"]
         self._dtype = record["dtype"]
         self._starts = np.cumsum([0, *self._counts])
-        self._files = _Files()
+        self._files = OpenFiles()
         # a damaged or foreign file is found at once, not in the middle of a training
         self._shards = [self._checked(number) for number in range(len(self._counts))]
 
@@ -299,26 +201,18 @@ class Shards:
 
     def _find(self, keys: Sequence[str]) -> NDArray[np.int64]:
         """Return the (B,) rows of keys, -1 where there is none."""
-        hashes, rows = self._table
-        wanted = key_tables.hashes_of(keys)
-        begin, end = (np.searchsorted(hashes, wanted, side=side) for side in ("left", "right"))
-        found = np.full(len(keys), -1, np.int64)
-        for further in range(int((end - begin).max(initial=0))):  # more than once where hashes collide
-            places = np.flatnonzero((found < 0) & (begin + further < end))
-            candidates = rows[begin[places] + further]
-            same = self._are(candidates, [keys[place] for place in places.tolist()])
-            found[places[same]] = candidates[same]
-        return found
+        return key_tables.find(*self._table, keys, self._keys_of)
 
-    def _are(self, rows: NDArray[np.int64], keys: Sequence[str]) -> NDArray[np.bool_]:
-        """Return (B,) whether rows have these keys; reads the text of their shards."""
+    def _keys_of(self, rows: NDArray[np.int64]) -> list[str]:
+        """Return the keys of rows; reads the text of their shards."""
         owners = np.searchsorted(self._starts, rows, side="right") - 1
         inside = rows - self._starts[owners]
-        same = np.zeros(len(rows), np.bool_)
+        keys = [""] * len(rows)
         for owner in np.unique(owners).tolist():
-            stored, places = list(self._shards[owner].all_keys()), np.flatnonzero(owners == owner)
-            same[places] = [stored[inside[place]] == keys[place] for place in places.tolist()]
-        return same
+            stored = list(self._shards[owner].all_keys())
+            for place in np.flatnonzero(owners == owner).tolist():
+                keys[place] = stored[inside[place]]
+        return keys
 
     def holds(self, keys: Sequence[str]) -> NDArray[np.bool_]:
         """Return (B,) which of the keys are there."""
@@ -368,7 +262,7 @@ class Shards:
                 raise CorruptError(f"{shard.path} was cut short", path=shard.path)
         return found
 
-    def _file(self, path: Path) -> _File:
+    def _file(self, path: Path) -> OpenFile:
         try:
             return self._files.get(path)
         except OSError as error:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import gmem_bank
-from gmem_bank import shards
+from gmem_bank import open_files, shards
 from gmem_bank.errors import CorruptError, GMemError, SourceError, UnknownKeyError
 
 SHAPE = (4, 3, 2)
@@ -108,7 +108,7 @@ def test_shards_of_the_earlier_layout_are_read(tmp_path: Path) -> None:
 
 def test_threads_read_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """One file open at a time, many readers: every one gets its own rows, and no descriptor is left."""
-    monkeypatch.setattr(shards, "MOST_OPEN", 1)
+    monkeypatch.setattr(open_files, "MOST_OPEN", 1)
     values = write("s", [2] * 20, "f32")
     gc.collect()  # files that other tests have left in circles are not counted
     before = num_open()

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gmem_gen.channel_moments import ChannelMoments
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -23,6 +22,7 @@ from gmem_bank.errors import ConfigError, CorruptError, OutputExistsError, Sourc
 from gmem_gen import checkpoint as checkpoints
 from gmem_gen import latents, taef2
 from gmem_gen.autoencoders import Weights
+from gmem_gen.channel_moments import ChannelMoments
 from gmem_gen.config import Config
 from gmem_gen.data import to_pixels
 from gmem_gen.image_plan import plan_images

@@ -9,7 +9,7 @@ quickstart: .venv/installed-cpu  ## build, train, insert a concept without train
 	$(BIN)/python -m tools.quickstart $(ARGS)
 
 test: .venv/installed-test  ## the default suite
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 test-slow: .venv/installed-test  ## kill -9, soak and other long tests
 	$(BIN)/python -m pytest -m slow $(ARGS)

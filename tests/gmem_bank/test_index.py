@@ -213,7 +213,7 @@ def test_the_choice() -> None:
 @pytest.mark.parametrize("stored", ["dense", "factored"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_index_is_no_larger_than_allowed(make_bank: BankMaker, kind: str, stored: str) -> None:
-    """To the byte: its own size is enough, one less is refused, and then nothing is written. Estimates come near."""
+    """Its own size is enough, less is refused, and then nothing is written. Estimates come near."""
     bank = make_bank(snippets=clustered(1200, 24), kind=stored, rank=11)
     fixed = {} if kind == "flat" else {"nprobe": 2, "rerank": 2}
     made = gmem_bank.build_index(bank.path, kind=kind, **fixed)
@@ -221,7 +221,7 @@ def test_an_index_is_no_larger_than_allowed(make_bank: BankMaker, kind: str, sto
     about = estimated_bytes(kind, 1200, made.dim, default_lists(1200), 24 if stored == "factored" else 0)
     assert abs(place.stat().st_size - about) < 0.07 * about + 4096
     place.unlink()
-    spare = 60  # rates have more or fewer digits from one run to the next
+    spare = 256  # what is measured has more or fewer digits from one run to the next, and its text is aligned
     with pytest.raises(ConfigError, match=f"kind {kind} takes .* allowed: raise --max-bytes"):
         gmem_bank.build_index(bank.path, kind=kind, max_bytes=made.num_bytes - spare, **fixed)
     assert not place.exists()

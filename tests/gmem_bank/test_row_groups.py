@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gmem_bank import key_places, table_files
+from gmem_bank import key_places, keys, table_files
 from gmem_bank.columns import Columns
 from gmem_bank.contents import list_source, read_item
 from gmem_bank.errors import SourceError
@@ -125,7 +125,8 @@ def test_keys_are_found_where_hashes_collide(monkeypatch: pytest.MonkeyPatch) ->
     for key in ("a", "b", "c", "b", "a"):
         items.append(key, 0, 0)
     for hashes in (key_places.hashes_of, lambda keys: np.zeros(len(list(keys)), np.uint64)):
-        monkeypatch.setattr(key_places, "hashes_of", hashes)
+        for module in (keys, key_places):
+            monkeypatch.setattr(module, "hashes_of", hashes)
         places = KeyPlaces(items)
         assert [places.find(key) for key in ("a", "b", "c", "d")] == [0, 1, 2, None]
         assert places.repeated() == (1, 3)

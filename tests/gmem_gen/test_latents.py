@@ -318,7 +318,10 @@ def test_on_the_fly_the_statistics_are_of_the_images_asked_for(bank: str, weight
     gmem_gen.train(bank, again, out="run")
     kept = [checkpoints.read_state(path)["tokenizer"] for path in checkpoints.list_checkpoints(Path("run"))]
     assert len(kept) == 2
-    assert kept[0] == kept[1] == record
+    assert kept[0] == kept[1]
+    assert {**record, "mean": None, "std": None} == {**kept[0], "mean": None, "std": None}
+    for name in ("mean", "std"):  # measured by another process of training: convolutions may round otherwise
+        np.testing.assert_allclose(kept[0][name], record[name], atol=1e-6)
 
 
 def test_twins_of_a_bank_are_rows_of_their_own(photos: Path, weights: Path) -> None:

@@ -34,12 +34,12 @@ class Backbones:
     backbones: tuple[str, ...] = tuple(BACKBONES)
     tokenizers: tuple[str, ...] = ("pixel", "taef2")
     encoders: tuple[str, ...] = ("hog", "real")
-    held: tuple[str, ...] = ("frog", "horse", "ship")
+    held: tuple[str, ...] = ("1", "4", "6")
     """Classes that are held out together."""
     steps: int = 800
     rank: int = 256
     num: int = 50
-    guidance: float = 2.0
+    guidance: float = 3.0
     seed: int = 0
 
 

@@ -26,6 +26,8 @@ OTHERS = "others"
 ONE_THREAD = ("train.max_minutes=0", "train.num_threads=1", "train.keep_checkpoints=0", "sample.method=euler")
 DIGITS_TRAINING = ("model.patch_size=2", "model.depth=2", "data.channels=1", "train.snippet_dropout=0.2", *ONE_THREAD,
                    "sample.num_steps=12")  # fmt: skip
+LATENT_SIDE = 32
+"""Pixels of the images that become latents: digits are enlarged."""
 CIFAR_TRAINING = ("model.patch_size=4", *ONE_THREAD, "sample.num_steps=16")
 
 
@@ -147,8 +149,9 @@ def latent_settings(images: Images, folder: Path, weights: Path | None) -> tuple
     name = "-".join(str(part).lower() for part in next(iter(images.settings.items())))
     bank, target = folder / f"latents-{name}.safetensors", folder / f"latents-{name}"
     gmem_bank.build(images.train, EncoderChoice(name="hog", parameters={"size": 16}).load(), bank)
-    gmem_gen.encode(bank, "taef2", target, weights=weights, flip=images.flip)
-    return (f'data.latents="{target.resolve()}"', "model.patch_size=1")
+    place = gmem_gen.Weights(place=str(weights))
+    gmem_gen.encode(bank, "taef2", target, weights=place, image_size=LATENT_SIDE, flip=images.flip)
+    return (f'data.latents="{target.resolve()}"', "model.patch_size=1", "data.channels=3")
 
 
 def read_folder(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[str]]:

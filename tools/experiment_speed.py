@@ -34,15 +34,16 @@ def run(config: Speed, bench: Bench) -> dict[str, Any]:
     rows = []
     for name, preset in MODELS.items():
         settings = {"preset": preset, "config": config, **images.identity()}
+        if name != "memory":
+            del settings["encoder"]  # no snippet reaches a baseline
         out = cells.folder / f"run-{name}"
-        trained = cells.get(f"train-{name}", settings, lambda _, p=preset, o=out: _train(config, images, bank, p, o))
+        cells.get(f"train-{name}", settings, lambda _, p=preset, o=out: _train(config, images, bank, p, o))
         for step in config.steps:
             cell = {**settings, "step": step, "judge": judge}
             found = cells.get(
                 f"judge-{name}-{step}", cell, lambda _, o=out, s=step: _judge(config, images, bank, judge, o, s)
             )
-            rows.append({"model": name, "step": step, "train_seconds": trained["train_seconds"] * step / config.steps[-1],
-                         **found})  # fmt: skip
+            rows.append({"model": name, "step": step, **found})
     return {"rows": rows, "ratios": ratios(rows)}
 
 
@@ -76,7 +77,7 @@ def ratios(rows: list[Row]) -> dict[str, float | None]:
 
 def words(found: dict[str, Any]) -> str:
     """Return the section's text."""
-    columns = {"model": "conditioned on", "step": "steps", "train_seconds": "seconds of training", "frechet": "Fréchet distance",
+    columns = {"model": "conditioned on", "step": "steps", "frechet": "Fréchet distance",
                "frechet_low": "from", "frechet_high": "to", "kid": "KID", "precision": "precision", "recall": "recall",
                "near_copies": "near-copies", "fidelity": "fidelity"}  # fmt: skip
     reached = {
@@ -88,24 +89,25 @@ def words(found: dict[str, Any]) -> str:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Draw distance against steps and seconds."""
+    """Draw distance and recall against steps."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.ticker import NullLocator
 
+    steps = sorted({row["step"] for row in found["rows"]})
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
-    for axis, field, label in zip(axes, ("step", "train_seconds"), ("steps", "seconds of training"), strict=True):
+    for axis, (field, label) in zip(axes, {"frechet": "Fréchet distance", "recall": "recall"}.items(), strict=True):
         for name in MODELS:
             own = [row for row in found["rows"] if row["model"] == name]
-            axis.plot([row[field] for row in own], [row["frechet"] for row in own], "o-", label=name)
-        axis.set(xscale="log", yscale="log", xlabel=label, ylabel="Fréchet distance")
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
+            axis.plot([row["step"] for row in own], [row[field] for row in own], "o-", label=name)
+        axis.set(xscale="log", xlabel="steps", ylabel=label)
         axis.legend(title="conditioned on", frameon=False)
-    steps = sorted({row["step"] for row in found["rows"]})
-    axes[0].set_xticks(steps, [f"{step}" for step in steps])
-    axes[0].xaxis.set_minor_locator(NullLocator())
+        axis.set_xticks(steps, [f"{step}" for step in steps])
+        axis.xaxis.set_minor_locator(NullLocator())
+    axes[0].set_yscale("log")
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].yaxis.set_minor_formatter("{x:g}")
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -85,7 +85,7 @@ def _facts(report: EvaluationReport) -> str:
     return (
         f"{samples['count']} samples of {samples['width']}×{samples['height']} against {reference['count']}: "
         f"{reference['what']}. {judge['dim']} {judge['space']} features of {judge['encoder']} ({judge['fingerprint'][:8]}).{how} "
-        "Intervals: 95 %, by resampling the samples; the reference is held fixed."
+        "Intervals, 95 %: how far a figure would move with other samples of the same model; the reference is held fixed."
     )
 
 
@@ -97,9 +97,10 @@ def _remarks(remarks: Sequence[str]) -> str:
 def _figures(report: EvaluationReport) -> str:
     found = report.distribution
     rows = [
-        ("Fréchet distance" + (" (rank-deficient)" if found.rank_deficient else ""), found.frechet, "lower is better"),
+        ("Fréchet distance" + (" (rank-deficient)" if found.rank_deficient else ""), found.frechet,
+         "lower is better; too high by a bias of finite sets, which is not in the interval"),
         (f"KID × 1000 (subsets of {found.kid.subset_size})", _scaled(found.kid.estimate, 1000), "lower is better"),
-    ]
+    ]  # fmt: skip
     rows += [(f"{name} ({found.neighbours} neighbours)", estimate, "higher is better")
              for name, estimate in found.measures.items()]  # fmt: skip
     if (copies := report.memorisation) is not None:
@@ -107,11 +108,11 @@ def _figures(report: EvaluationReport) -> str:
             ("near-copies of the bank's images", copies.near_copies, f"cosine distance ≤ {copies.threshold:.3g}")
         )
     if (concepts := report.concepts) is not None:
-        real = np.mean(list(concepts.of_real.values()))
-        rows.append(("concept fidelity", concepts.fidelity, f"of real images: {real:.3g}"))
+        note = f"of real images of the same concepts: {concepts.of_real_as_asked:.3g}"
+        rows.append(("concept fidelity", concepts.fidelity, note))
     if (faithful := report.faithfulness) is not None:
-        real_images = "" if faithful.of_real is None else f", of their own images {faithful.of_real:.3g}"
-        floor = f"to other samples' snippets {faithful.shuffled:.3g}{real_images}"
+        beside = {"to other snippets": faithful.shuffled, "of their own images": faithful.of_real}
+        floor = ", ".join(f"{name} {value:.3g}" for name, value in beside.items() if value is not None)
         rows.append(("cosine to the snippet drawn from", faithful.cosine, floor))
     lines = "".join(
         f"<tr><td>{html.escape(name)}<td><b>{estimate.value:.4g}</b><td>{_interval(estimate)}<td>{html.escape(note)}</tr>"
@@ -166,7 +167,9 @@ def _memorisation(found: Memorisation, samples: ImageSet, training: ImageSet) ->
         f"{found.distances[place]:.4f} <i>{html.escape(training.keys[int(found.neighbours[place])])}</i></figure>"
         for place in closest
     )
-    origin = "as given" if found.given else "below which 1 % of the bank's images lie to their nearest other"
+    origin = (
+        "as given" if found.given else "below which 1 % of the bank's images lie to their nearest other, equals apart"
+    )
     near = f"{found.near_copies.value:.2%} of samples are at most {found.threshold:.4g} away ({origin})."
     return (
         f"<h2>Memorisation</h2><p>Cosine distance to the nearest image of the bank. {near}</p>"

@@ -13,11 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 import gmem_bank
-from gmem_gen.estimates import Estimate
+from gmem_gen.estimates import FEWEST, Estimate
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 NEAR_QUANTILE = 0.01
 """Of the distances of real images to the nearest other: what lies below is a near-copy, where no threshold is given."""
+EQUAL = 1e-6
+"""Cosine distances up to this are those of equal rows: FAISS's float32 tells no smaller ones from 0."""
 BLOCK_ROWS = 4096
 
 
@@ -43,13 +45,48 @@ def nearest(
     return scores, found
 
 
-def nearest_others(rows: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Return what `nearest` does for every row among the others; k at most m - 1."""
-    scores, found = nearest(rows, rows, k + 1)
-    own = found == np.arange(len(rows))[:, None]
-    own[~own.any(axis=1), -1] = True  # more than k equal rows came before it: any of them stands for it
-    shape = (len(rows), k)
-    return scores[~own].reshape(shape), found[~own].reshape(shape)
+def nearest_others(
+    rows: NDArray[np.float32], k: int, images: NDArray[np.int64] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return what `nearest` does for every row among the others.
+
+    Args:
+        rows: (m, D) float32 of length 1.
+        k: at most m less the rows of the image that has most of them.
+        images: (m,) numbers of the images that rows are of: a mirrored twin is no other; None: of one each.
+    """
+    image = np.arange(len(rows)) if images is None else images
+    scores, found = nearest(rows, rows, k + most_rows(image))
+    own = image[found] == image[:, None]  # not found where more equal rows came before it: any of them stands for it
+    others = np.argsort(own, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, others, axis=1), np.take_along_axis(found, others, axis=1)
+
+
+def images_of(keys: Sequence[str]) -> NDArray[np.int64]:
+    """Return (m,) numbers from 0, the same for an image and its mirrored twin."""
+    number: dict[str, int] = {}
+    return np.array([number.setdefault(key.removesuffix(gmem_bank.FLIP_SUFFIX), len(number)) for key in keys], np.int64)
+
+
+def most_rows(images: NDArray[np.int64]) -> int:
+    """Return how many rows the image has that has most of them."""
+    return int(np.unique(images, return_counts=True)[1].max(initial=0))
+
+
+def why_no_search(keys: Sequence[str], threshold: float | None) -> str:
+    """Return why memorisation cannot be judged against training images of these keys, or ""."""
+    count = len(set(images_of(keys).tolist()))
+    fewest = FEWEST if threshold is None else 2
+    if count >= fewest:
+        return ""
+    more = "" if threshold is not None else " and no threshold of a near-copy can be taken from them"
+    return f"there are {count} training images (mirrored twins apart), fewer than {fewest}{more}"
+
+
+def near_copy_threshold(between: NDArray[np.float64]) -> float:
+    """Return the distance below which 1 % of real images without an equal lie to their nearest other; `EQUAL` at least."""
+    apart = between[between > EQUAL]
+    return max(EQUAL, float(np.quantile(apart, NEAR_QUANTILE))) if len(apart) else EQUAL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +98,7 @@ class Memorisation:
     neighbours: NDArray[np.int64]
     """(n,) positions of the nearest training images."""
     between_real: NDArray[np.float64]
-    """(m,) of each training image to the nearest other."""
+    """(m,) of each training image to the nearest other, its mirrored twin left out."""
     threshold: float
     given: bool
     """Whether the threshold was given, and not taken from `between_real`."""
@@ -80,7 +117,20 @@ class Memorisation:
             "distance": "1 - cosine to the nearest training image", "num_training_images": len(self.between_real),
             "threshold": digits(self.threshold), "threshold_given": self.given, "near_copies": self.near_copies.to_json(),
             "near_copies_of_training": digits(self._share(self.between_real)), **shares, "quantiles": found,
+            "duplicates_in_training": digits(self.duplicates),
         }  # fmt: skip
+
+    @property
+    def duplicates(self) -> float:
+        """Share of training images that have an equal among the others."""
+        return float((self.between_real <= EQUAL).mean())
+
+    def remarks(self) -> list[str]:
+        """Return what a reader of the figures has to know."""
+        if not self.duplicates:
+            return []
+        left_out = "" if self.given else " They were left out where the threshold was found."
+        return [f"{self.duplicates:.2%} of the training images have an equal among the others.{left_out}"]
 
     def _share(self, distances: NDArray[np.float64]) -> float:
         return float((distances <= self.threshold).mean())
@@ -112,8 +162,9 @@ class Votes:
 
 
 def vote(
-    cosines: NDArray[np.float32], found: NDArray[np.int64], membership: NDArray[np.bool_], concepts: Sequence[str]
-) -> Votes:
+    cosines: NDArray[np.float32], found: NDArray[np.int64], membership: NDArray[np.bool_], concepts: Sequence[str],
+    rivals: NDArray[np.bool_] | None = None,
+) -> Votes:  # fmt: skip
     """Return the concept that most of each image's neighbours belong to; of as many the one with the larger sum of cosines.
 
     A neighbour of several concepts counts for each of them. What is still tied goes to the first in order.
@@ -123,10 +174,13 @@ def vote(
         found: (n, k) positions of the neighbours.
         membership: (m, K) whether a row belongs to a concept.
         concepts: K names.
+        rivals: (n, K) whether a concept may be voted for; None: all.
     """
     members = membership[found]  # (n, k, K)
     counts = members.sum(axis=1).astype(np.float64)
     weights = np.einsum("nk,nkc->nc", cosines.astype(np.float64), members.astype(np.float64))
+    if rivals is not None:
+        counts[~rivals] = -1.0
     order = np.lexsort((-weights, -counts))[:, 0] if len(counts) else np.zeros(0, np.int64)
     return Votes(concepts=tuple(concepts), predicted=order.astype(np.int64))
 
@@ -137,6 +191,13 @@ def memberships(concepts: Mapping[str, NDArray[np.int64]], num_rows: int) -> NDA
     for column, members in enumerate(concepts.values()):
         table[members, column] = True
     return table
+
+
+def candidates(membership: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return the (K, K) table of a concept and what its images may be taken for: itself, and those that share no row with it."""
+    members = membership.astype(np.float32)
+    apart: NDArray[np.bool_] = (members.T @ members == 0) | np.eye(membership.shape[1], dtype=np.bool_)
+    return apart
 
 
 def confusion(asked: NDArray[np.int64], predicted: NDArray[np.int64], num_concepts: int) -> NDArray[np.int64]:

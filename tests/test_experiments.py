@@ -11,10 +11,15 @@ import pytest
 from PIL import Image
 
 import gmem_bank
-from tools import experiment_insertion, experiments
+from tools import experiment_backbones, experiment_insertion, experiments
 from tools.experiment_composition import METHODS, blend, packed, pairs, shares, snippets_of, unpacked
+from tools.experiment_data import EncoderChoice, Images, choose_encoder, digits
+from tools.experiment_encoders import known, majority
+from tools.experiment_generalisation import ASKED, Generalisation, mean_cosine, snippets_asked
 from tools.experiment_judging import RealImages, embedded
-from tools.experiment_kit import Cells, Judge, write_section
+from tools.experiment_kit import Cells, save_pictures, write_section
+from tools.experiment_networks import captions, train_classifier
+from tools.experiment_size import _reduced
 from tools.experiment_speed import ratios
 
 
@@ -115,7 +120,8 @@ def test_real_images_vote_and_classify(tmp_path: Path) -> None:
         for folder, label in (("real", name), ("right", name), ("wrong", "standing")):
             (tmp_path / folder / label).mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(tmp_path / folder / label / f"{index:02d}.png")
-    real, judge = RealImages(Judge(), tmp_path / "real"), Judge().load()
+    choice = EncoderChoice(name="pixels", parameters={"size": 8})
+    real, judge = RealImages(choice, tmp_path / "real"), choice.load("raw")
     assert real.classified(tmp_path / "right") == 1.0
     assert real.classified(tmp_path / "wrong") == 0.5
     source = gmem_bank.open_images(tmp_path / "real")
@@ -123,15 +129,142 @@ def test_real_images_vote_and_classify(tmp_path: Path) -> None:
     assert (near == embedded(judge, tmp_path / "real")[1][:, None]).all()
 
 
-def test_the_classifier_has_columns_where_it_judged() -> None:
-    """Figures from before there was one are still written; with it, both ratios are said."""
-    names = ("seen", "not inserted", "projected", "basis grown")
-    old = {"rows": [{"class": "0", **dict.fromkeys(names, 0.5)}], "share_of_seen": 1.0}
-    assert "classifier" not in experiment_insertion.words(old)
-    row = old["rows"][0] | {f"{name}: classifier": 0.25 for name in names}
+def test_both_judges_have_columns_and_a_ratio() -> None:
+    """Votes and classifier, each with its control."""
+    names = ("seen", "trained on", "not inserted", "projected", "basis grown")
+    row = {"class": "0", **dict.fromkeys(names, 0.5), **{f"{name}: classifier": 0.25 for name in names}}
     said = experiment_insertion.words({"rows": [row], "share_of_seen": 1.0, "share_of_seen_classified": 0.75})
-    assert said.count("(classifier)") == 4
+    assert said.count("(classifier)") == 5
     assert said.endswith("1; by the classifier: 0.75.")
+
+
+def bars(folder: Path, count: int = 12) -> Images:
+    """Noise with a bar that stands or lies, in two halves."""
+    rng = np.random.default_rng(0)
+    for half in ("train", "held-out"):
+        for index in range(count):
+            pixels = rng.integers(0, 60, (8, 8), np.uint8)
+            name = ("lying", "standing")[index % 2]
+            pixels[(slice(2, 5), slice(None))[:: 1 if name == "lying" else -1]] += 190
+            (folder / half / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / half / name / f"{index:02d}.png")
+    hog = EncoderChoice(name="hog", parameters={"size": 16})
+    return Images(name="digits", train=folder / "train", held_out=folder / "held-out", taught=folder / "train", encoder=hog,
+                  training=(), settings={"bars": count})  # fmt: skip
+
+
+def test_captions_say_light_tint_and_class() -> None:
+    """A dark grey, a plain red and a bright blue picture of classes 1, 0 and 2; tokens after begin (0), and end (1)."""
+    colours = np.array([[10, 10, 10], [150, 90, 90], [200, 200, 255]], np.uint8)
+    images = np.broadcast_to(colours[:, None, None], (3, 4, 4, 3))
+    words = ["begin", "end", "dark", "plain", "bright", "grey", "red", "green", "blue", "class 0", "class 1", "class 2"]
+    said = [[words[token] for token in row] for row in captions(images, np.array([1, 0, 2])).tolist()]
+    assert said == [
+        ["begin", "dark", "grey", "class 1", "end"],
+        ["begin", "plain", "red", "class 0", "end"],
+        ["begin", "bright", "blue", "class 2", "end"],
+    ]
+
+
+def test_a_trained_classifier_is_an_encoder_that_tells_classes_apart(tmp_path: Path) -> None:
+    """Red and blue noise: ten batches are enough; the folder is read like any other, and the same seed gives the same weights."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 120, (80, 8, 8, 3), np.uint8), np.arange(80) % 2
+    images[labels == 0, ..., 0] += 120
+    images[labels == 1, ..., 2] += 120
+    for name in ("first", "again"):
+        train_classifier(images, labels, tmp_path / name, steps=10)
+    encoders = [
+        EncoderChoice(name=f"hf:{tmp_path / name}", parameters={"preset": "native", "dtype": "fp32"}).load()
+        for name in ("first", "again")
+    ]
+    found = gmem_bank.encode_images(encoders[0], list(images))
+    assert encoders[0].spec.weights_sha256 == encoders[1].spec.weights_sha256
+    means = np.stack([found[labels == label].mean(axis=0) for label in (0, 1)])
+    nearer = np.linalg.norm(found[:, None] - means, axis=2).argmin(axis=1)
+    assert (nearer == labels).mean() > 0.95
+
+
+def test_snippets_asked_are_rows_midpoints_or_of_held_out_images(tmp_path: Path) -> None:
+    """Rows are in the bank; what lies between is equally far from two rows of one class, or of two; held-out ones are in no bank."""
+    images, config = bars(tmp_path), Generalisation(num=6)
+    bank = images.build(images.train, tmp_path / "bank.safetensors")
+    stored = bank.snippets(np.arange(len(bank)))
+    classes = np.array([key.partition("/")[0] for key in bank.keys(np.arange(len(bank)))])
+    asked = {name: snippets_asked(config, images, bank, name) for name in ASKED}
+    for name, found in asked.items():
+        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+        assert (stored @ found.T).max(axis=0).min() > (1 - 1e-6 if name == "rows of the bank" else 0)
+        np.testing.assert_array_equal(found, snippets_asked(config, images, bank, name))
+    assert (stored @ asked["held-out images"].T).max() < 1 - 1e-4
+    middles = {
+        (a, b): mixed / np.linalg.norm(mixed)
+        for a in range(12)
+        for b in range(a)
+        if (mixed := stored[a] + stored[b]) is not None
+    }
+    for name, same in (("between rows of a class", True), ("between two classes", False)):
+        for snippet in asked[name]:
+            (a, b), _ = max(middles.items(), key=lambda item: float(item[1] @ snippet))
+            np.testing.assert_allclose(middles[a, b], snippet, atol=1e-5)
+            assert (classes[a] == classes[b]) == same
+    assert mean_cosine(stored, stored) == pytest.approx(1)
+    assert mean_cosine(stored[:1], -3 * stored[:1]) == pytest.approx(-1)
+
+
+def test_smaller_banks_hold_rows_of_the_whole_one(tmp_path: Path) -> None:
+    """By chance or as a coreset; another seed draws others, into another file."""
+    images, cells = bars(tmp_path), Cells(tmp_path / "cells")
+    whole = images.build(images.train, tmp_path / "bank.safetensors")
+    keys = {}
+    for kept, seed in (("at random", 0), ("at random", 1), ("coreset", 0)):
+        bank = gmem_bank.open(_reduced(cells, Path(whole.path), 5, kept, seed))
+        keys[kept, seed] = bank.keys(np.arange(len(bank)))
+        assert len(set(keys[kept, seed]) & set(whole.keys(np.arange(12)))) == 5
+    assert keys["at random", 0] != keys["at random", 1]
+
+
+def test_what_an_encoder_knows_is_voted_by_rows(tmp_path: Path) -> None:
+    """Standing and lying bars are known by their gradients; of equally many votes the nearest counts."""
+    images = bars(tmp_path)
+    images.build(images.train, tmp_path / "bank.safetensors")
+    assert known(images, tmp_path / "bank.safetensors", 3) == 1.0
+    assert majority(["b", "a", "a", "b"]) == "b"
+    assert majority(["b", "a", "a"]) == "a"
+
+
+def test_pictures_are_written_grey_or_in_colour_without_old_ones(tmp_path: Path) -> None:
+    """Into folders of their classes; what lay there before is gone."""
+    grey, colour = (np.random.default_rng(0).integers(0, 256, (2, 4, 5, depth), np.uint8) for depth in (1, 3))
+    save_pictures(colour, tmp_path / "out")
+    save_pictures(grey, tmp_path / "out", ["a", "b"])
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")) == [
+        "out/a/00000.png",
+        "out/b/00001.png",
+    ]
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "b" / "00001.png")), grey[1, ..., 0])
+
+
+def test_what_an_experiment_lacks_is_said(tmp_path: Path) -> None:
+    """Encoders and tokenizers that need weights name the option; unknown names list what there is."""
+    images = bars(tmp_path)
+    for name, words in (("real", "--real"), ("hogg", "give hog, pixels, classifier, clip or real")):
+        with pytest.raises(SystemExit, match=words):
+            choose_encoder(name, images, tmp_path, None)
+    bench = experiments.Bench(
+        images=images, judge=images.encoder, cells=Cells(tmp_path / "c"), choose=lambda name: images.encoder
+    )
+    for name, words in (("taef2", "--taef2"), ("taef3", "pixel or taef2")):
+        with pytest.raises(SystemExit, match=words):
+            experiment_backbones.run(experiment_backbones.Backbones(tokenizers=(name,), held=("lying",)), bench)
+
+
+def test_the_digits_are_all_there_once(tmp_path: Path) -> None:
+    """1,797 images in two halves, ten classes in each."""
+    images = digits(tmp_path)
+    counts = [len(list(half.rglob("*.png"))) for half in (images.train, images.held_out)]
+    assert counts == [1347, 450]
+    assert {path.name for path in images.train.iterdir()} == {path.name for path in images.held_out.iterdir()}
 
 
 @pytest.mark.slow
@@ -142,6 +275,10 @@ def test_the_classifier_has_columns_where_it_judged() -> None:
         ("compression", ["steps=2", "num=50", "ranks=[8]", 'dtypes=["i8"]', "keep=[1.0,0.5]"]),
         ("insertion", ["steps=2", "num=50", 'classes=["9"]']),
         ("composition", ["steps=2", "num=3"]),
+        ("generalisation", ["steps=2", "num=50", "dropouts=[0.2]"]),
+        ("size", ["steps=2", "num=50", "rows=[60]", "retrained=[60]"]),
+        ("encoders", ["steps=2", "num=50", 'encoders=["hog"]']),
+        ("backbones", ["steps=2", "num=50", 'tokenizers=["pixel"]', 'encoders=["hog"]', 'held=["9"]']),
     ],
 )
 def test_an_experiment_runs_and_is_written_from_its_figures(name: str, settings: list[str], monkeypatch) -> None:

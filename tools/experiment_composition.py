@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 import gmem_bank
 import gmem_gen
+from tools.experiment_data import EncoderChoice, Images
 from tools.experiment_judging import RealImages
-from tools.experiment_kit import Cells, Images, Judge, Row, table
+from tools.experiment_kit import Bench, Row, as_rgb, table, trained
 
 METHODS = ("linear", "slerp", "concat", "mask")
 PARENTS = ("first parent", "second parent")
@@ -44,24 +45,20 @@ class Composition:
     seed: int = 0
 
 
-def run(config: Composition, images: Images, judge: Judge, cells: Cells) -> dict[str, Any]:
+def run(config: Composition, bench: Bench) -> dict[str, Any]:
     """Train once on all classes, draw and judge every pair, and return a row for each, and means for each way."""
+    images, judge, cells = bench.images, bench.judge, bench.cells
     bank = cells.folder / "bank.safetensors"
     opened = images.build(images.train, bank)
-    settings = {"steps": config.steps, "seed": config.seed, "guidance": config.guidance, "training": images.training,
-                "encoder": images.parameters}  # fmt: skip
-    train = images.config(
-        "nano", f"train.max_steps={config.steps}", f"train.checkpoint_every={config.steps}", f"train.seed={config.seed}",
-        f"sample.guidance={config.guidance}",
-    )  # fmt: skip
-    cells.get("train", settings, lambda _: {"steps": gmem_gen.train(bank, train, out=cells.folder / "run").step})
+    guided = f"sample.guidance={config.guidance}"
+    run_folder = trained(cells, "all", images, bank, config.steps, f"train.seed={config.seed}", guided).folder
     rows = []
     for first, second in pairs(sorted(opened.names), config.apart):
-        cell = {**settings, "config": config, "judge": judge}
+        cell = {**images.identity(), "config": config, "judge": judge}
         found = cells.get(
             f"pair-{first}-{second}",
             cell,
-            lambda _, a=first, b=second: _pair(config, images, judge, opened, cells, a, b),
+            lambda _, a=first, b=second: _pair(config, images, judge, opened, run_folder, a, b),
         )
         rows.append({"first": first, "second": second, **found})
     return {"rows": rows, "ways": [summary(rows, way) for way in (*METHODS, *CONTROLS)]}
@@ -75,7 +72,13 @@ def pairs(names: Sequence[str], apart: int) -> list[tuple[str, str]]:
 
 
 def _pair(
-    config: Composition, images: Images, judge: Judge, bank: gmem_bank.MemoryBank, cells: Cells, first: str, second: str
+    config: Composition,
+    images: Images,
+    judge: EncoderChoice,
+    bank: gmem_bank.MemoryBank,
+    run_folder: Path,
+    first: str,
+    second: str,
 ) -> Row:
     """Draw and judge one pair of classes."""
     rng = np.random.default_rng(config.seed)
@@ -85,7 +88,7 @@ def _pair(
     ]
     keys = [bank.keys(some) for some in rows]
     real = [[bank.read_image(int(row)) for row in some] for some in rows]
-    model = gmem_gen.load_checkpoint(cells.folder / "run")
+    model = gmem_gen.load_checkpoint(run_folder)
     drawn = {way: _sample(bank, model, snippets_of(bank, way, keys, config.seed)) for way in (*METHODS, *PARENTS)}
     drawn["pixel blend"] = [blend(a, b) for a, b in zip(*real, strict=True)]
     witnesses = RealImages(judge, images.held_out)
@@ -112,11 +115,6 @@ def _sample(bank: gmem_bank.MemoryBank, model: gmem_gen.LoadedCheckpoint, snippe
     """Draw one (H, W, 3) image of each snippet."""
     conditions = gmem_gen.snippet_conditions(snippets, [f"{place}" for place in range(len(snippets))])
     return [as_rgb(image) for image in gmem_gen.sample(bank, model, conditions).images]
-
-
-def as_rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return (H, W, 3) of (H, W, 1 or 3)."""
-    return np.broadcast_to(image, (*image.shape[:2], 3)).copy()
 
 
 def blend(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> NDArray[np.uint8]:

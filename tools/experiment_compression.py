@@ -11,7 +11,8 @@ from typing import Any
 
 import gmem_bank
 import gmem_gen
-from tools.experiment_kit import Cells, Images, Judge, Row, judged, table
+from tools.experiment_data import EncoderChoice, Images
+from tools.experiment_kit import Bench, Row, judged, table, trained
 
 WITHIN = 1.05
 """Of the whole bank's distance: what counts as as good."""
@@ -31,15 +32,13 @@ class Compression:
     seed: int = 0
 
 
-def run(config: Compression, images: Images, judge: Judge, cells: Cells) -> dict[str, Any]:
+def run(config: Compression, bench: Bench) -> dict[str, Any]:
     """Judge every bank, and name the smallest that is as good as the whole one."""
+    images, judge, cells = bench.images, bench.judge, bench.cells
     whole = cells.folder / "bank.safetensors"
     images.build(images.train, whole)
-    settings = {"steps": config.steps, "seed": config.seed, "training": images.training, "encoder": images.parameters}
-    train = images.config(
-        "nano", f"train.max_steps={config.steps}", f"train.checkpoint_every={config.steps}", f"train.seed={config.seed}"
-    )
-    cells.get("train", settings, lambda _: {"steps": gmem_gen.train(whole, train, out=cells.folder / "run").step})
+    run_folder = trained(cells, "whole", images, whole, config.steps, f"train.seed={config.seed}").folder
+    settings = {**images.identity(), "steps": config.steps, "seed": config.seed}
     rows = []
     for rank, dtype, keep in [
         (0, "f32", 1.0),
@@ -48,7 +47,9 @@ def run(config: Compression, images: Images, judge: Judge, cells: Cells) -> dict
         cell = {**settings, "rank": rank, "dtype": dtype, "keep": keep, "num": config.num, "judge": judge}
         name = f"rank-{rank}-{dtype}-{keep:g}" if rank else "whole"
         found = cells.get(
-            name, cell, lambda work, r=rank, d=dtype, k=keep: _judge(config, judge, images, cells, work, r, d, k)
+            name,
+            cell,
+            lambda work, r=rank, d=dtype, k=keep: _judge(config, judge, images, whole, run_folder, work, r, d, k),
         )
         rows.append({"bank": "whole" if not rank else f"rank {rank}", "dtype": dtype, "kept": keep, **found})
     good = [row for row in rows if row["frechet"] <= WITHIN * rows[0]["frechet"]]
@@ -56,10 +57,10 @@ def run(config: Compression, images: Images, judge: Judge, cells: Cells) -> dict
 
 
 def _judge(
-    config: Compression, judge: Judge, images: Images, cells: Cells, work: Path, rank: int, dtype: str, keep: float
-) -> Row:
+    config: Compression, judge: EncoderChoice, images: Images, whole: Path, run_folder: Path, work: Path, rank: int,
+    dtype: str, keep: float,
+) -> Row:  # fmt: skip
     """Compress, mask, sample and judge."""
-    whole = cells.folder / "bank.safetensors"
     bank = whole
     if rank:
         bank = work / "compressed.safetensors"
@@ -73,7 +74,7 @@ def _judge(
             bank = masked
     options = gmem_gen.EvaluationOptions(num=config.num, num_resamples=30, seed=config.seed)
     report = gmem_gen.evaluate(
-        bank, judge.load(), checkpoint=cells.folder / "run", reference=images.held_out, images=images.train, options=options,
+        bank, judge.load("raw"), checkpoint=run_folder, reference=images.held_out, images=images.train, options=options,
         out=work / "evaluation",
     )  # fmt: skip
     return {"bytes": bank.stat().st_size, **judged(report)}

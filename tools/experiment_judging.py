@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import gmem_bank
-from tools.experiment_kit import Judge
+from tools.experiment_data import EncoderChoice
 
 
 def embedded(encoder: gmem_bank.Encoder, folder: Path) -> tuple[NDArray[np.float32], NDArray[np.str_]]:
@@ -33,8 +33,8 @@ class RealImages:
         folder: class folders.
     """
 
-    def __init__(self, judge: Judge, folder: Path) -> None:
-        self._encoder = judge.load()
+    def __init__(self, judge: EncoderChoice, folder: Path) -> None:
+        self._encoder = judge.load("raw")
         self._embeddings, self._labels = embedded(self._encoder, folder)
 
     def classified(self, folder: Path) -> float:

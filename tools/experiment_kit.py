@@ -1,4 +1,4 @@
-"""What every experiment needs: cells that survive a kill, the images, a judge, and a section written from the figures.
+"""What every experiment needs: cells that survive a kill, trained generators, and a section written from the figures.
 
 Shapes: none here.
 """
@@ -16,24 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-import gmem_bank
 import gmem_gen
+from tools.experiment_data import EncoderChoice, Images
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "RESULTS.md"
 FIGURES = ROOT / "docs" / "results"
-DIGITS_ENCODER = {"size": 40, "orientations": 12}
-DIGITS_TRAINING = (
-    "model.patch_size=2", "model.depth=2", "data.channels=1", "train.snippet_dropout=0.2", "train.max_minutes=0",
-    "train.num_threads=1", "train.keep_checkpoints=0", "sample.method=euler", "sample.num_steps=12",
-)  # fmt: skip
-CIFAR_TRAINING = (
-    "model.patch_size=4", "train.max_minutes=0", "train.num_threads=1", "train.keep_checkpoints=0", "sample.method=euler",
-    "sample.num_steps=16",
-)  # fmt: skip
-
 Row = dict[str, Any]
 
 
@@ -69,89 +60,49 @@ class Cells:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Images:
-    """Real images in two halves, and what to do with them."""
+class Bench:
+    """What an experiment works with."""
 
-    train: Path
-    """Class folders."""
-    held_out: Path
-    """Class folders."""
-    encoder: str
-    parameters: Mapping[str, Any]
-    training: Sequence[str]
-    """Settings of the generator."""
-
-    def build(self, source: Path, bank: Path) -> gmem_bank.MemoryBank:
-        """Build a bank of the conditioning encoder, or open it where it is there."""
-        gmem_bank.build(source, self.load(), bank)
-        return gmem_bank.open(bank)
-
-    def load(self) -> gmem_bank.Encoder:
-        """Return the encoder that conditions."""
-        return gmem_bank.load_encoder(self.encoder, parameters=self.parameters)
-
-    def config(self, preset: str, *settings: str) -> gmem_gen.Config:
-        """Return a preset with the settings of these images, and more."""
-        return gmem_gen.apply_settings(gmem_gen.preset(preset), [*self.training, *settings])
-
-
-def digits(folder: Path) -> Images:
-    """Write scikit-learn's 1,797 digits as class folders: of every four the first is held out."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    halves = folder / "digits" / "train", folder / "digits" / "held-out"
-    if not (folder / "digits" / "written").is_file():
-        shutil.rmtree(folder / "digits", ignore_errors=True)
-        for index, (image, label) in enumerate(zip(data.images, data.target, strict=True)):
-            target = halves[index % 4 == 0] / str(label)
-            target.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.rint(image * (255 / 16)).astype(np.uint8)).save(target / f"{index:04d}.png")
-        (folder / "digits" / "written").touch()
-    return Images(
-        train=halves[0], held_out=halves[1], encoder="hog", parameters=DIGITS_ENCODER, training=DIGITS_TRAINING
-    )
-
-
-def cifar10(data: Path, folder: Path, per_class: int) -> Images:
-    """Write the first images of each class of CIFAR-10 as class folders, from a folder with train.tar and test.tar."""
-    target = folder / f"cifar10-{per_class}"
-    if not (target / "written").is_file():
-        shutil.rmtree(target, ignore_errors=True)
-        for half, archive in (("train", "train.tar"), ("held-out", "test.tar")):
-            source = gmem_bank.open_images(data / archive)
-            for name, places in source.concepts.items():
-                (target / half / name).mkdir(parents=True)
-                for place in places[:per_class].tolist():
-                    Image.fromarray(source.read(place)).save(target / half / name / f"{place:05d}.png")
-        (target / "written").touch()
-    return Images(
-        train=target / "train",
-        held_out=target / "held-out",
-        encoder="hog",
-        parameters={"size": 40},
-        training=CIFAR_TRAINING,
-    )
+    images: Images
+    judge: EncoderChoice
+    cells: Cells
+    choose: Callable[[str], EncoderChoice]
+    """Encoders by the short names of configurations."""
+    autoencoder: Path | None = None
+    """Folder of TAEF2."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judge:
-    """The encoder that judges: never the one that conditions."""
+class Run:
+    """A generator that was trained."""
 
-    name: str = "pixels"
-    weights: str | None = None
-    parameters: str = '{"size": 8}'
-    """JSON object."""
+    folder: Path
+    seconds: float
 
-    def load(self) -> gmem_bank.Encoder:
-        """Return the encoder, in raw space."""
-        return gmem_bank.load_encoder(
-            self.name, weights=self.weights, space="raw", parameters=json.loads(self.parameters)
-        )
 
-    def words(self) -> str:
-        """Return what to call it."""
-        return self.name.replace("hf:", "") if not self.weights else Path(self.weights).name
+def trained(
+    cells: Cells, name: str, images: Images, bank: Path, steps: int, *settings: str, preset: str = "nano"
+) -> Run:
+    """Train a generator once, and return its run.
+
+    Args:
+        cells: remember that it was trained, and have the run.
+        name: of the cell.
+        images: give the settings that all generators of these images have.
+        bank: what it learns from.
+        steps: how many; the only checkpoint is the last.
+        settings: more of the generator's.
+        preset: of the generator.
+    """
+    config = images.config(preset, f"train.max_steps={steps}", f"train.checkpoint_every={steps}", *settings)
+    described = {**images.identity(), "steps": steps, "settings": settings, "preset": preset}
+
+    def train(work: Path) -> Row:
+        report = gmem_gen.train(bank, config, out=work / "run")
+        return {"run": f"{work.name}/run", "train_seconds": report.seconds}
+
+    made = cells.get(f"train-{name}", described, train)
+    return Run(folder=cells.folder / made["run"], seconds=made["train_seconds"])
 
 
 def judged(report: gmem_gen.EvaluationReport) -> Row:
@@ -163,11 +114,31 @@ def judged(report: gmem_gen.EvaluationReport) -> Row:
         "frechet_high": distribution["frechet"]["high"], "rank_deficient": distribution["frechet"]["rank_deficient"],
         "kid": distribution["kid"]["value"], "precision": distribution["precision"]["value"],
         "recall": distribution["recall"]["value"],
-        "near_copies": None if copies is None else copies["near_copies"]["value"],
+        **({} if copies is None else _copies(copies)),
         "fidelity": None if concepts is None else concepts["fidelity"]["value"],
         "by_concept": None if concepts is None else concepts["by_concept"],
         "snippet_cosine": None if found["snippets"] is None else found["snippets"]["cosine"]["value"],
     }  # fmt: skip
+
+
+def _copies(found: Mapping[str, Any]) -> Row:
+    near = found["near_copies"]
+    return {"near_copies": near["value"], "copies_low": near["low"], "copies_high": near["high"],
+            "near_copies_of_real": found.get("near_copies_of_reference")}  # fmt: skip
+
+
+def save_pictures(images: NDArray[np.uint8], folder: Path, classes: Sequence[str] = ()) -> None:
+    """Write n images (n, H, W, 1 or 3) as PNGs into an empty folder, in folders of their classes where these are given."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for place, pixels in enumerate(images):
+        target = folder / classes[place] if classes else folder
+        target.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(target / f"{place:05d}.png")
+
+
+def as_rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return (H, W, 3) of (H, W, 1 or 3)."""
+    return np.broadcast_to(image, (*image.shape[:2], 3)).copy()
 
 
 def table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:

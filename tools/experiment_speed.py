@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import gmem_gen
-from tools.experiment_kit import Cells, Images, Judge, Row, judged, table
+from tools.experiment_data import EncoderChoice, Images
+from tools.experiment_kit import Bench, Row, judged, table
 
 MODELS = {"memory": "nano", "classes": "nano:class", "nothing": "nano:none"}
 
@@ -25,13 +26,14 @@ class Speed:
     seed: int = 0
 
 
-def run(config: Speed, images: Images, judge: Judge, cells: Cells) -> dict[str, Any]:
+def run(config: Speed, bench: Bench) -> dict[str, Any]:
     """Train the three, judge every checkpoint, and return rows and the ratio of steps."""
+    images, judge, cells = bench.images, bench.judge, bench.cells
     bank = cells.folder / "bank.safetensors"
     images.build(images.train, bank)
     rows = []
     for name, preset in MODELS.items():
-        settings = {"preset": preset, "config": config, "training": images.training}
+        settings = {"preset": preset, "config": config, **images.identity()}
         out = cells.folder / f"run-{name}"
         trained = cells.get(f"train-{name}", settings, lambda _, p=preset, o=out: _train(config, images, bank, p, o))
         for step in config.steps:
@@ -51,11 +53,11 @@ def _train(config: Speed, images: Images, bank: Path, preset: str, out: Path) ->
     return {"train_seconds": report.seconds, "parameters": report.num_parameters}
 
 
-def _judge(config: Speed, images: Images, bank: Path, judge: Judge, run_folder: Path, step: int) -> Row:
+def _judge(config: Speed, images: Images, bank: Path, judge: EncoderChoice, run_folder: Path, step: int) -> Row:
     options = gmem_gen.EvaluationOptions(num=config.num, num_resamples=30, seed=config.seed)
     return judged(
         gmem_gen.evaluate(
-            bank, judge.load(), checkpoint=run_folder / "checkpoints" / f"step-{step:08d}", reference=images.held_out,
+            bank, judge.load("raw"), checkpoint=run_folder / "checkpoints" / f"step-{step:08d}", reference=images.held_out,
             options=options, out=run_folder.parent / f"evaluation-{run_folder.name}-{step}",
         )
     )  # fmt: skip

@@ -4,7 +4,7 @@
     python -m tools.experiments insertion
     python -m tools.experiments compression
     python -m tools.experiments composition
-    python -m tools.experiments speed --data FOLDER --judge hf:FOLDER   # CIFAR-10 as train.tar and test.tar
+    python -m tools.experiments speed --cifar10 FOLDER   # a folder with train.tar and test.tar
 
 The same command again takes up where it was interrupted: what is done lies in --out, a JSON a cell. With --publish the
 figures go to docs/results and docs/RESULTS.md; `--from-json` writes these again without computing anything.
@@ -20,14 +20,32 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tools import experiment_composition, experiment_compression, experiment_insertion, experiment_speed
-from tools.experiment_kit import FIGURES, Cells, Images, Judge, cifar10, digits, record, write_section
+from tools import (
+    experiment_backbones,
+    experiment_composition,
+    experiment_compression,
+    experiment_encoders,
+    experiment_generalisation,
+    experiment_insertion,
+    experiment_size,
+    experiment_speed,
+)
+from tools.experiment_data import EncoderChoice, Images, choose_encoder, cifar10, digits
+from tools.experiment_kit import FIGURES, Bench, Cells, record, write_section
 
 EXPERIMENTS: dict[str, tuple[Any, Any, str]] = {
     "speed": (experiment_speed, experiment_speed.Speed, "Training speed: a memory, classes, or nothing"),
     "insertion": (experiment_insertion, experiment_insertion.Insertion, "A class inserted without training"),
     "composition": (experiment_composition, experiment_composition.Composition, "Between two classes"),
     "compression": (experiment_compression, experiment_compression.Compression, "How small the bank may be"),
+    "generalisation": (
+        experiment_generalisation,
+        experiment_generalisation.Generalisation,
+        "Beyond the training images",
+    ),
+    "size": (experiment_size, experiment_size.Size, "How many rows the bank has to have"),
+    "encoders": (experiment_encoders, experiment_encoders.Encoders, "One encoder after another"),
+    "backbones": (experiment_backbones, experiment_backbones.Backbones, "Networks, tokenizers and encoders"),
 }
 
 
@@ -35,11 +53,15 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=EXPERIMENTS)
-    parser.add_argument("--data", type=Path, help="folder with CIFAR-10 as train.tar and test.tar; without it digits")
-    parser.add_argument("--per-class", type=int, default=200, help="images of each class of CIFAR-10 (200)")
-    parser.add_argument("--judge", help="encoder that judges (digits: pixels)")
-    parser.add_argument("--judge-weights", help="folder with its weights")
-    parser.add_argument("--judge-parameters", default="{}", help="JSON object")
+    parser.add_argument(
+        "--cifar10", type=Path, help="folder with CIFAR-10 as train.tar and test.tar; without it digits"
+    )
+    parser.add_argument("--per-class", type=int, default=500, help="images of each class of CIFAR-10 to train on (500)")
+    parser.add_argument("--encoder", default="hog", help="that conditions: hog, pixels, clip, real, classifier (hog)")
+    parser.add_argument("--flip", action="store_true", help="mirrored twins in the banks that generators learn from")
+    parser.add_argument("--judge", help="encoder that judges (digits: pixels, CIFAR-10: classifier)")
+    parser.add_argument("--real", help="folder or repository of the encoder 'real', in the form of transformers")
+    parser.add_argument("--taef2", type=Path, help="folder with the weights of TAEF2, for the tokenizer 'taef2'")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=JSON", help="a field of the configuration")
     parser.add_argument("--train", action="append", default=[], metavar="KEY=VALUE", help="a setting of the generator")
     parser.add_argument("--variant", help="short word for a second section of the same experiment, such as full-rank")
@@ -62,29 +84,56 @@ def configured(kind: Any, pairs: list[str]) -> Any:
     return kind(**changes)
 
 
-def material(options: argparse.Namespace) -> tuple[str, Images, Judge]:
-    """Return the name of the data, the images, and the judge."""
-    if options.data is None:
-        judge = Judge() if options.judge is None else Judge(name=options.judge, weights=options.judge_weights,
-                                                            parameters=options.judge_parameters)  # fmt: skip
-        return "digits", digits(options.out), judge
-    if options.judge is None:
-        raise SystemExit("CIFAR-10 needs --judge: a network that was trained on other images, such as hf:FOLDER")
-    judge = Judge(name=options.judge, weights=options.judge_weights, parameters=options.judge_parameters)
-    return "CIFAR-10", cifar10(options.data, options.out, options.per_class), judge
+def bench(options: argparse.Namespace) -> Bench:
+    """Return images, judge and cells as the command line asks for them."""
+    images = (
+        digits(options.out) if options.cifar10 is None else cifar10(options.cifar10, options.out, options.per_class)
+    )
+
+    def choose(name: str) -> EncoderChoice:
+        return choose_encoder(name, images, options.out, options.real)
+
+    chosen = dataclasses.replace(
+        images, flip=options.flip, encoder=choose(options.encoder), training=(*images.training, *options.train)
+    )
+    judge = choose(options.judge or ("pixels" if options.cifar10 is None else "classifier"))
+    if judge == chosen.encoder:
+        raise SystemExit(f"{judge.words()} cannot both condition and judge: give another --encoder or --judge")
+    folder = options.out / stem(options, images)
+    return Bench(images=chosen, judge=judge, cells=Cells(folder), choose=choose, autoencoder=options.taef2)
 
 
-def publish(stem: str) -> None:
+def stem(options: argparse.Namespace, images: Images) -> str:
+    """Return the name of the files of an experiment."""
+    return "-".join(part for part in (options.name, images.name.lower(), options.variant) if part)
+
+
+def command(options: argparse.Namespace) -> str:
+    """Return the command again, with variables in the place of folders that every machine has elsewhere."""
+    words = ["python -m tools.experiments", options.name]
+    words += [f"--cifar10 $CIFAR10 --per-class {options.per_class}"] if options.cifar10 else []
+    words += ["--real $VIT_TINY"] if options.real else []
+    words += ["--taef2 $TAEF2"] if options.taef2 else []
+    words += [f"--encoder {options.encoder}"] if options.encoder != "hog" else []
+    words += ["--flip"] if options.flip else []
+    words += [f"--judge {options.judge}"] if options.judge else []
+    words += [f"--set {shlex.quote(pair)}" for pair in options.set] + [
+        f"--train {shlex.quote(pair)}" for pair in options.train
+    ]
+    return " ".join([*words, *([f"--variant {options.variant}"] if options.variant else [])])
+
+
+def publish(name: str) -> None:
     """Write the plot and the section of an experiment from its JSON."""
-    found = json.loads((FIGURES / f"{stem}.json").read_text(encoding="utf-8"))
+    found = json.loads((FIGURES / f"{name}.json").read_text(encoding="utf-8"))
     module, _, title = EXPERIMENTS[found["name"]]
-    module.draw(found["figures"], FIGURES / f"{stem}.png")
+    module.draw(found["figures"], FIGURES / f"{name}.png")
     data = ", ".join(part for part in (found["data"], found.get("variant")) if part)
     about = (
         f"## {title}: {data}\n\n    {found['command']}\n\nConfiguration: `{json.dumps(found['config'])}`. Conditioned "
         f"on {found['conditioned_on']}, judged by {found['judge']}; {found['seconds']:,.0f} s in all.\n\n"
     )
-    write_section(stem, f"{about}{module.words(found['figures'])}\n\n![{title}](results/{stem}.png)")
+    write_section(name, f"{about}{module.words(found['figures'])}\n\n![{title}](results/{name}.png)")
 
 
 def main() -> int:
@@ -96,29 +145,22 @@ def main() -> int:
             publish(path.stem)
         return 0
     config = configured(kind, options.set)
-    data, images, judge = material(options)
-    images = dataclasses.replace(images, training=(*images.training, *options.train))
     if options.variant and not options.variant.replace("-", "").isalnum():
         raise SystemExit(f"--variant {options.variant}: give a word of letters, digits and '-'")
-    stem = "-".join(part for part in (options.name, data.lower(), options.variant) if part)
-    cells = Cells(options.out / stem)
-    figures = module.run(config, images, judge, cells)
-    seconds = sum(json.loads(path.read_text(encoding="utf-8"))["seconds"] for path in cells.used)
-    words = ["--data CIFAR10", f"--per-class {options.per_class}", f"--judge {judge.words()}"]
-    command = " ".join(["python -m tools.experiments", options.name, *(words if options.data else []),
-                        *(f"--set {shlex.quote(pair)}" for pair in options.set),
-                        *(f"--train {shlex.quote(pair)}" for pair in options.train),
-                        *([f"--variant {options.variant}"] if options.variant else [])])  # fmt: skip
+    given = bench(options)
+    figures = module.run(config, given)
+    seconds = sum(json.loads(path.read_text(encoding="utf-8"))["seconds"] for path in set(given.cells.used))
     found = {
-        "name": options.name, "data": data, "variant": options.variant, "command": command, "config": record(config),
-        "conditioned_on": images.encoder,
-        "judge": judge.words(), "seconds": round(seconds), "figures": figures,
+        "name": options.name, "data": given.images.name, "variant": options.variant, "command": command(options),
+        "config": record(config), "conditioned_on": given.images.encoder.words(), "judge": given.judge.words(),
+        "seconds": round(seconds), "figures": figures,
     }  # fmt: skip
     print(module.words(figures))
     if options.publish:
         FIGURES.mkdir(exist_ok=True)
-        (FIGURES / f"{stem}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        publish(stem)
+        name = stem(options, given.images)
+        (FIGURES / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        publish(name)
     return 0
 
 

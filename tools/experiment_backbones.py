@@ -1,0 +1,114 @@
+"""Experiment "backbones": does insertion without training depend on the network, the tokenizer or the encoder?
+
+Every combination is trained without the same classes, which are then inserted into its bank one at a time. What is compared
+is the share of samples that show an inserted class over that of the classes that were seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tools.experiment_data import EncoderChoice, Images
+from tools.experiment_insertion import CLASSIFIED, Insertion, chosen_classes, hold_out
+from tools.experiment_kit import Bench, table
+
+BACKBONES: Mapping[str, tuple[str, ...]] = {
+    "LightningDiT": (),
+    "SiT": ("model.use_rmsnorm=false", "model.use_swiglu=false", "model.use_rope=false"),
+}
+COLUMNS = {"backbone": "backbone", "tokenizer": "tokenizer", "encoder": "encoder", "seen": "seen classes",
+           "not inserted": "not inserted", "basis grown": "inserted", "ratio": "inserted / seen",
+           "seen" + CLASSIFIED: "seen (classifier)", "basis grown" + CLASSIFIED: "inserted (classifier)",
+           "ratio" + CLASSIFIED: "inserted / seen (classifier)"}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbones:
+    """Sizes of the experiment."""
+
+    backbones: tuple[str, ...] = tuple(BACKBONES)
+    tokenizers: tuple[str, ...] = ("pixel", "taef2")
+    encoders: tuple[str, ...] = ("hog", "real")
+    held: tuple[str, ...] = ("frog", "horse", "ship")
+    """Classes that are held out together."""
+    steps: int = 800
+    rank: int = 256
+    num: int = 50
+    guidance: float = 2.0
+    seed: int = 0
+
+
+def run(config: Backbones, bench: Bench) -> dict[str, Any]:
+    """Train and judge every combination, and return its row, and how far the ratios lie apart."""
+    held = chosen_classes(bench.images, config.held)
+    sizes = Insertion(steps=config.steps, rank=config.rank, num=config.num, guidance=config.guidance, seed=config.seed)
+    rows = []
+    for encoder, tokenizer, backbone in itertools.product(config.encoders, config.tokenizers, config.backbones):
+        if backbone not in BACKBONES:
+            raise SystemExit(f"no backbone {backbone!r}: give {' or '.join(BACKBONES)}")
+        settings = (*BACKBONES[backbone], *_tokenizer(tokenizer, bench))
+        images = dataclasses.replace(bench.images, encoder=bench.choose(encoder))
+        cell = {**images.identity(), "sizes": sizes, "held": held, "settings": settings, "judge": bench.judge}
+        found = bench.cells.get(
+            f"{encoder}-{tokenizer}-{backbone}", cell,
+            lambda work, i=images, s=settings: _judged(sizes, i, bench.judge, work, held, s),
+        )  # fmt: skip
+        rows.append({"backbone": backbone, "tokenizer": tokenizer, "encoder": images.encoder.words(), **found})
+    spread = {f"spread{by}": max(row[f"ratio{by}"] for row in rows) - min(row[f"ratio{by}"] for row in rows)
+              for by in ("", CLASSIFIED)}  # fmt: skip
+    return {"rows": rows, "held": held, **spread}
+
+
+def _judged(
+    sizes: Insertion, images: Images, judge: EncoderChoice, work: Path, held: list[str], settings: tuple[str, ...]
+) -> dict[str, Any]:
+    found = hold_out(sizes, images, judge, work, held, *settings, variants=["basis grown"])
+    ratios = {f"ratio{by}": found[f"basis grown{by}"] / max(found[f"seen{by}"], 1e-9) for by in ("", CLASSIFIED)}
+    return {**found, **ratios}
+
+
+def _tokenizer(name: str, bench: Bench) -> tuple[str, ...]:
+    """Return the settings of a tokenizer; latents of 8 pixels a side are one token each."""
+    if name == "pixel":
+        return ()
+    if name != "taef2":
+        raise SystemExit(f"no tokenizer {name!r}: give pixel or taef2")
+    if bench.autoencoder is None:
+        raise SystemExit("the tokenizer 'taef2' needs --taef2 FOLDER, with the weights of TAEF2")
+    return ("data.tokenizer=taef2", f'data.tokenizer_weights="{bench.autoencoder}"', "data.encode_on_the_fly=true",
+            "model.patch_size=1")  # fmt: skip
+
+
+def words(found: dict[str, Any]) -> str:
+    """Return the section's text."""
+    said = (
+        f"Held out and inserted: {', '.join(found['held'])}. The ratios lie {found['spread']:.3g} apart; by the classifier "
+        f"{found['spread' + CLASSIFIED]:.3g}."
+    )
+    return f"{table(found['rows'], COLUMNS)}\n\n{said}"
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Draw seen and inserted, a combination a pair of bars."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 3.2), constrained_layout=True)
+    for index, field in enumerate(("seen", "not inserted", "basis grown")):
+        places = [place + (index - 1) * 0.27 for place in range(len(found["rows"]))]
+        axis.bar(
+            places, [row[field] for row in found["rows"]], 0.27, label={"basis grown": "inserted"}.get(field, field)
+        )
+    names = [f"{row['backbone']}\n{row['tokenizer']}\n{row['encoder']}" for row in found["rows"]]
+    axis.set(xticks=range(len(names)), ylabel="fidelity", ylim=(0, 1))
+    axis.set_xticklabels(names, fontsize=7)
+    axis.legend(frameon=False, ncols=3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

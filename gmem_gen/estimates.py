@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 CONFIDENCE = 0.95
 NORMAL_QUANTILE = 1.959963984540054
 """Of the standard normal distribution, at half of what CONFIDENCE leaves out."""
-FEWEST = 50
-"""Samples, and real images: below this a share has an interval of ± 14 points and more, and no order of models can be told."""
 BLOCK_DRAWS = 4_000_000
 """Indices drawn at once: 32 MB."""
 

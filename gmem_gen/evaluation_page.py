@@ -97,10 +97,13 @@ def _remarks(remarks: Sequence[str]) -> str:
 def _figures(report: EvaluationReport) -> str:
     found = report.distribution
     rows = [
-        ("Fréchet distance" + (" (rank-deficient)" if found.rank_deficient else ""), found.frechet,
-         "lower is better; too high by a bias of finite sets, which is not in the interval"),
+        (
+            "Fréchet distance" + (" (rank-deficient)" if found.rank_deficient else ""),
+            found.frechet,
+            "lower is better; the bias of finite sets, upwards, is not in the interval",
+        ),
         (f"KID × 1000 (subsets of {found.kid.subset_size})", _scaled(found.kid.estimate, 1000), "lower is better"),
-    ]  # fmt: skip
+    ]
     rows += [(f"{name} ({found.neighbours} neighbours)", estimate, "higher is better")
              for name, estimate in found.measures.items()]  # fmt: skip
     if (copies := report.memorisation) is not None:
@@ -108,8 +111,8 @@ def _figures(report: EvaluationReport) -> str:
             ("near-copies of the bank's images", copies.near_copies, f"cosine distance ≤ {copies.threshold:.3g}")
         )
     if (concepts := report.concepts) is not None:
-        note = f"of real images of the same concepts: {concepts.of_real_as_asked:.3g}"
-        rows.append(("concept fidelity", concepts.fidelity, note))
+        real = concepts.of_real_as_asked
+        rows.append(("concept fidelity", concepts.fidelity, f"of real images: {real:.3g}"))
     if (faithful := report.faithfulness) is not None:
         beside = {"to other snippets": faithful.shuffled, "of their own images": faithful.of_real}
         floor = ", ".join(f"{name} {value:.3g}" for name, value in beside.items() if value is not None)
@@ -167,9 +170,7 @@ def _memorisation(found: Memorisation, samples: ImageSet, training: ImageSet) ->
         f"{found.distances[place]:.4f} <i>{html.escape(training.keys[int(found.neighbours[place])])}</i></figure>"
         for place in closest
     )
-    origin = (
-        "as given" if found.given else "below which 1 % of the bank's images lie to their nearest other, equals apart"
-    )
+    origin = "as given" if found.given else "below which 1 % of the bank's images lie to their nearest other"
     near = f"{found.near_copies.value:.2%} of samples are at most {found.threshold:.4g} away ({origin})."
     return (
         f"<h2>Memorisation</h2><p>Cosine distance to the nearest image of the bank. {near}</p>"

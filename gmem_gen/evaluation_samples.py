@@ -21,8 +21,7 @@ from gmem_gen.checkpoint import LoadedCheckpoint
 from gmem_gen.conditioning import Bank
 from gmem_gen.conditions import Conditions, choose_conditions
 from gmem_gen.config import SampleConfig
-from gmem_gen.estimates import FEWEST
-from gmem_gen.evaluation_report import EvaluationOptions
+from gmem_gen.evaluation_report import FEWEST, EvaluationOptions
 from gmem_gen.image_sets import ImageSet, from_pixels, from_source
 from gmem_gen.outputs import Progress, writing
 from gmem_gen.sample_files import SampleFiles, plan_of, sample_to

@@ -75,12 +75,11 @@ def compare(
 
     frechet = frechet_estimate(samples, moments_of(reference), num_parts=num_resamples, rng=rng("frechet"))
     found = neighbourhoods(samples, reference, k=k)
-    with_intervals = num_resamples > 0 and len(samples) > k + 1  # one left out, the others still have k neighbours
     measures = {
         "precision": bootstrap_mean(found.precise, num_resamples=10 * num_resamples, rng=rng("precision")),
-        "recall": _share(found.recalled, found.recall_without if with_intervals else None),
+        "recall": _share(found.recalled, found.recall_without if num_resamples else None),
         "density": bootstrap_mean(found.density, num_resamples=10 * num_resamples, rng=rng("density")),
-        "coverage": _share(found.covered, found.coverage_without if with_intervals else None),
+        "coverage": _share(found.covered, found.coverage_without if num_resamples else None),
     }
     return Distribution(
         frechet=frechet, rank_deficient=min(len(samples), len(reference)) <= samples.shape[1],

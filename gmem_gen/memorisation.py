@@ -13,11 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 import gmem_bank
-from gmem_gen.estimates import FEWEST, Estimate
+from gmem_gen.estimates import Estimate
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 NEAR_QUANTILE = 0.01
 """Of the distances of real images to the nearest other: what lies below is a near-copy, where no threshold is given."""
+FEWEST = 50
+"""Training images that a threshold is taken from, mirrored twins apart."""
 EQUAL = 1e-6
 """Cosine distances up to this are those of equal rows: FAISS's float32 tells no smaller ones from 0."""
 BLOCK_ROWS = 4096

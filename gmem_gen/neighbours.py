@@ -36,8 +36,9 @@ class Neighbourhoods:
     covered: NDArray[np.float64]
     """(m,) 1 where a reference row's ball holds a sample (eq. 6): coverage."""
 
-    recall_without: NDArray[np.float64]
-    """(n,) recall with each sample left out in turn, radii included: those of its neighbours reach one further."""
+    recall_without: NDArray[np.float64] | None
+    """(n,) recall with each sample left out in turn, radii included: those of its neighbours reach one further. None where n is
+    k + 1: the others would not have k neighbours."""
     coverage_without: NDArray[np.float64]
     """(n,) coverage with each sample left out in turn."""
 
@@ -138,7 +139,7 @@ def neighbourhoods(
     recall, coverage = (np.concatenate(parts).astype(np.float64) for parts in (recalled, covered))
     return Neighbourhoods(
         precise=(inside > 0).astype(np.float64), recalled=recall, density=inside / k, covered=coverage,
-        recall_without=(recall.sum() + recall_change) / len(real),
+        recall_without=(recall.sum() + recall_change) / len(real) if len(ours) > k + 1 else None,
         coverage_without=(coverage.sum() + coverage_change) / len(real),
     )  # fmt: skip
 

@@ -240,6 +240,16 @@ def test_recall_and_coverage_without_a_sample_are_those_of_the_others(seed: int,
                 assert found.coverage_without[place] == pytest.approx(without.covered.mean(), abs=1e-12)
 
 
+def test_recall_has_no_interval_where_the_others_would_lack_neighbours() -> None:
+    """Six samples and k = 5: without one of them no ball has a fifth neighbour; coverage needs the reference's balls alone."""
+    rng = np.random.default_rng(17)
+    found = compare(rng.normal(size=(6, 2)), rng.normal(size=(30, 2)), k=5, num_resamples=10, seed=0).measures
+    assert (found["recall"].low, found["recall"].high) == (None, None)
+    assert found["coverage"].low < found["coverage"].value < found["coverage"].high
+    none = compare(rng.normal(size=(20, 2)), rng.normal(size=(30, 2)), k=5, num_resamples=0, seed=0).measures
+    assert {estimate.low for estimate in none.values()} == {None}
+
+
 def test_intervals_of_the_measures_are_as_wide_as_independent_samples_spread() -> None:
     """With the reference held fixed. The jackknife's may be wider, never much narrower; a bootstrap over 600 reference rows is half."""
     real, values, widths = np.random.default_rng(13).normal(size=(600, 16)), [], []

@@ -24,8 +24,7 @@ from gmem_gen.estimates import Estimate
 from gmem_gen.evaluation_report import EvaluationReport
 from gmem_gen.evaluation_samples import require_own_folder
 from gmem_gen.image_sets import ImageSet
-from gmem_gen.judgement import ConceptFidelity
-from gmem_gen.memorisation import Memorisation
+from gmem_gen.memorisation import ConceptFidelity, Memorisation
 
 REPORT, PAGE = "report.json", "report.html"
 MOST_SAMPLES, MOST_PAIRS, SIDE = 60, 10, 112

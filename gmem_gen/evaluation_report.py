@@ -12,8 +12,8 @@ from typing import Any
 
 from gmem_bank.errors import ConfigError
 from gmem_gen.image_sets import Embedded
-from gmem_gen.judgement import ConceptFidelity, Distribution, Faithfulness
-from gmem_gen.memorisation import Memorisation
+from gmem_gen.judgement import Distribution, Faithfulness
+from gmem_gen.memorisation import ConceptFidelity, Memorisation
 from gmem_gen.neighbours import DEFAULT_NEIGHBOURS
 
 FEWEST = 50

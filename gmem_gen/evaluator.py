@@ -226,7 +226,7 @@ class _Desk:
         require_enough(len(found.values), "real images")
         return found, kind
 
-    def concepts(self, samples: Embedded, real: Embedded, remarks: list[str]) -> judgement.ConceptFidelity | None:
+    def concepts(self, samples: Embedded, real: Embedded, remarks: list[str]) -> memorisation.ConceptFidelity | None:
         """Judge the samples of concepts that real images have; what cannot be judged is remarked."""
         asked, there = samples.images.concepts, {n: m for n, m in real.images.concepts.items() if len(m)}
         lost = [name for name, members in asked.items() if len(members) and name not in there]

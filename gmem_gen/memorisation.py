@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import gmem_bank
+from gmem_bank.errors import first_three
 from gmem_gen.estimates import Estimate
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -20,6 +21,8 @@ NEAR_QUANTILE = 0.01
 """Of the distances of real images to the nearest other: what lies below is a near-copy, where no threshold is given."""
 FEWEST = 50
 """Training images that a threshold is taken from, mirrored twins apart."""
+FEW_BESIDE = 5
+"""A concept has few real images where another has this many times as many: votes are counted, and few neighbours can be its."""
 EQUAL = 1e-6
 """Cosine distances up to this are those of equal rows: FAISS's float32 tells no smaller ones from 0."""
 BLOCK_ROWS = 4096
@@ -207,3 +210,70 @@ def confusion(asked: NDArray[np.int64], predicted: NDArray[np.int64], num_concep
     table = np.zeros((num_concepts, num_concepts), np.int64)
     np.add.at(table, (asked, predicted), 1)
     return table
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptFidelity:
+    """Whether samples look like the concept that was asked for."""
+
+    concepts: tuple[str, ...]
+    table: NDArray[np.int64]
+    """(K, K) counts: asked × what the neighbours vote for."""
+    fidelity: Estimate
+    """Share of samples whose neighbours vote for the asked concept."""
+    of_real: Mapping[str, float]
+    """Concept → the share of its own real images that their neighbours vote for, each left out in turn."""
+    sizes: Mapping[str, int]
+    """Concept → its real images."""
+    overlapping: tuple[tuple[str, str], ...]
+    """Pairs of concepts that share real images, of which neither can be mistaken for the other."""
+    votes: int
+
+    @property
+    def of_real_as_asked(self) -> float:
+        """What real images reach, each concept with the weight that it has among the samples: what `fidelity` compares with."""
+        return float(self.table.sum(axis=1) @ np.array(list(self.of_real.values())) / self.table.sum())
+
+    def remarks(self) -> list[str]:
+        """Return what a reader of the figures has to know."""
+        found = []
+        if few := self._few():
+            words = [
+                f"{name} ({self.sizes[name]} beside {most}; {self.of_real[name]:.2g} of them are taken for it)"
+                for name, most in few.items()
+            ]
+            found.append(
+                "Votes are counted, and some concepts have few real images beside others: "
+                f"{first_three(words)}. Compare the fidelity of their samples with that of these images."
+            )
+        if self.overlapping:
+            pairs = first_three([f"{one} and {two}" for one, two in self.overlapping])
+            found.append(f"Concepts that share real images are not told apart: {pairs}.")
+        return found
+
+    def _few(self) -> dict[str, int]:
+        """Return concepts that were asked for and have few real images → the most that a concept apart from them has."""
+        found, shared = {}, {frozenset(pair) for pair in self.overlapping}
+        for name, total in zip(self.concepts, self.table.sum(axis=1).tolist(), strict=True):
+            rivals = (other for other in self.concepts if other != name and frozenset((name, other)) not in shared)
+            most = max((self.sizes[other] for other in rivals), default=0)
+            if total and FEW_BESIDE * self.sizes[name] <= most:
+                found[name] = most
+        return found
+
+    def shares(self) -> dict[str, float | None]:
+        """Return concept → share of its samples that are taken for it; None where none was asked for."""
+        totals = self.table.sum(axis=1)
+        return {
+            name: digits(self.table[place, place] / totals[place]) if totals[place] else None
+            for place, name in enumerate(self.concepts)
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as a JSON object."""
+        return {
+            "fidelity": self.fidelity.to_json(), "fidelity_of_real_images": digits(self.of_real_as_asked),
+            "by_concept": self.shares(), "of_real_images": dict(self.of_real),
+            "overlapping": [list(pair) for pair in self.overlapping],
+            "concepts": list(self.concepts), "confusion": self.table.tolist(), "neighbours": self.votes,
+        }  # fmt: skip

@@ -89,9 +89,9 @@ def why_no_search(keys: Sequence[str], threshold: float | None) -> str:
 
 
 def near_copy_threshold(between: NDArray[np.float64]) -> float:
-    """Return the distance below which 1 % of real images without an equal lie to their nearest other; `EQUAL` at least."""
+    """Return the distance below which 1 % of real images without an equal lie to their nearest other; `EQUAL` if none is."""
     apart = between[between > EQUAL]
-    return max(EQUAL, float(np.quantile(apart, NEAR_QUANTILE))) if len(apart) else EQUAL
+    return float(np.quantile(apart, NEAR_QUANTILE)) if len(apart) else EQUAL
 
 
 @dataclass(frozen=True, kw_only=True)

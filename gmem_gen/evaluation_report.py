@@ -78,7 +78,7 @@ def remarks_on(
     if deficient:
         found.append(
             "There are no more rows than dimensions, so a covariance is rank-deficient: the Fréchet distance is too large, and "
-            "comparable only with others of the same numbers of rows, and has no interval."
+            "comparable only with others of the same numbers of rows. It has an interval only with more samples than dimensions."
         )
     if space == "unit":
         found.append("Features were brought to length 1: distances are not those of raw features.")

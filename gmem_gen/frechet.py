@@ -91,7 +91,7 @@ def frechet_estimate(
 
     The reference is held fixed: the interval is of the spread, how far the figure would move with other samples of the same
     model. The bias of a finite n, which is upwards, is not in it. Parts are left out instead of rows repeated, since a covariance
-    of repeated rows has a lower rank: at n = 2 D the bootstrap's spread is more than three times too wide.
+    of repeated rows has a lower rank: at n = 2 D the bootstrap's spread is four times too wide.
 
     Args:
         samples: (n, D).
@@ -101,12 +101,12 @@ def frechet_estimate(
         rng: draws the parts.
 
     Returns:
-        the estimate; without an interval, too, where n less a part, or m, is no more than D: the spread is then not to be had.
+        the estimate; without an interval, too, where n less a part is D or fewer: a jackknife can be three times too wide then.
     """
     value = frechet_distance(moments_of(samples), reference)
     n, dim = samples.shape
     parts = min(num_parts, n)
-    if parts < 2 or min(n - -(-n // parts), reference.count) <= dim:
+    if parts < 2 or n - -(-n // parts) <= dim:
         return Estimate(value=value)
     root = _root(covariance(reference))
     fixed = float((root**2).sum())

@@ -169,7 +169,7 @@ def test_variance_of_the_discrepancy_equals_the_sum_over_rows(monkeypatch) -> No
 @pytest.mark.parametrize(("n", "m"), [(60, 600), (600, 60), (150, 150)])
 def test_the_interval_of_kid_is_as_wide_as_independent_samples_spread(n: int, m: int) -> None:
     """With the reference held fixed, whichever set is the larger; in the mean of squares, to a quarter, over 80 draws."""
-    real, values, widths = np.random.default_rng(12).normal(size=(m, 6)), [], []
+    real, values, widths = np.random.default_rng(12000).normal(size=(m, 6)), [], []
     for seed in range(80):
         rng = np.random.default_rng(seed)
         found = kernel_distance(rng.normal(size=(n, 6)) + 0.1, real, rng=rng).estimate
@@ -252,7 +252,7 @@ def test_recall_has_no_interval_where_the_others_would_lack_neighbours() -> None
 
 def test_intervals_of_the_measures_are_as_wide_as_independent_samples_spread() -> None:
     """With the reference held fixed. The jackknife's may be wider, never much narrower; a bootstrap over 600 reference rows is half."""
-    real, values, widths = np.random.default_rng(13).normal(size=(600, 16)), [], []
+    real, values, widths = np.random.default_rng(13000).normal(size=(600, 16)), [], []
     for seed in range(70):
         rows = np.random.default_rng(seed).normal(size=(100, 16)) * 0.85 + 0.3
         found = compare(rows, real, k=5, num_resamples=10, seed=seed).measures
@@ -342,12 +342,12 @@ def test_jackknife_of_a_mean_is_the_textbook_error() -> None:
     )
 
 
-@pytest.mark.parametrize(("n", "dim", "shift"), [(200, 100, 0.0), (300, 4, 1.0), (120, 100, 0.3)])
+@pytest.mark.parametrize(("n", "m", "dim", "shift"), [(200, 2000, 100, 0.0), (300, 2000, 4, 1.0), (150, 60, 64, 0.3)])
 def test_the_interval_of_the_frechet_distance_is_as_wide_as_independent_samples_spread(
-    n: int, dim: int, shift: float
+    n: int, m: int, dim: int, shift: float
 ) -> None:
-    """With the reference held fixed, also where a covariance has hardly full rank: a bootstrap's is three times too wide there."""
-    real = moments_of(np.random.default_rng(15).normal(size=(2000, dim)))
+    """With the reference held fixed, of few rows too. It may be half as wide again; at n = 2 D a bootstrap's is four times as wide."""
+    real = moments_of(np.random.default_rng(15000).normal(size=(m, dim)))
 
     def draw(seed: int) -> np.ndarray:
         return np.random.default_rng(seed).normal(size=(n, dim)) * (1 + shift) + shift / 10
@@ -355,18 +355,18 @@ def test_the_interval_of_the_frechet_distance_is_as_wide_as_independent_samples_
     spread = np.std([frechet_distance(moments_of(draw(seed)), real) for seed in range(60)], ddof=1)
     found = [frechet_estimate(draw(seed), real, num_parts=40, rng=random_numbers(seed)) for seed in range(6)]
     widths = [(estimate.high - estimate.value) / NORMAL_QUANTILE for estimate in found]
-    assert 0.8 < np.sqrt(np.mean(np.square(widths))) / spread < 1.45
+    assert 0.85 < np.sqrt(np.mean(np.square(widths))) / spread < 1.6
     assert found[0] == frechet_estimate(draw(0), real, num_parts=40, rng=random_numbers(0))
     assert found[0].value == frechet_distance(moments_of(draw(0)), real)
 
 
-def test_the_frechet_distance_has_no_interval_where_a_covariance_has_not_full_rank() -> None:
-    """As many rows as dimensions on either side, too few once a part is left out, and no parts: the figure alone."""
+def test_the_frechet_distance_has_no_interval_of_few_samples() -> None:
+    """As many samples as dimensions, too few once a part is left out, and no parts: the figure alone."""
     rng = np.random.default_rng(16)
     rows, real = rng.normal(size=(60, 20)), moments_of(rng.normal(size=(200, 20)))
     assert frechet_estimate(rows, real, num_parts=10, rng=rng).low is not None
     for samples, reference, parts in (
-        (rows[:20], real, 10), (rows[:22], real, 5), (rows, moments_of(rows[:20]), 10), (rows, real, 1), (rows, real, 0),
+        (rows[:20], real, 10), (rows[:22], real, 5), (rows, real, 1), (rows, real, 0),
     ):  # fmt: skip
         found = frechet_estimate(samples, reference, num_parts=parts, rng=rng)
         assert (found.low, found.high) == (None, None)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 import gmem_bank
 from gmem_bank.errors import ConfigError, EncoderError, MissingDependencyError, SourceError
-from gmem_gen import conditioning, judgement
+from gmem_gen import conditioning, judgement, memorisation
 from gmem_gen.conditioning import Bank, ImagesFrom
 from gmem_gen.config import SampleConfig
 from gmem_gen.estimates import random_numbers
@@ -146,6 +146,7 @@ class _Desk:
         samples = self.embedded(self.drawn.images, "embed samples", one_size=True)
         require_enough(len(samples.values), "readable samples")
         training, why = self.training(images)
+        why = why or memorisation.why_no_search([] if training is None else training.images.keys, options.near_copy)
         real, kind = self.reference(judged, reference, training, why)
         space = space_of_features(options.space, judged)
         distribution = judgement.compare(
@@ -158,12 +159,13 @@ class _Desk:
             matched=options.match_size, unjudged=why,
         )  # fmt: skip
         copies = None
-        if training is not None:
+        if training is not None and not why:
             held_out = real.in_space("unit") if kind == "images" else None
             copies = judgement.find_copies(
                 samples.in_space("unit"), training.in_space("unit"), held_out, threshold=options.near_copy,
-                num_resamples=options.num_resamples, seed=options.seed,
+                num_resamples=options.num_resamples, seed=options.seed, keys=training.images.keys,
             )  # fmt: skip
+            remarks += copies.remarks()
         concepts = self.concepts(samples, training if training is not None else real, remarks)
         faithful = self.faithfulness(images, remarks)
         height, width = self.drawn.size
@@ -224,7 +226,7 @@ class _Desk:
         require_enough(len(found.values), "real images")
         return found, kind
 
-    def concepts(self, samples: Embedded, real: Embedded, remarks: list[str]) -> judgement.ConceptFidelity | None:
+    def concepts(self, samples: Embedded, real: Embedded, remarks: list[str]) -> memorisation.ConceptFidelity | None:
         """Judge the samples of concepts that real images have; what cannot be judged is remarked."""
         asked, there = samples.images.concepts, {n: m for n, m in real.images.concepts.items() if len(m)}
         lost = [name for name, members in asked.items() if len(members) and name not in there]
@@ -238,10 +240,14 @@ class _Desk:
         chosen = np.flatnonzero(label >= 0)
         if len(there) < 2 or not len(chosen):
             return None
-        return judgement.judge_concepts(
+        found = judgement.judge_concepts(
             samples.in_space("unit")[chosen], label[chosen], real.in_space("unit"), there, votes=self.options.votes,
-            num_resamples=self.options.num_resamples, seed=self.options.seed,
+            num_resamples=self.options.num_resamples, seed=self.options.seed, keys=real.images.keys,
         )  # fmt: skip
+        remarks += (
+            ["Samples were not judged by concept: no other real image can vote."] if found is None else found.remarks()
+        )
+        return found
 
     def faithfulness(self, images: ImagesFrom, remarks: list[str]) -> judgement.Faithfulness | None:
         """Compare what was drawn with what it was drawn from, by the bank's own encoder, where that is to be had."""

@@ -10,7 +10,6 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +19,8 @@ import gmem_bank
 from gmem_bank.errors import ConfigError, SourceError, first_three
 from gmem_gen import conditioning
 from gmem_gen.conditioning import Bank, ImagesFrom
-from gmem_gen.outputs import Progress, writing
+from gmem_gen.embedding_cache import EmbeddingCache, hash_of
+from gmem_gen.outputs import Progress
 
 CHUNK = 256
 """Images that are embedded, and kept, together."""
@@ -102,6 +102,12 @@ class Embedded:
     """(n, D) as the encoder gives them, or as a bank has them."""
     skipped: Sequence[str] = ()
     """Keys of images that could not be read."""
+    hashes: Sequence[bytes] = ()
+    """sha256 of each image's shape and pixels, as they were embedded; empty for rows of a bank."""
+    size: tuple[int, int] = (0, 0)
+    """(H, W) of the first image."""
+    grey: bool = False
+    """Whether the channels of every image are equal."""
 
     def in_space(self, space: str) -> NDArray[np.float32]:
         """Return the embeddings in "raw" or "unit" space; one of zeros stays zeros."""
@@ -111,17 +117,28 @@ class Embedded:
         unit: NDArray[np.float32] = (self.values / np.maximum(norms, 1e-30)).astype(np.float32)
         return unit
 
+    def take(self, positions: NDArray[np.int64]) -> Embedded:
+        """Return these images and their embeddings, in this order; what could not be read stays with the whole."""
+        return dataclasses.replace(
+            self, images=dataclasses.replace(self.images.take(positions), num_left_out=0), values=self.values[positions],
+            skipped=(), hashes=[self.hashes[place] for place in positions.tolist()] if self.hashes else (),
+        )  # fmt: skip
+
+    def digest(self) -> str | None:
+        """Return the sha256 over all images in their order, so that a report says which they were; None for rows of a bank."""
+        return hashlib.sha256(b"".join(self.hashes)).hexdigest() if self.hashes else None
+
 
 def embed(
-    images: ImageSet, encoder: gmem_bank.Encoder, cache: Path | None, *, progress: Progress, one_size: bool = False
-) -> Embedded:
+    images: ImageSet, encoder: gmem_bank.Encoder, cache: EmbeddingCache | None, *, progress: Progress,
+    one_size: bool = False,
+) -> Embedded:  # fmt: skip
     """Embed a set, chunk by chunk; what an interrupted call had done is taken from the cache.
 
     Args:
         images: the set.
         encoder: from `load_encoder`.
-        cache: folder for finished chunks, named by a hash of encoder and pixels, so that an image that changed is never taken
-            for what it was; None keeps nothing.
+        cache: of finished chunks; None keeps nothing.
         progress: told images done and images in all.
         one_size: refuse images of different sizes.
 
@@ -130,29 +147,49 @@ def embed(
         ConfigError: sizes differ and must not.
         EncoderError: the encoder failed.
     """
-    kept, skipped, values = [], [], []
+    kept, skipped, values, hashes, grey = [], [], [], [], True
     sizes: dict[tuple[int, ...], str] = {}
     for start in range(0, len(images), CHUNK):
-        pixels = []
-        for place in range(start, min(start + CHUNK, len(images))):
-            try:
-                pixels.append(images.read(place))
-            except SourceError:
-                skipped.append(images.keys[place])
-                continue
-            kept.append(place)
-            sizes.setdefault(pixels[-1].shape[:2], images.keys[place])
+        places, pixels, unreadable = _read(images, start)
+        kept += places
+        skipped += unreadable
+        for place, image in zip(places, pixels, strict=True):
+            sizes.setdefault(image.shape[:2], images.keys[place])
         if one_size and len(sizes) > 1:
             raise ConfigError(_mixed(images.what, sizes), key="samples")
         if pixels:
-            values.append(_chunk(pixels, encoder, cache))
+            grey = grey and all(is_grey(image) for image in pixels)
+            own = [hash_of(image) for image in pixels]
+            hashes += own
+            values.append(cache.embeddings(encoder, pixels, own) if cache else gmem_bank.encode_images(encoder, pixels))
         progress(min(start + CHUNK, len(images)), len(images))
     if not kept:
         raise SourceError(
             f"none of the {len(images)} images of {images.what} can be read, such as {first_three(skipped)}"
         )
     taken = images if not skipped else images.take(np.array(kept, np.int64))
-    return Embedded(images=taken, values=np.concatenate(values), skipped=skipped)
+    height, width = next(iter(sizes))
+    return Embedded(
+        images=taken, values=np.concatenate(values), skipped=skipped, hashes=hashes, size=(height, width), grey=grey
+    )
+
+
+def _read(images: ImageSet, start: int) -> tuple[list[int], list[NDArray[np.uint8]], list[str]]:
+    """Return places and pixels of the images of a chunk that can be read, and the keys of those that cannot."""
+    places, pixels, unreadable = [], [], []
+    for place in range(start, min(start + CHUNK, len(images))):
+        try:
+            pixels.append(images.read(place))
+        except SourceError:
+            unreadable.append(images.keys[place])
+        else:
+            places.append(place)
+    return places, pixels, unreadable
+
+
+def is_grey(image: NDArray[np.uint8]) -> bool:
+    """Say whether the channels of an (H, W, C) image are equal."""
+    return bool((image == image[..., :1]).all())
 
 
 def _mixed(what: str, sizes: Mapping[tuple[int, ...], str]) -> str:
@@ -161,37 +198,3 @@ def _mixed(what: str, sizes: Mapping[tuple[int, ...], str]) -> str:
         f"{what} have different sizes, such as {one[1]}×{one[0]} ({first}) and {two[1]}×{two[0]} ({second}): an encoder sees "
         "the difference, so a distance would mix the two. Give the samples of one model, or bring them to one size"
     )
-
-
-def _chunk(pixels: Sequence[NDArray[np.uint8]], encoder: gmem_bank.Encoder, cache: Path | None) -> NDArray[np.float32]:
-    if cache is None:
-        return gmem_bank.encode_images(encoder, pixels)
-    spec = dataclasses.replace(encoder.spec, space="raw")  # the network's own numbers, whatever space is asked for
-    digest = hashlib.sha256(spec.fingerprint.encode())
-    for image in pixels:
-        digest.update(f"{image.shape}".encode())
-        digest.update(np.ascontiguousarray(image).data)
-    path = cache / f"{digest.hexdigest()}.npy"
-    found = _cached(path, (len(pixels), encoder.spec.dim))
-    if found is not None:
-        return found
-    values = gmem_bank.encode_images(encoder, pixels)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with writing(cache, f"embeddings to {cache}", "Free some space, and run the same command again"):
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as stream:
-                np.save(stream, values, allow_pickle=False)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return values
-
-
-def _cached(path: Path, shape: tuple[int, int]) -> NDArray[np.float32] | None:
-    """Return an array of the cache; None where there is none, or it was cut."""
-    try:
-        found: NDArray[np.float32] = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    return found if found.shape == shape and found.dtype == np.float32 else None

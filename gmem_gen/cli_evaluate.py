@@ -58,6 +58,8 @@ OF_BANK = {"images": "--images", "bank_weights": "--bank-weights", "near_copy": 
 )
 @click.option("--num-real", type=int, default=None, help="Rows of the reference at most, drawn by the seed. [all]")
 @click.option("--own-size", is_flag=True, help="Embed real images at their own size, not at that of the samples.")
+@click.option("--grey/--colour", default=None,
+              help="Make real images grey before they are embedded, or not. [grey where samples have one channel]")  # fmt: skip
 @click.option("--bootstrap", "num_resamples", type=int, default=None, help="Resamples of intervals; 0: none. [100]")
 @click.option("--checkpoint-weights", default=None, metavar="NAME", help="ema, model or ema-<decay>. [ema]")
 @click.option("--seed", type=int, default=None, help="Of the choice of rows, subsets and resamples. [0]")
@@ -130,6 +132,8 @@ class _Asked:
             if self._settings:
                 raise click.UsageError(f"--set {self._settings[0]}: nothing is drawn with --samples")
         if self.bank is None:
+            if self.reference is None:
+                raise click.UsageError("--samples without --bank need a --reference to be compared with")
             _refuse_all(OF_BANK, given, "it is about a bank, and --samples have none without --bank")
 
     def options(self) -> Any:
@@ -140,7 +144,11 @@ class _Asked:
         if self.samples is not None and "num" in given:
             given["num_given"] = given.pop("num")
         with gmem_bank.usage_errors():
-            return gmem_gen.EvaluationOptions(**given)
+            found = gmem_gen.EvaluationOptions(**given)
+        most = max(found.neighbours, found.manifold_neighbours or 0)
+        if self.samples is None and most >= found.num:
+            raise click.UsageError(f"{most} neighbours need more samples than --num {found.num}")
+        return found
 
     def judge(self) -> gmem_bank.Encoder | None:
         """Return the encoder that is named; None where the library has to choose."""

@@ -36,7 +36,8 @@ def concept_fidelity(
         label[asked.get(name, np.zeros(0, np.int64))] = place
     chosen = np.flatnonzero(label >= 0)
     if len(there) < 2 or not len(chosen):
-        return None, remarks
+        why = "none was asked for one" if len(there) > 1 else "real images have fewer than two"
+        return None, [*remarks, f"Samples were not judged by concept: {why}."]
     found = judgement.judge_concepts(
         samples.in_space("unit")[chosen], label[chosen], real.in_space("unit"), there, votes=options.votes,
         num_resamples=options.num_resamples, seed=options.seed,

@@ -79,12 +79,30 @@ def find_real(
     given = reference_images(reference) if judged is None and reference is not None else None
     if judged is None and given is None and of_bank is None:
         raise ConfigError(
-            f"there is nothing to compare the samples with ({in_full}): give a reference", key="reference"
-        )
+            f"there is nothing to compare the samples with ({in_full}): give real images, or a bank of the judge's, with "
+            "--reference", key="reference",
+        )  # fmt: skip
     bases = frozenset(key.removesuffix(FLIP_SUFFIX) for key in held_out)
     found = RealImages(of_bank=of_bank, why_none=why, held_out=bases, given=given, bank=judged)
     require_enough(_count(found), "real images")
     return found
+
+
+def require_fits(options: EvaluationOptions, num_samples: int, real: RealImages) -> None:
+    """Raise ConfigError where there are too few samples, or rows of the reference, for what the options ask of them."""
+    num_real = _count(real) if options.num_real is None else min(options.num_real, _count(real))
+    fewest = min(num_samples, num_real)
+    most = max(options.neighbours, options.manifold_neighbours or 0)
+    if most >= fewest:
+        raise ConfigError(
+            f"the {most}. nearest neighbour needs more than {most} images on each side, there are {num_samples} samples and "
+            f"{num_real} real ones: ask for fewer neighbours (--neighbours, --manifold-neighbours)", key="neighbours",
+        )  # fmt: skip
+    if (options.kid_subset_size or 0) > fewest // 2:
+        raise ConfigError(
+            f"a subset of KID has at most half of the smaller set, which has {fewest}, not {options.kid_subset_size}",
+            key="kid_subset_size",
+        )
 
 
 def _count(real: RealImages) -> int:
@@ -132,7 +150,7 @@ def embed_real(
         real: from `find_real`.
         options: `num_real` bounds the reference alone: a copy is found only where all training images are looked at.
         side: of the samples, in pixels.
-        grey: whether the samples are grey.
+        grey: whether real images are made grey.
         embedded: embeds a set; the stage is said.
 
     Raises:
@@ -140,7 +158,7 @@ def embed_real(
     """
 
     def prepared(images: ImageSet) -> ImageSet:
-        return matched(images, side, grey=grey) if options.match_size else images
+        return matched(images, side if options.match_size else None, grey=grey)
 
     of_bank = training = held_out = None
     if real.of_bank is not None and (options.memorisation or real.kind == "training images"):

@@ -55,6 +55,8 @@ class EvaluationOptions:
     """Look for training images that samples are copies of, for which all images of the bank are embedded."""
     match_size: bool = True
     """Bring real images to the size of the samples, as the generator was shown them, before they are embedded."""
+    grey: bool | None = None
+    """Make real images grey before they are embedded; None: where the samples have one channel."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,8 +71,8 @@ class EvaluationOptions:
 
 
 def remarks_on(
-    kind: str, space: str, deficient: bool, *, circular: str, samples: Embedded, sets: Sequence[Embedded], matched: bool,
-    unjudged: str,
+    kind: str, space: str, deficient: bool, *, circular: str, samples: Embedded, grey: bool, sets: Sequence[Embedded],
+    matched: bool, unjudged: str,
 ) -> list[str]:  # fmt: skip
     """Return what a reader of the figures has to know.
 
@@ -80,6 +82,7 @@ def remarks_on(
         deficient: whether a covariance is rank-deficient.
         circular: what is to be said of the judge and the generator's own encoder, or "".
         samples: that are judged.
+        grey: whether real images were made grey.
         sets: of real images.
         matched: whether real images were brought to the size of the samples.
         unjudged: why memorisation was not judged, or "".
@@ -98,7 +101,7 @@ def remarks_on(
         )
     if kind == "bank":
         found.append("The reference is a bank of images at their own size, not at that of the samples.")
-    found += _of_sizes(samples, matched, images=bool(sets), bank=kind == "bank")
+    found += _of_sizes(samples, matched, grey, images=bool(sets), bank=kind == "bank")
     for one in (samples, *sets):
         if one.skipped or one.images.num_left_out:
             found.append(
@@ -109,20 +112,22 @@ def remarks_on(
     return found
 
 
-def _of_sizes(samples: Embedded, matched: bool, *, images: bool, bank: bool) -> list[str]:
+def _of_sizes(samples: Embedded, matched: bool, grey: bool, *, images: bool, bank: bool) -> list[str]:
     """Return what was done to real images before they were embedded."""
     if not images:
         return []
-    if not matched:
-        return [] if bank else ["Real images were embedded at their own size, not at that of the samples."]
     found, (height, width) = [], samples.size
-    if height != width:
+    if not matched and not bank:
+        found.append("Real images were embedded at their own size, not at that of the samples.")
+    if matched and height != width:
         found.append(
             f"Samples are {width}×{height}, while real images were cropped to squares of {min(height, width)}: the encoder sees "
             "that difference too. Give square samples, or leave real images at their own size."
         )
-    if samples.grey:
-        found.append("Samples are grey, so real images were made grey before they were embedded.")
+    if grey:
+        found.append("Real images were made grey before they were embedded, as samples of one channel are compared.")
+    elif samples.looks_grey:
+        found.append("All samples look grey though they have colour channels; real images were left as they are.")
     return found
 
 

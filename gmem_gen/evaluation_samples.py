@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+import gmem_bank
 from gmem_bank.errors import ConfigError, OutputExistsError
 from gmem_gen import conditioning
 from gmem_gen.array_store import mapped_samples
@@ -24,6 +25,7 @@ from gmem_gen.conditions import Conditions, choose_conditions
 from gmem_gen.config import SampleConfig
 from gmem_gen.estimates import random_numbers
 from gmem_gen.evaluation_report import FEWEST, EvaluationOptions
+from gmem_gen.evaluation_sources import refuse_statistics
 from gmem_gen.image_sets import ImageSet, from_pixels, from_source
 from gmem_gen.outputs import Progress, writing
 from gmem_gen.sample_files import SampleFiles, plan_of, sample_to
@@ -41,8 +43,8 @@ class SampleSet:
 
     images: ImageSet
     """Its concepts are those that were asked for."""
-    grey: bool | None = None
-    """Whether they have one channel; None: their pixels have to say."""
+    grey: bool
+    """Whether the generator draws grey alone, as far as can be known: one channel, in all files of given ones."""
     rows: NDArray[np.int64] | None = None
     """(n,) rows of the bank that they were drawn from; None: unknown, or a model without memory."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -67,12 +69,16 @@ def given_samples(path: str | os.PathLike[str], options: EvaluationOptions) -> S
         SourceError: no image there.
         ConfigError: too few of them.
     """
+    if gmem_bank.is_bank_path(path):
+        raise ConfigError(f"{path} is a bank, which has no samples in it: give images; a bank can be --reference",
+                          key="samples")  # fmt: skip
+    refuse_statistics(path, "samples")
     images = from_source(path, "given samples")
     require_enough(len(images), "samples")
     if options.num_given is not None and options.num_given < len(images):
         rng = random_numbers(options.seed, CHOICE)
         images = images.take(np.sort(rng.choice(len(images), options.num_given, replace=False)))
-    return SampleSet(images=images)
+    return SampleSet(images=images, grey=images.have_one_channel())
 
 
 def require_enough(count: int, what: str) -> None:

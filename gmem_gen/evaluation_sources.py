@@ -5,7 +5,6 @@ Shapes: n rows, D dimensions.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import zipfile
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import gmem_bank
-from gmem_bank.errors import BankNotFoundError, ConfigError, EncoderMismatchError, FormatError
+from gmem_bank.errors import BankNotFoundError, ConfigError, EncoderMismatchError, FormatError, SourceError
 from gmem_gen import conditioning
 from gmem_gen.checkpoint import LoadedCheckpoint
 from gmem_gen.checkpoint_state import STATE, read_state
@@ -78,16 +77,24 @@ def reference_images(path: PathLike) -> ImageSet:
         ConfigError: the file holds only statistics, of an encoder that it does not name.
         SourceError: no image there.
     """
-    if Path(path).suffix.lower() == ".npz" and Path(path).is_file():
-        with zipfile.ZipFile(path) if zipfile.is_zipfile(path) else contextlib.nullcontext() as archive:
-            names = set() if archive is None else set(archive.namelist())
-        if {"mu.npy", "sigma.npy"} <= names and "arr_0.npy" not in names:
-            raise ConfigError(
-                f"{path} holds mean and covariance of an encoder that it does not name, so there is no saying whether they are "
-                "of the judge. Give the images, or a bank of them: a bank is a reference that knows its encoder",
-                key="reference",
-            )
+    refuse_statistics(path, "reference")
     return from_source(path, "the reference images")
+
+
+def refuse_statistics(path: PathLike, option: str) -> None:
+    """Raise ConfigError for an .npz of mean and covariance instead of images, SourceError for one that is cut short."""
+    if Path(path).suffix.lower() != ".npz" or not Path(path).is_file():
+        return
+    if not zipfile.is_zipfile(path):
+        raise SourceError(f"{path} is cut short, or is no .npz: copy or write it again", path=path)
+    with zipfile.ZipFile(path) as archive:
+        names = set(archive.namelist())
+    if {"mu.npy", "sigma.npy"} <= names and "arr_0.npy" not in names:
+        raise ConfigError(
+            f"{path} holds mean and covariance of an encoder that it does not name, so there is no saying whether they are "
+            "of the judge. Give the images, or as reference a bank of them, which knows its encoder",
+            key=option,
+        )
 
 
 def same_network(first: gmem_bank.EncoderSpec, second: gmem_bank.EncoderSpec) -> bool:

@@ -22,7 +22,16 @@ from gmem_gen.conditioning import ImagesFrom
 from gmem_gen.config import Config, SampleConfig
 from gmem_gen.embedding_cache import EmbeddingCache
 from gmem_gen.evaluation_parts import Drawing, concept_fidelity, snippet_fidelity
-from gmem_gen.evaluation_real import LEFT_OUT, TOO_FEW, EmbeddedReal, RealImages, embed_real, find_real
+from gmem_gen.evaluation_real import LEFT_OUT, TOO_FEW, EmbeddedReal, RealImages, embed_real, find_real, require_fits
+from gmem_gen.evaluation_remarks import (
+    NO_MEMORY,
+    NO_ROWS,
+    UNKNOWN_HELD_OUT,
+    loses_rank,
+    masked_remarks,
+    overlap_remarks,
+    rank_remarks,
+)
 from gmem_gen.evaluation_report import FEWEST, EvaluationOptions, EvaluationReport, remarks_on
 from gmem_gen.evaluation_samples import SampleSet, draw_samples, given_samples, require_enough, require_own_folder
 from gmem_gen.evaluation_sources import (
@@ -42,9 +51,6 @@ from gmem_gen.outputs import Progress, Say, no_progress, no_remarks
 from gmem_gen.runtime import pick_device, versions
 
 CACHE = ".cache"
-UNKNOWN_HELD_OUT = (
-    "An exported generator does not say which images its training held out: they count as training images."
-)
 
 
 def _unwatched(stage: str) -> Progress:  # noqa: ARG001 - the signature of `watch`
@@ -115,6 +121,7 @@ def evaluate(
     # all that can be wrong with the real images is found before minutes go into sampling
     real = find_real(own, judged, reference, images, held_out=_held_out(loaded), say=say)
     given = None if samples is None else given_samples(samples, wanted)
+    require_fits(wanted, wanted.num if given is None else len(given.images), real)
     judge = choose_judge(encoder, judged, load, lambda: default_judge(own, space, device))
     if given is None:
         assert own is not None
@@ -172,9 +179,7 @@ class _Desk:
         options, space = self.options, self.space
         samples = embed(self.drawn.images, self.judge, self.kept, progress=self.watch("embed samples"), one_size=True)
         require_enough(len(samples.values), "readable samples")
-        if self.drawn.grey is not None:
-            samples = dataclasses.replace(samples, grey=self.drawn.grey)
-        real = embed_real(self.real, options, min(samples.size), grey=samples.grey, embedded=self._embedded)
+        real = embed_real(self.real, options, min(samples.size), grey=self._grey, embedded=self._embedded)
         distribution = judgement.compare(
             samples.in_space(space), real.reference.in_space(space), k=options.neighbours, num_resamples=options.num_resamples,
             seed=options.seed, manifold_k=options.manifold_neighbours, subset_size=options.kid_subset_size,
@@ -183,18 +188,26 @@ class _Desk:
         copies, unjudged = self._copies(samples, real)
         circular, said = circularity(self.judge.spec, self.bank, self.checkpoint)
         remarks = remarks_on(
-            real.kind, space, distribution.rank_deficient, circular=said, samples=samples, sets=real.sets,
+            real.kind, space, distribution.rank_deficient, circular=said, samples=samples, grey=self._grey, sets=real.sets,
             matched=options.match_size, unjudged=unjudged,
         )  # fmt: skip
-        remarks += self._remarks()
+        remarks += self._remarks(samples, real, searched=copies is not None)
         concepts, more = concept_fidelity(samples, real.of_bank or real.reference, options)
         faithful, missing = self._faithfulness(samples)
+        if loses_rank(self.real.bank):
+            distribution = dataclasses.replace(distribution, rank_deficient=True)
         return EvaluationReport(
             samples=self._samples(samples), judge=self._judge(circular), reference=self._reference(real),
             distribution=distribution, memorisation=copies, concepts=concepts, faithfulness=faithful,
             remarks=(*remarks, *more, *missing), options=options, drawn=samples, training=real.training,
             held_out=real.held_out if real.kind != "images" else None, versions=versions(),
         )  # fmt: skip
+
+    @property
+    def _grey(self) -> bool:
+        """Whether real images are made grey: those at their own size only where that is asked for."""
+        automatic = self.drawn.grey and self.options.match_size
+        return automatic if self.options.grey is None else self.options.grey
 
     def _embedded(self, images: ImageSet, stage: str) -> Embedded:
         return embed(images, self.judge, self.shared, progress=self.watch(stage))
@@ -212,32 +225,37 @@ class _Desk:
         )  # fmt: skip
         return found, ""
 
-    def _remarks(self) -> list[str]:
-        """Return what is to be said of a generator whose held-out images are not known."""
+    def _remarks(self, samples: Embedded, real: EmbeddedReal, *, searched: bool) -> list[str]:
+        """Return what is to be said of banks and images; `searched`: whether copies were looked for."""
+        found = overlap_remarks(samples, real, self.bank, self.real.bank) + rank_remarks(self.real.bank)
+        if searched:
+            found += masked_remarks(self.bank)
         data = None if self.checkpoint is None else self.checkpoint.config.data
         asked = data is not None and (data.validation_fraction or data.validation_keys or data.validation_concept)
         unknown = self.checkpoint is not None and not _knows_held_out(self.checkpoint)
-        return [UNKNOWN_HELD_OUT] if asked and unknown else []
+        return [*found, UNKNOWN_HELD_OUT] if asked and unknown else found
 
     def _faithfulness(self, samples: Embedded) -> tuple[judgement.Faithfulness | None, list[str]]:
         if self.drawn.rows is None or self.bank is None:
-            return None, []
+            return None, [NO_ROWS if self.checkpoint is None else NO_MEMORY]
         drawing = Drawing(
             bank=self.bank, rows=self.drawn.rows, of_bank=self.real.of_bank, load=self.load, say=self.say,
             made=lambda images, encoder: embed(images, encoder, self.kept, progress=self.watch("re-encode samples")),
             own=lambda images, encoder: embed(images, encoder, self.shared, progress=self.watch("re-encode their images")),
         )  # fmt: skip
-        return snippet_fidelity(self.drawn.images, drawing, self.options, min(samples.size), grey=samples.grey)
+        grey = self.drawn.grey if self.options.grey is None else self.options.grey
+        return snippet_fidelity(self.drawn.images, drawing, self.options, min(samples.size), grey=grey)
 
     def _samples(self, samples: Embedded) -> dict[str, Any]:
         height, width = samples.size
         return {"what": self.drawn.images.what, "count": len(samples.values), "height": height, "width": width,
-                "grey": samples.grey, "pixels": samples.digest(), "sampling": dict(self.drawn.sampling) or None}  # fmt: skip
+                "grey": self.drawn.grey, "looks_grey": samples.looks_grey,
+                "pixels": samples.digest(), "sampling": dict(self.drawn.sampling) or None}  # fmt: skip
 
     def _judge(self, circular: bool | None) -> dict[str, Any]:
         spec = self.judge.spec
         return {"encoder": spec.name, "fingerprint": spec.fingerprint, "dim": spec.dim, "space": self.space,
-                "circular": circular}  # fmt: skip
+                "software": spec.software, "circular": circular}  # fmt: skip
 
     def _reference(self, real: EmbeddedReal) -> dict[str, Any]:
         found, bank = real.reference, self.real.bank

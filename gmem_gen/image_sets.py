@@ -39,6 +39,8 @@ class ImageSet:
     """Concept → positions."""
     num_left_out: int = 0
     """Images that should be here and are gone."""
+    has_one_channel: Callable[[int], bool | None] | None = None
+    """Position → whether its file has grey alone, None where it cannot be read; None: there are no files."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -51,16 +53,24 @@ class ImageSet:
             for name, members in self.concepts.items()
         }
         keys = [self.keys[int(position)] for position in positions]
-        read = self.read
+        read, asked = self.read, self.has_one_channel
         return dataclasses.replace(
-            self, keys=keys, concepts=concepts, read=lambda place: read(int(positions[place]))
+            self, keys=keys, concepts=concepts, read=lambda place: read(int(positions[place])),
+            has_one_channel=None if asked is None else lambda place: asked(int(positions[place])),
         )  # fmt: skip
+
+    def have_one_channel(self) -> bool:
+        """Say whether the files of all images, as far as they can be read, have grey alone; False where there are none."""
+        asked = self.has_one_channel
+        return asked is not None and all(asked(place) is not False for place in range(len(self)))
 
 
 def from_source(path: str | os.PathLike[str], what: str) -> ImageSet:
     """Return the images of a folder, tar files, an array or whatever `gmem-bank build` takes; raises SourceError."""
     source = gmem_bank.open_images(path)
-    return ImageSet(what=what, keys=source.keys, read=source.read, concepts=source.concepts)
+    return ImageSet(
+        what=what, keys=source.keys, read=source.read, concepts=source.concepts, has_one_channel=source.has_one_channel
+    )
 
 
 def from_bank(bank: Bank, images: ImagesFrom, what: str) -> ImageSet:
@@ -81,11 +91,20 @@ def from_pixels(images: NDArray[np.uint8], keys: Sequence[str], what: str) -> Im
     return ImageSet(what=what, keys=keys, read=lambda place: np.ascontiguousarray(wide[place]))
 
 
-def matched(images: ImageSet, side: int, *, grey: bool) -> ImageSet:
-    """Return images as a generator of that size was shown them: the central square, at that side, grey where it draws grey."""
+def matched(images: ImageSet, side: int | None, *, grey: bool) -> ImageSet:
+    """Return images as a generator of that size was shown them: the central square, at that side, grey where it draws grey.
+
+    Args:
+        images: of any sizes.
+        side: in pixels; None leaves them at their own size.
+        grey: whether they are made grey.
+    """
+    if side is None and not grey:
+        return images
 
     def read(place: int) -> NDArray[np.uint8]:
-        square = gmem_bank.center_crop(images.read(place), side)
+        pixels = images.read(place)
+        square = pixels if side is None else gmem_bank.center_crop(pixels, side)
         if not grey:
             return square
         return np.repeat(np.asarray(Image.fromarray(square).convert("L"))[..., None], 3, axis=2)
@@ -106,7 +125,7 @@ class Embedded:
     """sha256 of each image's shape and pixels, as they were embedded; empty for rows of a bank."""
     size: tuple[int, int] = (0, 0)
     """(H, W) of the first image."""
-    grey: bool = False
+    looks_grey: bool = False
     """Whether the channels of every image are equal."""
 
     def in_space(self, space: str) -> NDArray[np.float32]:
@@ -170,7 +189,12 @@ def embed(
     taken = images if not skipped else images.take(np.array(kept, np.int64))
     height, width = next(iter(sizes))
     return Embedded(
-        images=taken, values=np.concatenate(values), skipped=skipped, hashes=hashes, size=(height, width), grey=grey
+        images=taken,
+        values=np.concatenate(values),
+        skipped=skipped,
+        hashes=hashes,
+        size=(height, width),
+        looks_grey=grey,
     )
 
 

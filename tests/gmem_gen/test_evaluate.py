@@ -227,6 +227,7 @@ def test_what_means_nothing_is_refused(bank: Path, held_out: Path, tmp_path: Pat
     mixed = write_digits(tmp_path / "mixed", 0, 60)
     Image.new("RGB", (16, 16)).save(mixed / "large.png")
     np.savez("statistics.npz", mu=np.zeros(64), sigma=np.eye(64))
+    Path("cut.npz").write_bytes(Path("statistics.npz").read_bytes()[:100])
     run = trained()
     cases = [
         ({"samples": "empty"}, SourceError, "no images"),
@@ -236,12 +237,15 @@ def test_what_means_nothing_is_refused(bank: Path, held_out: Path, tmp_path: Pat
         ({"samples": "digits", "reference": "statistics.npz"}, ConfigError, "an encoder that it does not name"),
         ({"samples": "digits", "reference": few}, ConfigError, "20 real images"),
         ({"checkpoint": run, "concepts": ["d9"]}, gmem_bank.UnknownKeyError, "d9"),
+        ({"samples": "statistics.npz"}, ConfigError, "an encoder that it does not name"),
+        ({"samples": "cut.npz"}, SourceError, "cut short.*again"),
+        ({"samples": "other.safetensors"}, ConfigError, "is a bank, which has no samples"),
         ({}, ConfigError, "either a checkpoint"),
     ]
     for arguments, error, words in cases:
         with pytest.raises(error, match=words):
             gmem_gen.evaluate(bank, pixels(), options=OPTIONS, **arguments)
-    with pytest.raises(ConfigError, match="nothing to compare"):
+    with pytest.raises(ConfigError, match=r"nothing to compare.*--reference"):
         gmem_gen.evaluate(None, pixels(), samples="digits", options=OPTIONS)
     for setting in ({"num": 49}, {"space": "both"}, {"near_copy": 3.0}, {"num_real": 3}, {"votes": 0}):
         with pytest.raises(ConfigError):

@@ -229,21 +229,33 @@ def test_samples_that_cannot_be_read_are_left_out_wherever_they_stand(held_out: 
     assert any("given samples 1 could not be read" in remark for remark in report.remarks)
 
 
-def test_samples_are_grey_only_if_all_of_them_are(held_out: Path, bank: Path) -> None:
-    """One coloured image among eighty, wherever it stands, keeps the reference in colour; the report says which it was."""
+def test_real_images_are_made_grey_where_samples_have_one_channel(held_out: Path, bank: Path) -> None:
+    """In all their files or in their array; samples that lost their colour are compared with colour, unless it is asked for."""
     for path in Path("digits").rglob("*.png"):
         with Image.open(path) as image:
             Image.merge("RGB", [image, image, Image.new("L", image.size)]).save(path)
-    grey = gmem_gen.evaluate(None, pixels(), samples=held_out, reference="digits", options=options())
-    assert grey.samples["grey"] is True
+
+    def judged(samples: str | Path, **changes: object) -> gmem_gen.EvaluationReport:
+        return gmem_gen.evaluate(None, pixels(), samples=samples, reference="digits", options=options(**changes))
+
+    source = gmem_bank.open_images(held_out)
+    images = np.stack([source.read(place) for place in range(len(source))])
+    np.savez("grey.npz", arr_0=images[..., :1])
+    np.savez("colourless.npz", arr_0=images)
+    grey, array, colourless = judged(held_out), judged("grey.npz"), judged("colourless.npz")
+    assert grey.samples["grey"] is array.samples["grey"] is True
+    assert colourless.samples["grey"] is False
+    assert colourless.samples["looks_grey"] is True
+    assert grey.distribution.frechet.value == array.distribution.frechet.value
     assert any("made grey" in remark for remark in grey.remarks)
+    assert any("look grey though" in remark for remark in colourless.remarks)
+    assert colourless.reference["pixels"] != grey.reference["pixels"]
+    assert judged("colourless.npz", grey=True).reference["pixels"] == grey.reference["pixels"]
+    assert judged(held_out, grey=False).reference["pixels"] == colourless.reference["pixels"]
     path = sorted(held_out.rglob("*.png"))[37]
     with Image.open(path) as image:
-        Image.merge("RGB", [image, Image.new("L", image.size), image]).save(path)
-    coloured = gmem_gen.evaluate(None, pixels(), samples=held_out, reference="digits", options=options())
-    assert coloured.samples["grey"] is False
-    assert not any("grey" in remark for remark in coloured.remarks)
-    assert coloured.reference["pixels"] != grey.reference["pixels"]
+        image.convert("RGB").save(path)
+    assert judged(held_out).reference["pixels"] == colourless.reference["pixels"]
 
 
 def test_samples_that_are_not_square_are_remarked(held_out: Path, bank: Path) -> None:
@@ -280,6 +292,69 @@ def test_drawn_samples_lie_in_their_file_and_not_in_memory(bank: Path) -> None:
         b"".join(hashlib.sha256(b"(8, 8, 3)" + image.tobytes()).digest() for image in wide)
     ).hexdigest()
     assert report.samples["pixels"] == digest
+
+
+# ---- What a reader has to know
+
+
+def test_what_is_the_same_on_both_sides_is_said(bank: Path, held_out: Path) -> None:
+    """A reference that was trained on, as images or as a bank of the judge; samples that are the reference."""
+    gmem_bank.build("digits", pixels(), "again.safetensors")
+
+    def said(samples: str | Path, reference: str | Path, memory: Path | None = bank) -> str:
+        report = gmem_gen.evaluate(memory, pixels(), samples=samples, reference=reference, options=options())
+        return " ".join(report.remarks)
+
+    assert "120 of 120 reference images are training images" in said(held_out, "digits")
+    assert "bank of images that the generator's bank was made of" in said(held_out, "again.safetensors")
+    assert "80 of 80 samples are reference images" in said(held_out, held_out, None)
+    fair = said("digits", held_out)
+    assert "training images:" not in fair
+    assert "samples are reference images" not in fair
+    (held_out / "d0" / "copy.png").write_bytes(next(Path("digits/d0").glob("*.png")).read_bytes())
+    assert "1 of 81 reference images are training images" in said("digits", held_out)
+
+
+def test_what_was_left_out_is_said(bank: Path, held_out: Path) -> None:
+    """Masked rows, components of the reference, concepts, snippets."""
+    opened = gmem_bank.open(bank)
+    gmem_bank.mask(bank, gmem_bank.Selection(keys=tuple(opened.keys(np.arange(3)))))
+    gmem_bank.build(held_out, pixels(), "held.safetensors")
+    gmem_bank.compress("held.safetensors", rank=8, output="small.safetensors")
+    report = gmem_gen.evaluate(bank, pixels(), samples="digits", reference="small.safetensors", options=options())
+    said = " ".join(report.remarks)
+    assert "3 rows of the bank are masked" in said
+    assert "a bank of rank 8 in 64 dimensions" in said
+    assert report.to_json()["distribution"]["frechet"]["rank_deficient"] is True
+    assert "given ones do not say which they were drawn from" in said
+    full = gmem_gen.evaluate(None, pixels(), samples="digits", reference="held.safetensors", options=options())
+    assert full.distribution.rank_deficient is False
+    flat = Path("flat")
+    flat.mkdir()
+    for path in held_out.rglob("*.png"):
+        path.rename(flat / path.name)
+    assert "not judged by concept: none was asked for one." in " ".join(
+        gmem_gen.evaluate(bank, pixels(), samples=flat, options=options()).remarks
+    )
+    assert "not judged by concept: real images have fewer than two." in " ".join(
+        gmem_gen.evaluate(None, pixels(), samples="digits", reference=flat, options=options()).remarks
+    )
+
+
+def test_more_is_not_asked_of_images_than_they_can_say(bank: Path, held_out: Path, monkeypatch) -> None:
+    """Before anything is drawn; on the command line as wrong usage where the line alone says so."""
+    run = trained()
+    monkeypatch.setattr(evaluator, "draw_samples", None)
+    for changes, words in (
+        ({"neighbours": 50}, "50. nearest neighbour"),
+        ({"manifold_neighbours": 80, "num": 90}, "90 samples and 80 real"),
+        ({"kid_subset_size": 26}, "at most half"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            gmem_gen.evaluate(bank, pixels(), checkpoint=run, reference=held_out, options=options(**changes))
+    for words in (["-n", "60", "-k", "60"], ["--samples", "digits"], ["-n", "60", "--manifold-neighbours", "60"]):
+        result = CliRunner().invoke(main, ["evaluate", "-e", "pixels", *words])
+        assert result.exit_code == 2, result.output
 
 
 # ---- What is kept, and what is said

@@ -101,7 +101,11 @@ def remarks_on(
         )
     if kind == "bank":
         found.append("The reference is a bank of images at their own size, not at that of the samples.")
-    found += _of_sizes(samples, matched, grey, images=bool(sets), bank=kind == "bank")
+    found += _of_sizes(samples.size, matched, images=bool(sets), bank=kind == "bank")
+    if grey and sets:
+        found.append("Real images were made grey before they were embedded, as samples of one channel are compared.")
+    elif samples.looks_grey and not all(one.looks_grey for one in sets):
+        found.append("All samples look grey, and real images do not: they were left in colour.")
     for one in (samples, *sets):
         if one.skipped or one.images.num_left_out:
             found.append(
@@ -112,23 +116,19 @@ def remarks_on(
     return found
 
 
-def _of_sizes(samples: Embedded, matched: bool, grey: bool, *, images: bool, bank: bool) -> list[str]:
-    """Return what was done to real images before they were embedded."""
+def _of_sizes(size: tuple[int, int], matched: bool, *, images: bool, bank: bool) -> list[str]:
+    """Return how the sizes of samples and real images differ."""
     if not images:
         return []
-    found, (height, width) = [], samples.size
-    if not matched and not bank:
-        found.append("Real images were embedded at their own size, not at that of the samples.")
-    if matched and height != width:
-        found.append(
-            f"Samples are {width}×{height}, while real images were cropped to squares of {min(height, width)}: the encoder sees "
-            "that difference too. Give square samples, or leave real images at their own size."
-        )
-    if grey:
-        found.append("Real images were made grey before they were embedded, as samples of one channel are compared.")
-    elif samples.looks_grey:
-        found.append("All samples look grey though they have colour channels; real images were left as they are.")
-    return found
+    if not matched:
+        return [] if bank else ["Real images were embedded at their own size, not at that of the samples."]
+    height, width = size
+    if height == width:
+        return []
+    return [
+        f"Samples are {width}×{height}, while real images were cropped to squares of {min(height, width)}: the encoder sees "
+        "that difference too. Give square samples, or leave real images at their own size."
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,14 +129,12 @@ def test_real_images_vote_and_classify(tmp_path: Path) -> None:
     assert (near == embedded(judge, tmp_path / "real")[1][:, None]).all()
 
 
-def test_the_classifier_has_columns_where_it_judged() -> None:
-    """Figures from before there was one are still written; with it, both ratios are said."""
-    names = ("seen", "not inserted", "projected", "basis grown")
-    old = {"rows": [{"class": "0", **dict.fromkeys(names, 0.5)}], "share_of_seen": 1.0}
-    assert "classifier" not in experiment_insertion.words(old)
-    row = old["rows"][0] | {f"{name}: classifier": 0.25 for name in names}
+def test_both_judges_have_columns_and_a_ratio() -> None:
+    """Votes and classifier, each with its control."""
+    names = ("seen", "trained on", "not inserted", "projected", "basis grown")
+    row = {"class": "0", **dict.fromkeys(names, 0.5), **{f"{name}: classifier": 0.25 for name in names}}
     said = experiment_insertion.words({"rows": [row], "share_of_seen": 1.0, "share_of_seen_classified": 0.75})
-    assert said.count("(classifier)") == 4
+    assert said.count("(classifier)") == 5
     assert said.endswith("1; by the classifier: 0.75.")
 
 

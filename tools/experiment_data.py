@@ -65,10 +65,12 @@ class Images:
     """Settings of the generator."""
     settings: Mapping[str, Any]
     """What decides the images, for the names of cells."""
+    flip: bool = False
+    """Banks that a generator learns from have mirrored twins of the images, which doubles the shapes it sees."""
 
     def build(self, source: Path, bank: Path) -> gmem_bank.MemoryBank:
         """Build a bank of the conditioning encoder, or open it where it is there."""
-        gmem_bank.build(source, self.encoder.load(), bank)
+        gmem_bank.build(source, self.encoder.load(), bank, narrowing=gmem_bank.Narrowing(flip=self.flip))
         return gmem_bank.open(bank)
 
     def config(self, preset: str, *settings: str) -> gmem_gen.Config:
@@ -77,7 +79,12 @@ class Images:
 
     def identity(self) -> dict[str, Any]:
         """Return all that decides what a generator of these images is, for the names of cells."""
-        return {"images": self.settings, "training": list(self.training), "encoder": dataclasses.asdict(self.encoder)}
+        return {
+            "images": self.settings,
+            "flip": self.flip,
+            "training": list(self.training),
+            "encoder": dataclasses.asdict(self.encoder),
+        }
 
 
 def digits(folder: Path) -> Images:

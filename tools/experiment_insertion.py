@@ -23,6 +23,8 @@ from tools.experiment_kit import Bench, Row, save_pictures, table
 
 INSERTED = {"projected": -1.0, "basis grown": None}
 """Variant → `grow_below` of the insertion; None: the bank's own threshold."""
+TRAINED = "trained on"
+"""The control: samples of a class of a generator that was trained on every class."""
 CLASSIFIED = ": classifier"
 """What follows the name of a figure that is the classifier's."""
 
@@ -46,12 +48,13 @@ def run(config: Insertion, bench: Bench) -> dict[str, Any]:
     images, judge, cells = bench.images, bench.judge, bench.cells
     alone = dataclasses.replace(config, classes=())  # a cell is the same whichever others are held out
     settings = {"config": alone, **images.identity(), "judge": judge}
+    control = cells.get("trained-on-all", settings, lambda work: trained_on_all(config, images, judge, work))
     rows = []
     for name in chosen_classes(images, config.classes):
         cell = {**settings, "class": name}
         found = cells.get(f"hold-out-{name}", cell, lambda work, n=name: hold_out(config, images, judge, work, [n]))
-        rows.append({"class": name, **found})
-    fields = [name + judged for judged in ("", CLASSIFIED) for name in ("seen", "not inserted", *INSERTED)]
+        rows.append({"class": name, TRAINED: control[name], TRAINED + CLASSIFIED: control[name + CLASSIFIED], **found})
+    fields = [name + judged for judged in ("", CLASSIFIED) for name in ("seen", TRAINED, "not inserted", *INSERTED)]
     means = {field: float(np.mean([row[field] for row in rows])) for field in fields}
     return {"rows": [*rows, {"class": "mean", **means}], "share_of_seen": means["basis grown"] / means["seen"],
             "share_of_seen_classified": means["basis grown" + CLASSIFIED] / means["seen" + CLASSIFIED]}  # fmt: skip
@@ -63,6 +66,13 @@ def chosen_classes(images: Images, wanted: Sequence[str]) -> list[str]:
     if unknown := sorted(set(wanted) - set(there)):
         raise SystemExit(f"no class {unknown[0]!r}: give some of {', '.join(there)}")
     return list(wanted) or there
+
+
+def trained_on_all(config: Insertion, images: Images, judge: EncoderChoice, work: Path) -> Row:
+    """Train on every class, and return of each the share of its samples that show it."""
+    bank = _train_without(config, images, work, [])
+    asked = {name: (bank, *_asked(_keys(config, bank, name), name)) for name in opened(bank).names}
+    return _fidelity(images, judge, work, asked)
 
 
 def hold_out(config: Insertion, images: Images, judge: EncoderChoice, work: Path, held: Sequence[str], *settings: str,
@@ -81,12 +91,7 @@ def hold_out(config: Insertion, images: Images, judge: EncoderChoice, work: Path
     Returns:
         Shares of the samples that show what was asked for, by votes and by a classifier, and the ranks of the banks.
     """
-    bank = _bank_without(config, images, work, held)
-    train = images.config(
-        "nano", f"train.max_steps={config.steps}", f"train.checkpoint_every={config.steps}", f"train.seed={config.seed}",
-        f"sample.guidance={config.guidance}", *settings,
-    )  # fmt: skip
-    gmem_gen.train(bank, train, out=work / "run")
+    bank = _train_without(config, images, work, held, *settings)
     keys = [key for name in opened(bank).names for key in _keys(config, bank, name)]
     figures = _fidelity(images, judge, work, {"seen": (bank, keys, [key.partition("/")[0] for key in keys])})
     absent = {name: (bank, *_asked(_stand_ins(config, images, bank, name), name)) for name in held}
@@ -97,6 +102,17 @@ def hold_out(config: Insertion, images: Images, judge: EncoderChoice, work: Path
         figures |= _mean_of(_fidelity(images, judge, work, there), held, variant)
         figures[f"{variant}: rank"] = max(len(opened(target).basis) for target in targets.values())
     return figures
+
+
+def _train_without(config: Insertion, images: Images, work: Path, held: Sequence[str], *settings: str) -> Path:
+    """Train on a factored bank of all classes but some, and return it."""
+    bank = _bank_without(config, images, work, held)
+    train = images.config(
+        "nano", f"train.max_steps={config.steps}", f"train.checkpoint_every={config.steps}", f"train.seed={config.seed}",
+        f"sample.guidance={config.guidance}", *settings,
+    )  # fmt: skip
+    gmem_gen.train(bank, train, out=work / "run")
+    return bank
 
 
 def _asked(keys: list[str], name: str) -> tuple[list[str], list[str]]:
@@ -138,10 +154,11 @@ def opened(bank: Path) -> Any:
 
 
 def _keys(config: Insertion, bank: Path, concept: str) -> list[str]:
-    """Return as many keys of a concept as are sampled."""
-    return gmem_gen.choose_conditions(
-        opened(bank), concept=concept, keys=(), num=config.num, per_snippet=1, seed=config.seed
-    ).keys
+    """Return as many keys of a concept as are sampled: not of mirrored twins, which may show something else, or nothing."""
+    rows = opened(bank).rows_of(concept)
+    keys = [key for key in opened(bank).keys(rows) if not key.endswith(gmem_bank.FLIP_SUFFIX)]
+    chosen = np.random.default_rng(config.seed).choice(len(keys), config.num, replace=len(keys) < config.num)
+    return [keys[place] for place in chosen]
 
 
 def _stand_ins(config: Insertion, images: Images, bank: Path, held: str) -> list[str]:
@@ -179,18 +196,20 @@ def _fidelity(
 
 
 def words(found: dict[str, Any]) -> str:
-    """Return the section's text; figures that were written before there was a classifier have no columns of it."""
-    judges = {"": "", CLASSIFIED: " (classifier)"} if f"seen{CLASSIFIED}" in found["rows"][0] else {"": ""}
+    """Return the section's text."""
     columns = {"class": "held out"}
-    for field, label in judges.items():
-        columns |= {f"seen{field}": f"seen classes{label}", f"not inserted{field}": f"not inserted{label}",
-                    f"projected{field}": f"inserted, projected{label}",
-                    f"basis grown{field}": f"inserted, basis grown{label}"}  # fmt: skip
+    for by, label in {"": "", CLASSIFIED: " (classifier)"}.items():
+        columns |= {
+            f"seen{by}": f"seen classes{label}", f"{TRAINED}{by}": f"trained on it{label}",
+            f"not inserted{by}": f"not inserted{label}", f"projected{by}": f"inserted, projected{label}",
+            f"basis grown{by}": f"inserted, basis grown{label}",
+        }  # fmt: skip
     columns |= {"projected: rank": "rank", "basis grown: rank": "rank, grown"}
-    share = f"Mean fidelity of inserted classes (basis grown) over that of seen ones: {found['share_of_seen']:.3g}"
-    if CLASSIFIED in judges:
-        share += f"; by the classifier: {found['share_of_seen_classified']:.3g}"
-    return f"{table(found['rows'], columns)}\n\n{share}."
+    said = (
+        f"Mean fidelity of inserted classes (basis grown) over that of seen ones: {found['share_of_seen']:.3g}; by the "
+        f"classifier: {found['share_of_seen_classified']:.3g}."
+    )
+    return f"{table(found['rows'], columns)}\n\n{said}"
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
@@ -201,14 +220,14 @@ def draw(found: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(9, 3.2), constrained_layout=True)
-    names = ("seen", "not inserted", *INSERTED)
+    names = ("seen", TRAINED, "not inserted", *INSERTED)
     for index, name in enumerate(names):
-        places = np.arange(len(found["rows"])) + (index - 1.5) * 0.2
-        axis.bar(places, [row[name] for row in found["rows"]], 0.2, label=name)
+        places = np.arange(len(found["rows"])) + (index - 2) * 0.17
+        axis.bar(places, [row[name] for row in found["rows"]], 0.17, label=name)
     axis.set(xticks=range(len(found["rows"])), xlabel="class held out", ylabel="fidelity", ylim=(0, 1.15))
     axis.set_xticklabels(
         [row["class"] for row in found["rows"]], rotation=0 if len(found["rows"][0]["class"]) < 3 else 30
     )
-    axis.legend(frameon=False, ncols=4, loc="upper center")
+    axis.legend(frameon=False, ncols=5, loc="upper center")
     figure.savefig(path, dpi=110)
     plt.close(figure)

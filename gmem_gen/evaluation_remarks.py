@@ -9,6 +9,7 @@ import gmem_bank
 from gmem_gen import conditioning
 from gmem_gen.evaluation_real import EmbeddedReal
 from gmem_gen.image_sets import Embedded
+from gmem_gen.memorisation import Memorisation
 
 UNKNOWN_HELD_OUT = (
     "An exported generator does not say which images its training held out: they count as training images."
@@ -16,16 +17,20 @@ UNKNOWN_HELD_OUT = (
 NO_ROWS = "Samples were not compared with their snippets: given ones do not say which they were drawn from."
 NO_MEMORY = "Samples were not compared with their snippets: the model draws from none."
 SAME_BANK = "The reference is a bank of images that the generator's bank was made of: copies of training images would score best."
+MANY = 0.25
+"""Share of reference images that are near-copies of training images from which on they can hardly be strangers: 1 % would be."""
 
 
 def overlap_remarks(
-    samples: Embedded, real: EmbeddedReal, own: gmem_bank.MemoryBank | None, reference: gmem_bank.MemoryBank | None
-) -> list[str]:
-    """Return what is the same on two sides that should differ, to the pixel.
+    samples: Embedded, real: EmbeddedReal, copies: Memorisation | None, own: gmem_bank.MemoryBank | None,
+    reference: gmem_bank.MemoryBank | None,
+) -> list[str]:  # fmt: skip
+    """Return what is the same on two sides that should differ: to the pixel, or nearly.
 
     Args:
         samples: that are judged.
         real: what they are compared with.
+        copies: how near both lie to training images.
         own: the generator's bank.
         reference: the reference, where it is a bank.
     """
@@ -36,6 +41,12 @@ def overlap_remarks(
         count = len(real.reference.values)
         if real.training is not None and (same := shared(real.reference, real.training)):
             found.append(f"{same} of {count} reference images are training images: copies of those would score best.")
+        elif copies is not None and copies.held_out is not None:
+            near = float((copies.held_out <= copies.threshold).mean())
+            if near > MANY:
+                found.append(
+                    f"{near:.0%} of reference images are near-copies of training images: is that the reference?"
+                )
         if same := shared(samples, real.reference):
             found.append(f"{same} of {len(samples.values)} samples are reference images themselves.")
     return found

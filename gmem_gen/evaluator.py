@@ -191,7 +191,7 @@ class _Desk:
             real.kind, space, distribution.rank_deficient, circular=said, samples=samples, grey=self._grey, sets=real.sets,
             matched=options.match_size, unjudged=unjudged,
         )  # fmt: skip
-        remarks += self._remarks(samples, real, searched=copies is not None)
+        remarks += self._remarks(samples, real, copies)
         concepts, more = concept_fidelity(samples, real.of_bank or real.reference, options)
         faithful, missing = self._faithfulness(samples)
         if loses_rank(self.real.bank):
@@ -225,10 +225,10 @@ class _Desk:
         )  # fmt: skip
         return found, ""
 
-    def _remarks(self, samples: Embedded, real: EmbeddedReal, *, searched: bool) -> list[str]:
-        """Return what is to be said of banks and images; `searched`: whether copies were looked for."""
-        found = overlap_remarks(samples, real, self.bank, self.real.bank) + rank_remarks(self.real.bank)
-        if searched:
+    def _remarks(self, samples: Embedded, real: EmbeddedReal, copies: Memorisation | None) -> list[str]:
+        """Return what is to be said of banks and images."""
+        found = overlap_remarks(samples, real, copies, self.bank, self.real.bank) + rank_remarks(self.real.bank)
+        if copies is not None:
             found += masked_remarks(self.bank)
         data = None if self.checkpoint is None else self.checkpoint.config.data
         asked = data is not None and (data.validation_fraction or data.validation_keys or data.validation_concept)

@@ -313,6 +313,12 @@ def test_what_is_the_same_on_both_sides_is_said(bank: Path, held_out: Path) -> N
     assert "samples are reference images" not in fair
     (held_out / "d0" / "copy.png").write_bytes(next(Path("digits/d0").glob("*.png")).read_bytes())
     assert "1 of 81 reference images are training images" in said("digits", held_out)
+    brighter = Path("brighter")
+    for path in Path("digits").rglob("*.png"):
+        with Image.open(path) as image:
+            (brighter / path.parent.name).mkdir(parents=True, exist_ok=True)
+            image.point(lambda value: min(255, value + 1)).save(brighter / path.parent.name / path.name)
+    assert "100% of reference images are near-copies of training images" in said(held_out, brighter)
 
 
 def test_what_was_left_out_is_said(bank: Path, held_out: Path) -> None:

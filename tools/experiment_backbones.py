@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.experiment_data import EncoderChoice, Images
+from tools.experiment_data import EncoderChoice, Images, latent_settings
 from tools.experiment_insertion import CLASSIFIED, Insertion, chosen_classes, hold_out
 from tools.experiment_kit import Bench, table
 
@@ -73,15 +73,12 @@ def _judged(
 
 
 def _tokenizer(name: str, bench: Bench) -> tuple[str, ...]:
-    """Return the settings of a tokenizer; latents of 8 pixels a side are one token each."""
+    """Return the settings of a tokenizer."""
     if name == "pixel":
         return ()
     if name != "taef2":
         raise SystemExit(f"no tokenizer {name!r}: give pixel or taef2")
-    if bench.autoencoder is None:
-        raise SystemExit("the tokenizer 'taef2' needs --taef2 FOLDER, with the weights of TAEF2")
-    return ("data.tokenizer=taef2", f'data.tokenizer_weights="{bench.autoencoder}"', "data.encode_on_the_fly=true",
-            "model.patch_size=1")  # fmt: skip
+    return latent_settings(bench.images, bench.cells.folder, bench.autoencoder)
 
 
 def words(found: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 import gmem_bank
 import gmem_gen
 from tools.experiment_data import EncoderChoice, Images
-from tools.experiment_judging import RealImages
+from tools.experiment_judging import real_images
 from tools.experiment_kit import Bench, Row, as_rgb, table, trained
 
 METHODS = ("linear", "slerp", "concat", "mask")
@@ -91,7 +91,7 @@ def _pair(
     model = gmem_gen.load_checkpoint(run_folder)
     drawn = {way: _sample(bank, model, snippets_of(bank, way, keys, config.seed)) for way in (*METHODS, *PARENTS)}
     drawn["pixel blend"] = [blend(a, b) for a, b in zip(*real, strict=True)]
-    witnesses = RealImages(judge, images.held_out)
+    witnesses = real_images(judge, images.held_out)
     figures: Row = {
         way: shares(witnesses.classes_near(some, config.neighbours), first, second) for way, some in drawn.items()
     }

@@ -75,7 +75,7 @@ def _judge(
     options = gmem_gen.EvaluationOptions(num=config.num, num_resamples=30, seed=config.seed)
     report = gmem_gen.evaluate(
         bank, judge.load("raw"), checkpoint=run_folder, reference=images.held_out, images=images.train, options=options,
-        out=work / "evaluation",
+        out=work.parent / "evaluation",
     )  # fmt: skip
     return {"bytes": bank.stat().st_size, **judged(report)}
 

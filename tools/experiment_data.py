@@ -134,6 +134,23 @@ def _write(source: gmem_bank.ImageSource, places: NDArray[np.int64], folder: Pat
         Image.fromarray(source.read(place)).save(folder / f"{place:05d}.png")
 
 
+def latent_settings(images: Images, folder: Path, weights: Path | None) -> tuple[str, ...]:
+    """Encode the images by TAEF2, once, and return the settings of a generator of its latents: one token is 8 pixels a side.
+
+    Args:
+        images: to encode.
+        folder: for the latents.
+        weights: folder of TAEF2.
+    """
+    if weights is None:
+        raise SystemExit("the tokenizer 'taef2' needs --taef2 FOLDER, with the weights of TAEF2")
+    name = "-".join(str(part).lower() for part in next(iter(images.settings.items())))
+    bank, target = folder / f"latents-{name}.safetensors", folder / f"latents-{name}"
+    gmem_bank.build(images.train, EncoderChoice(name="hog", parameters={"size": 16}).load(), bank)
+    gmem_gen.encode(bank, "taef2", target, weights=weights, flip=images.flip)
+    return (f'data.latents="{target.resolve()}"', "model.patch_size=1")
+
+
 def read_folder(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[str]]:
     """Return the images (n, S, S, 3) of class folders, the (n,) places of their classes among the sorted names, and these."""
     source = gmem_bank.open_images(folder)

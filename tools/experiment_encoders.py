@@ -59,7 +59,7 @@ def _judge(config: Encoders, images: Images, judge: EncoderChoice, bank: Path, r
     options = gmem_gen.EvaluationOptions(num=config.num, num_resamples=30, seed=config.seed)
     report = gmem_gen.evaluate(
         bank, judge.load("raw"), checkpoint=run_folder, reference=images.held_out, images=images.train, options=options,
-        out=work / "evaluation",
+        out=work.parent / "evaluation",
     )  # fmt: skip
     return {"known": known(images, bank, config.neighbours), **judged(report)}
 

@@ -71,7 +71,7 @@ def _ask(
     found = gmem_bank.encode_images(images.encoder.load(), [as_rgb(image) for image in drawn.images])
     options = gmem_gen.EvaluationOptions(num_resamples=30, seed=config.seed)
     report = gmem_gen.evaluate(bank, judge.load("raw"), samples=work / "samples", reference=images.held_out,
-                               images=images.train, options=options)  # fmt: skip
+                               images=images.train, options=options, out=work.parent / "evaluation")  # fmt: skip
     return {**judged(report), "followed": mean_cosine(found, wanted)}
 
 

@@ -7,7 +7,6 @@ real images of all classes vote on what each sample shows; a classifier trained 
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import gmem_bank
 import gmem_gen
 from tools.experiment_data import EncoderChoice, Images
-from tools.experiment_judging import RealImages
+from tools.experiment_judging import real_images
 from tools.experiment_kit import Bench, Row, save_pictures, table
 
 INSERTED = {"projected": -1.0, "basis grown": None}
@@ -129,13 +128,16 @@ def _mean_of(figures: Row, held: Sequence[str], name: str) -> Row:
 
 def _bank_without(config: Insertion, images: Images, work: Path, held: Sequence[str]) -> Path:
     """Return a factored bank of all classes but some."""
-    seen, dense, bank = work / "seen", work / "dense.safetensors", work / "bank.safetensors"
-    for folder in sorted(images.train.iterdir()):
-        if folder.name not in held:
-            shutil.copytree(folder, seen / folder.name, dirs_exist_ok=True)
-    built = images.build(seen, dense)
+    whole, dense, bank = (
+        work.parent / f"whole-{images.encoder.words()}.safetensors",
+        work / "dense.safetensors",
+        work / "bank.safetensors",
+    )
+    dim = images.build(images.train, whole).dim
+    if held and not dense.exists():
+        gmem_bank.remove(whole, gmem_bank.Selection(concepts=tuple(held)), output=dense)
     if not bank.exists():
-        gmem_bank.compress(dense, rank=min(config.rank, built.dim), output=bank)
+        gmem_bank.compress(dense if held else whole, rank=min(config.rank, dim), output=bank)
     return bank
 
 
@@ -182,14 +184,15 @@ def _fidelity(
         asked: name of the figures → bank, keys of its rows, and the classes that they should show.
     """
     figures: Row = {}
-    witnesses = RealImages(judge, images.held_out)
+    witnesses = real_images(judge, images.held_out)
     for name, (bank, keys, classes) in asked.items():
         conditions = gmem_gen.choose_conditions(opened(bank), concept=None, keys=keys, num=None, per_snippet=1, seed=0)
         drawn = gmem_gen.sample(opened(bank), gmem_gen.load_checkpoint(work / "run"), conditions)
         folder = work / f"samples-{name.replace(' ', '-')}"
         save_pictures(drawn.images, folder, classes)
         options = gmem_gen.EvaluationOptions(num_resamples=0)
-        report = gmem_gen.evaluate(None, judge.load("raw"), samples=folder, reference=images.held_out, options=options)
+        report = gmem_gen.evaluate(None, judge.load("raw"), samples=folder, reference=images.held_out, options=options,
+                                   out=work.parent / "judged")  # fmt: skip
         assert report.concepts is not None
         figures |= {name: report.concepts.fidelity.value, name + CLASSIFIED: witnesses.classified(folder)}
     return figures

@@ -52,6 +52,17 @@ class RealImages:
         return self._labels[order]
 
 
+_known: dict[str, RealImages] = {}
+
+
+def real_images(judge: EncoderChoice, folder: Path) -> RealImages:
+    """Return the real images of a folder by a judge, embedded once in a process."""
+    name = f"{judge} {folder.resolve()}"
+    if name not in _known:
+        _known[name] = RealImages(judge, folder)
+    return _known[name]
+
+
 def _directions(embeddings: NDArray[np.float32]) -> NDArray[np.float64]:
     wide = embeddings.astype(np.float64)
     return wide / (np.linalg.norm(wide, axis=1, keepdims=True) + 1e-12)

@@ -82,7 +82,7 @@ def _judge(
     save_pictures(found.images, work / "samples", [key.partition("/")[0] for key in conditions.keys])
     options = gmem_gen.EvaluationOptions(num_resamples=30, seed=config.seed)
     report = gmem_gen.evaluate(whole, judge.load("raw"), samples=work / "samples", reference=images.held_out,
-                               images=images.train, options=options)  # fmt: skip
+                               images=images.train, options=options, out=work.parent / "evaluation")  # fmt: skip
     return {"bytes": bank.stat().st_size, **judged(report)}
 
 

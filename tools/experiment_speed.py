@@ -58,7 +58,7 @@ def _judge(config: Speed, images: Images, bank: Path, judge: EncoderChoice, run_
     return judged(
         gmem_gen.evaluate(
             bank, judge.load("raw"), checkpoint=run_folder / "checkpoints" / f"step-{step:08d}", reference=images.held_out,
-            options=options, out=run_folder.parent / f"evaluation-{run_folder.name}-{step}",
+            options=options, out=run_folder.parent / "evaluation",
         )
     )  # fmt: skip
 

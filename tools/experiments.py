@@ -30,7 +30,7 @@ from tools import (
     experiment_size,
     experiment_speed,
 )
-from tools.experiment_data import EncoderChoice, Images, choose_encoder, cifar10, digits
+from tools.experiment_data import EncoderChoice, Images, choose_encoder, cifar10, digits, latent_settings
 from tools.experiment_kit import FIGURES, Bench, Cells, record, write_section
 
 EXPERIMENTS: dict[str, tuple[Any, Any, str]] = {
@@ -58,6 +58,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--per-class", type=int, default=500, help="images of each class of CIFAR-10 to train on (500)")
     parser.add_argument("--encoder", default="hog", help="that conditions: hog, pixels, clip, real, classifier (hog)")
+    parser.add_argument("--tokenizer", choices=("pixel", "taef2"), default="pixel", help="what generators draw (pixel)")
     parser.add_argument("--flip", action="store_true", help="mirrored twins in the banks that generators learn from")
     parser.add_argument("--judge", help="encoder that judges (digits: pixels, CIFAR-10: classifier)")
     parser.add_argument("--real", help="folder or repository of the encoder 'real', in the form of transformers")
@@ -93,9 +94,9 @@ def bench(options: argparse.Namespace) -> Bench:
     def choose(name: str) -> EncoderChoice:
         return choose_encoder(name, images, options.out, options.real)
 
-    chosen = dataclasses.replace(
-        images, flip=options.flip, encoder=choose(options.encoder), training=(*images.training, *options.train)
-    )
+    chosen = dataclasses.replace(images, flip=options.flip, encoder=choose(options.encoder))
+    drawn = latent_settings(chosen, options.out, options.taef2) if options.tokenizer == "taef2" else ()
+    chosen = dataclasses.replace(chosen, training=(*images.training, *drawn, *options.train))
     judge = choose(options.judge or ("pixels" if options.cifar10 is None else "classifier"))
     if judge == chosen.encoder:
         raise SystemExit(f"{judge.words()} cannot both condition and judge: give another --encoder or --judge")
@@ -115,6 +116,7 @@ def command(options: argparse.Namespace) -> str:
     words += ["--real $VIT_TINY"] if options.real else []
     words += ["--taef2 $TAEF2"] if options.taef2 else []
     words += [f"--encoder {options.encoder}"] if options.encoder != "hog" else []
+    words += [f"--tokenizer {options.tokenizer}"] if options.tokenizer != "pixel" else []
     words += ["--flip"] if options.flip else []
     words += [f"--judge {options.judge}"] if options.judge else []
     words += [f"--set {shlex.quote(pair)}" for pair in options.set] + [

@@ -50,7 +50,8 @@ from gmem_gen.memorisation import Memorisation
 from gmem_gen.outputs import Progress, Say, no_progress, no_remarks
 from gmem_gen.runtime import pick_device, versions
 
-CACHE = ".cache"
+CACHE, OF_SAMPLES = ".cache", "samples"
+"""In `out`: embeddings of real images, and below them those of samples."""
 
 
 def _unwatched(stage: str) -> Progress:  # noqa: ARG001 - the signature of `watch`
@@ -136,10 +137,11 @@ def evaluate(
             keep=folder,
             progress=watch("sample"),
         )
-    kept = None if folder is None else EmbeddingCache(folder / CACHE)
+    shared = Path(cache) if cache is not None else None if folder is None else folder / CACHE
+    kept = None if folder is None else EmbeddingCache(folder / CACHE / OF_SAMPLES)
     desk = _Desk(
         judge=judge, options=wanted, space=space, drawn=given, bank=own, checkpoint=loaded, real=real, load=load, kept=kept,
-        shared=kept if cache is None else EmbeddingCache(Path(cache)), watch=watch, say=say,
+        shared=None if shared is None else EmbeddingCache(shared), watch=watch, say=say,
     )  # fmt: skip
     report = desk.report()
     if kept is not None:

@@ -386,7 +386,7 @@ def test_real_images_are_embedded_once_for_all_checkpoints(bank: Path, held_out:
             cache="shared",
         )
         counts.append(sum(calls))
-        assert len(list(Path(out, ".cache").glob("*.npy"))) == 2  # by the judge, and by the bank's encoder
+        assert len(list(Path(out, ".cache/samples").glob("*.npy"))) == 2  # by the judge, and by the bank's encoder
     assert np.diff(counts).tolist() == [50, 50]
     assert counts[0] == 50 + 120 + 80
 

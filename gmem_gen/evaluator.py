@@ -106,10 +106,7 @@ def evaluate(
         OutputExistsError: `out` holds something else than an evaluation.
         MissingDependencyError: FAISS is not installed.
     """
-    if (checkpoint is None) == (samples is None):
-        raise ConfigError("give either a checkpoint to sample from or samples", key="samples")
-    if checkpoint is not None and bank is None:
-        raise ConfigError("sampling needs the generator's bank", key="bank")
+    _require_one(checkpoint, samples, bank)
     wanted, folder = options or EvaluationOptions(), None if out is None else require_own_folder(out)
     own = None if bank is None else opened(bank)
     load = load_own or (lambda made: gmem_bank.reload_encoder(made.encoder, made.folder, device=device))
@@ -137,16 +134,29 @@ def evaluate(
             keep=folder,
             progress=watch("sample"),
         )
-    shared = Path(cache) if cache is not None else None if folder is None else folder / CACHE
-    kept = None if folder is None else EmbeddingCache(folder / CACHE / OF_SAMPLES)
+    shared, kept = _caches(folder, cache)
     desk = _Desk(
         judge=judge, options=wanted, space=space, drawn=given, bank=own, checkpoint=loaded, real=real, load=load, kept=kept,
-        shared=None if shared is None else EmbeddingCache(shared), watch=watch, say=say,
+        shared=shared, watch=watch, say=say,
     )  # fmt: skip
     report = desk.report()
     if kept is not None:
         kept.prune()
     return report
+
+
+def _require_one(checkpoint: PathLike | None, samples: PathLike | None, bank: PathLike | None) -> None:
+    if (checkpoint is None) == (samples is None):
+        raise ConfigError("give either a checkpoint to sample from or samples", key="samples")
+    if checkpoint is not None and bank is None:
+        raise ConfigError("sampling needs the generator's bank", key="bank")
+
+
+def _caches(folder: Path | None, cache: PathLike | None) -> tuple[EmbeddingCache | None, EmbeddingCache | None]:
+    """Return where embeddings of real images are kept, and those of samples."""
+    if folder is None:
+        return (None if cache is None else EmbeddingCache(Path(cache))), None
+    return EmbeddingCache(Path(cache or folder / CACHE)), EmbeddingCache(folder / CACHE / OF_SAMPLES)
 
 
 def _held_out(checkpoint: LoadedCheckpoint | None) -> tuple[str, ...]:

@@ -26,8 +26,7 @@ from gmem_gen.evaluation_report import EvaluationReport
 from gmem_gen.evaluation_samples import require_own_folder
 from gmem_gen.image_sets import ImageSet
 from gmem_gen.images import replace_file
-from gmem_gen.judgement import ConceptFidelity
-from gmem_gen.memorisation import Memorisation
+from gmem_gen.memorisation import ConceptFidelity, Memorisation
 from gmem_gen.outputs import writing
 
 REPORT, PAGE = "report.json", "report.html"
@@ -83,7 +82,7 @@ def _facts(report: EvaluationReport) -> str:
     return (
         f"{samples['count']} samples of {samples['width']}×{samples['height']} against {reference['count']}: "
         f"{reference['what']}. {judge['dim']} {judge['space']} features of {judge['encoder']} ({judge['fingerprint'][:8]}).{how} "
-        "Intervals: 95 %, by resampling the samples; the reference is held fixed."
+        "Intervals, 95 %: how far a figure would move with other samples of the same model; the reference is held fixed."
     )
 
 
@@ -95,7 +94,11 @@ def _remarks(remarks: Sequence[str]) -> str:
 def _figures(report: EvaluationReport) -> str:
     found = report.distribution
     rows = [
-        ("Fréchet distance" + (" (rank-deficient)" if found.rank_deficient else ""), found.frechet, "lower is better"),
+        (
+            "Fréchet distance" + (" (rank-deficient)" if found.rank_deficient else ""),
+            found.frechet,
+            "lower is better; the bias of finite sets, upwards, is not in the interval",
+        ),
         (f"KID × 1000 (subsets of {found.kid.subset_size})", _scaled(found.kid.estimate, 1000), "lower is better"),
     ]
     rows += [(f"{name} ({found.neighbours_of(name)} neighbours)", estimate, "higher is better")
@@ -103,11 +106,11 @@ def _figures(report: EvaluationReport) -> str:
     if (copies := report.memorisation) is not None:
         rows.append(("near-copies of training images", copies.near_copies, f"cosine distance ≤ {copies.threshold:.3g}"))
     if (concepts := report.concepts) is not None:
-        real = np.mean(list(concepts.of_real.values()))
+        real = concepts.of_real_as_asked
         rows.append(("concept fidelity", concepts.fidelity, f"of real images: {real:.3g}"))
     if (faithful := report.faithfulness) is not None:
-        real_images = "" if faithful.of_real is None else f", of their own images {faithful.of_real:.3g}"
-        floor = f"to other samples' snippets {faithful.shuffled:.3g}{real_images}"
+        beside = {"to other snippets": faithful.shuffled, "of their own images": faithful.of_real}
+        floor = ", ".join(f"{name} {value:.3g}" for name, value in beside.items() if value is not None)
         rows.append(("cosine to the snippet drawn from", faithful.cosine, floor))
     lines = "".join(
         f"<tr><td>{html.escape(name)}<td><b>{estimate.value:.4g}</b><td>{_interval(estimate)}<td>{html.escape(note)}</tr>"

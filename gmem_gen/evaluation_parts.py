@@ -17,6 +17,7 @@ from gmem_gen import conditioning, judgement
 from gmem_gen.evaluation_report import EvaluationOptions
 from gmem_gen.evaluation_sources import snippets_of
 from gmem_gen.image_sets import Embedded, ImageSet, matched
+from gmem_gen.memorisation import ConceptFidelity
 from gmem_gen.outputs import Say
 
 NO_ENCODER = "Samples were not compared with their snippets: the encoder of the bank is not to be had here."
@@ -24,7 +25,7 @@ NO_ENCODER = "Samples were not compared with their snippets: the encoder of the 
 
 def concept_fidelity(
     samples: Embedded, real: Embedded, options: EvaluationOptions
-) -> tuple[judgement.ConceptFidelity | None, list[str]]:
+) -> tuple[ConceptFidelity | None, list[str]]:
     """Judge the samples of concepts that real images have; return what was found, and remarks on what cannot be judged."""
     asked, there = samples.images.concepts, {n: m for n, m in real.images.concepts.items() if len(m)}
     lost = [name for name, members in asked.items() if len(members) and name not in there]
@@ -40,9 +41,11 @@ def concept_fidelity(
         return None, [*remarks, f"Samples were not judged by concept: {why}."]
     found = judgement.judge_concepts(
         samples.in_space("unit")[chosen], label[chosen], real.in_space("unit"), there, votes=options.votes,
-        num_resamples=options.num_resamples, seed=options.seed,
+        num_resamples=options.num_resamples, seed=options.seed, keys=real.images.keys,
     )  # fmt: skip
-    return found, remarks
+    if found is None:
+        return None, [*remarks, "Samples were not judged by concept: no other real image can vote."]
+    return found, remarks + found.remarks()
 
 
 @dataclass(frozen=True, kw_only=True)

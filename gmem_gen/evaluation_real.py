@@ -17,7 +17,7 @@ from gmem_bank import FLIP_SUFFIX
 from gmem_bank.errors import ConfigError, SourceError
 from gmem_gen.conditioning import ImagesFrom
 from gmem_gen.estimates import random_numbers
-from gmem_gen.evaluation_report import FEWEST, EvaluationOptions
+from gmem_gen.evaluation_report import EvaluationOptions
 from gmem_gen.evaluation_samples import require_enough
 from gmem_gen.evaluation_sources import PathLike, reference_images, rows_of_bank
 from gmem_gen.image_sets import Embedded, ImageSet, from_bank, matched
@@ -27,7 +27,6 @@ CHOICE = 10
 """Stream of random numbers that draws the reference."""
 NO_BANK, GONE = "no bank was given", "the images of the bank are not to be found"
 LEFT_OUT = "it was left out"
-TOO_FEW = f"there are fewer than {FEWEST} training images, too few to say how near real images lie"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ from typing import Any
 
 from gmem_bank.errors import ConfigError
 from gmem_gen.image_sets import Embedded
-from gmem_gen.judgement import ConceptFidelity, Distribution, Faithfulness
+from gmem_gen.judgement import Distribution, Faithfulness
 from gmem_gen.kernel_distance import NUM_SUBSETS
-from gmem_gen.memorisation import Memorisation
+from gmem_gen.memorisation import ConceptFidelity, Memorisation
 from gmem_gen.neighbours import DEFAULT_NEIGHBOURS
 
 FEWEST = 50
@@ -46,7 +46,7 @@ class EvaluationOptions:
     votes: int = 10
     """Neighbours that vote on a concept."""
     num_resamples: int = 100
-    """Of bootstrap intervals, ten times as many for shares; 0: none."""
+    """Of intervals: parts of the jackknife of the Fréchet distance, a tenth of the resamples of a mean; 0: none."""
     near_copy: float | None = None
     """Cosine distance of a near-copy; None: below which 1 % of training images lie to their nearest other."""
     num_real: int | None = None
@@ -91,7 +91,7 @@ def remarks_on(
     if deficient:
         found.append(
             "There are no more rows than dimensions, so a covariance is rank-deficient: the Fréchet distance is too large, and "
-            "comparable only with others of the same numbers of rows."
+            "comparable only with others of the same numbers of rows. It has an interval only with more samples than dimensions."
         )
     if space == "unit":
         found.append("Features were brought to length 1: distances are not those of raw features.")
@@ -195,8 +195,9 @@ class EvaluationReport:
                 f"near-copies of training images (at most {copies.threshold:.3g} away): {copies.near_copies.describe()}"
             )
         if (concepts := self.concepts) is not None:
-            real = sum(concepts.of_real.values()) / len(concepts.of_real)
+            real = concepts.of_real_as_asked
             lines.append(f"concept fidelity: {concepts.fidelity.describe()}; real images {real:.3g}")
         if (faithful := self.faithfulness) is not None:
-            lines.append(f"snippet cosine: {faithful.cosine.describe()}; of other samples {faithful.shuffled:.3g}")
+            others = "" if faithful.shuffled is None else f"; to other snippets {faithful.shuffled:.3g}"
+            lines.append(f"snippet cosine: {faithful.cosine.describe()}{others}")
         return lines

@@ -15,14 +15,14 @@ from typing import Any
 
 import gmem_bank
 from gmem_bank.errors import ConfigError
-from gmem_gen import judgement
+from gmem_gen import judgement, memorisation
 from gmem_gen.checkpoint import LoadedCheckpoint
 from gmem_gen.checkpoint_state import STATE
 from gmem_gen.conditioning import ImagesFrom
 from gmem_gen.config import Config, SampleConfig
 from gmem_gen.embedding_cache import EmbeddingCache
 from gmem_gen.evaluation_parts import Drawing, concept_fidelity, snippet_fidelity
-from gmem_gen.evaluation_real import LEFT_OUT, TOO_FEW, EmbeddedReal, RealImages, embed_real, find_real, require_fits
+from gmem_gen.evaluation_real import LEFT_OUT, EmbeddedReal, RealImages, embed_real, find_real, require_fits
 from gmem_gen.evaluation_remarks import (
     NO_MEMORY,
     NO_ROWS,
@@ -32,7 +32,7 @@ from gmem_gen.evaluation_remarks import (
     overlap_remarks,
     rank_remarks,
 )
-from gmem_gen.evaluation_report import FEWEST, EvaluationOptions, EvaluationReport, remarks_on
+from gmem_gen.evaluation_report import EvaluationOptions, EvaluationReport, remarks_on
 from gmem_gen.evaluation_samples import SampleSet, draw_samples, given_samples, require_enough, require_own_folder
 from gmem_gen.evaluation_sources import (
     PathLike,
@@ -204,6 +204,7 @@ class _Desk:
             matched=options.match_size, unjudged=unjudged,
         )  # fmt: skip
         remarks += self._remarks(samples, real, copies)
+        remarks += [] if copies is None else copies.remarks()
         concepts, more = concept_fidelity(samples, real.of_bank or real.reference, options)
         faithful, missing = self._faithfulness(samples)
         if loses_rank(self.real.bank):
@@ -228,12 +229,14 @@ class _Desk:
         """Return what is said of copies, or why nothing is."""
         if real.training is None or not self.options.memorisation:
             return None, self.real.why_none or LEFT_OUT
-        if len(real.training.values) < FEWEST:
-            return None, TOO_FEW
+        keys = real.training.images.keys
+        if why := memorisation.why_no_search(keys, self.options.near_copy):
+            return None, why
         beside = real.reference if real.kind == "images" else real.held_out
         found = judgement.find_copies(
             samples.in_space("unit"), real.training.in_space("unit"), None if beside is None else beside.in_space("unit"),
             threshold=self.options.near_copy, num_resamples=self.options.num_resamples, seed=self.options.seed,
+            keys=keys,
         )  # fmt: skip
         return found, ""
 

@@ -5,7 +5,7 @@ Shapes: n samples, m rows they are compared with, D dimensions, K concepts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +13,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmem_gen import memorisation
-from gmem_gen.estimates import Estimate, bootstrap_mean, random_numbers
+from gmem_gen.estimates import Estimate, around, bootstrap_mean, jackknife_deviation, random_numbers
 from gmem_gen.frechet import frechet_estimate, moments_of
 from gmem_gen.kernel_distance import NUM_SUBSETS, KernelDistance, kernel_distance
-from gmem_gen.memorisation import Memorisation, confusion, digits, memberships, nearest, nearest_others, to_distances
+from gmem_gen.memorisation import (
+    ConceptFidelity,
+    Memorisation,
+    candidates,
+    confusion,
+    digits,
+    images_of,
+    memberships,
+    most_rows,
+    near_copy_threshold,
+    nearest,
+    nearest_others,
+    to_distances,
+    vote,
+)
 from gmem_gen.neighbours import neighbourhoods
 from gmem_gen.outputs import Progress, no_progress
 
-PURPOSES = {"frechet": 1, "kid": 2, "precision": 3, "recall": 4, "density": 5, "coverage": 6, "near_copies": 7,
-            "concepts": 8, "snippets": 9}  # fmt: skip
+PURPOSES = {"frechet": 1, "kid": 2, "precision": 3, "density": 5, "near_copies": 7, "concepts": 8, "snippets": 9}
 """Figure → which of a seed's streams of random numbers is its own."""
 MANIFOLD = ("precision", "recall")
 """Measures whose k may be another than that of density and coverage."""
@@ -64,6 +77,8 @@ def compare(
 ) -> Distribution:  # fmt: skip
     """Compare (n, D) samples with an (m, D) reference in one space; raises ConfigError for too few rows.
 
+    Every interval says how far the figure would move with other samples of the same model; the reference is held fixed.
+
     Args:
         samples, reference: in one space.
         k: of density and coverage.
@@ -77,14 +92,15 @@ def compare(
         return random_numbers(seed, PURPOSES[name])
 
     progress(0, 3)
-    frechet = frechet_estimate(samples, moments_of(reference), num_resamples=num_resamples, rng=rng("frechet"))
+    frechet = frechet_estimate(samples, moments_of(reference), num_parts=num_resamples, rng=rng("frechet"))
     progress(1, 3)
-    found = neighbourhoods(samples, reference, k=k).measures()
-    if manifold_k not in (None, k):
-        other = neighbourhoods(samples, reference, k=manifold_k).measures()
-        found |= {name: other[name] for name in MANIFOLD}
+    found = neighbourhoods(samples, reference, k=k)
+    manifold = found if manifold_k in (None, k) else neighbourhoods(samples, reference, k=manifold_k)
     measures = {
-        name: bootstrap_mean(values, num_resamples=10 * num_resamples, rng=rng(name)) for name, values in found.items()
+        "precision": bootstrap_mean(manifold.precise, num_resamples=10 * num_resamples, rng=rng("precision")),
+        "recall": _share(manifold.recalled, manifold.recall_without if num_resamples else None),
+        "density": bootstrap_mean(found.density, num_resamples=10 * num_resamples, rng=rng("density")),
+        "coverage": _share(found.covered, found.coverage_without if num_resamples else None),
     }
     progress(2, 3)
     kid = kernel_distance(samples, reference, rng=rng("kid"), subset_size=subset_size, num_subsets=num_subsets)
@@ -95,23 +111,33 @@ def compare(
     )  # fmt: skip
 
 
+def _share(of_reference: NDArray[np.float64], without: NDArray[np.float64] | None) -> Estimate:
+    """Return the mean of (m,) values of reference rows, with a jackknife interval from its (n,) values without each sample."""
+    value = float(of_reference.mean())
+    if without is None:
+        return Estimate(value=value)
+    return around(value, jackknife_deviation(without), least=0.0, most=1.0)
+
+
 def find_copies(
     samples: NDArray[np.float32], training: NDArray[np.float32], held_out: NDArray[np.float32] | None, *,
-    threshold: float | None, num_resamples: int, seed: int,
+    threshold: float | None, num_resamples: int, seed: int, keys: Sequence[str] | None = None,
 ) -> Memorisation:  # fmt: skip
     """Return how near unit samples lie to unit training images.
 
     Args:
         samples: (n, D) of length 1.
-        training: (m, D) of length 1, two at least.
+        training: (m, D) of length 1; enough of them for `memorisation.why_no_search`.
         held_out: real images that were not trained on, of length 1: how near strangers lie.
-        threshold: distance of a near-copy; None: below which 1 % of training images lie to their nearest other.
+        threshold: distance of a near-copy; None: below which 1 % of training images lie to their nearest other, those left out
+            that have an equal. Distances within rounding are 0, so it is `EQUAL` at least.
         num_resamples, seed: of the interval.
+        keys: m of the training images: a mirrored twin is not "other"; None: there are no twins.
     """
     cosines, found = nearest(samples, training, 1)
     distances = to_distances(cosines[:, 0])
-    between = to_distances(nearest_others(training, 1)[0][:, 0])
-    limit = float(np.quantile(between, memorisation.NEAR_QUANTILE)) if threshold is None else threshold
+    between = to_distances(nearest_others(training, 1, None if keys is None else images_of(keys))[0][:, 0])
+    limit = near_copy_threshold(between) if threshold is None else max(memorisation.EQUAL, threshold)
     rng = random_numbers(seed, PURPOSES["near_copies"])
     return Memorisation(
         distances=distances, neighbours=found[:, 0], between_real=between, threshold=limit, given=threshold is not None,
@@ -120,62 +146,54 @@ def find_copies(
     )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConceptFidelity:
-    """Whether samples look like the concept that was asked for."""
-
-    concepts: tuple[str, ...]
-    table: NDArray[np.int64]
-    """(K, K) counts: asked × what the neighbours vote for."""
-    fidelity: Estimate
-    """Share of samples whose neighbours vote for the asked concept."""
-    of_real: Mapping[str, float]
-    """Concept → the share of its own real images that their neighbours vote for, each left out in turn."""
-    votes: int
-
-    def shares(self) -> dict[str, float | None]:
-        """Return concept → share of its samples that are taken for it; None where none was asked for."""
-        totals = self.table.sum(axis=1)
-        return {
-            name: digits(self.table[place, place] / totals[place]) if totals[place] else None
-            for place, name in enumerate(self.concepts)
-        }
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the figures as a JSON object."""
-        return {
-            "fidelity": self.fidelity.to_json(), "by_concept": self.shares(), "of_real_images": dict(self.of_real),
-            "concepts": list(self.concepts), "confusion": self.table.tolist(), "neighbours": self.votes,
-        }  # fmt: skip
-
-
 def judge_concepts(
     samples: NDArray[np.float32], asked: NDArray[np.int64], rows: NDArray[np.float32],
     concepts: Mapping[str, NDArray[np.int64]], *, votes: int, num_resamples: int, seed: int,
-) -> ConceptFidelity:  # fmt: skip
-    """Let the real images nearest to each sample vote on its concept.
+    keys: Sequence[str] | None = None,
+) -> ConceptFidelity | None:  # fmt: skip
+    """Let the real images nearest to each sample vote on its concept: which of those that share no image with the asked one.
 
     Args:
         samples: (n, D) of length 1.
         asked: (n,) positions in `concepts`.
         rows: (m, D) of length 1.
-        concepts: K names → positions in `rows`; rows of none of them do not vote.
+        concepts: K names → positions in `rows`, one at least each; rows of none of them do not vote.
         votes: neighbours that vote; fewer where there are fewer rows.
         num_resamples, seed: of the interval.
+        keys: m of the rows: a mirrored twin does not vote on its image; None: there are no twins.
+
+    Returns:
+        what was found; None where a real image has no other that could vote on it.
     """
     table = memberships(concepts, len(rows))
     voters = np.flatnonzero(table.any(axis=1))
+    images = voters if keys is None else images_of([keys[int(place)] for place in voters])
+    k = min(votes, len(voters) - most_rows(images))
+    if k < 1:
+        return None
     electorate, members, names = rows[voters], table[voters], tuple(concepts)
-    k = min(votes, len(voters) - 1)
-    predicted = memorisation.vote(*nearest(samples, electorate, k), members, names).predicted
-    real = memorisation.vote(*nearest_others(electorate, k), members, names).predicted
+    rivals = candidates(members)
+    predicted = vote(*nearest(samples, electorate, k), members, names, rivals[asked]).predicted
     rng = random_numbers(seed, PURPOSES["concepts"])
-    right = predicted == asked
     return ConceptFidelity(
         concepts=names, table=confusion(asked, predicted, len(names)), votes=k,
-        fidelity=bootstrap_mean(right, num_resamples=10 * num_resamples, rng=rng),
-        of_real={name: digits((real[members[:, place]] == place).mean()) for place, name in enumerate(names)},
+        fidelity=bootstrap_mean(predicted == asked, num_resamples=10 * num_resamples, rng=rng),
+        of_real=_of_real(nearest_others(electorate, k, images), members, names, rivals),
+        sizes={name: int(count) for name, count in zip(names, members.sum(axis=0), strict=True)},
+        overlapping=tuple((names[one], names[two]) for one, two in np.argwhere(~rivals) if one < two),
     )  # fmt: skip
+
+
+def _of_real(
+    others: tuple[NDArray[np.float32], NDArray[np.int64]], members: NDArray[np.bool_], names: tuple[str, ...],
+    rivals: NDArray[np.bool_],
+) -> dict[str, float]:  # fmt: skip
+    """Return concept → the share of its rows that the (m, k) others near them vote for, asked about this concept."""
+    row, place = np.nonzero(members)  # a row of several concepts is asked about once for each
+    cosines, found = others
+    right = vote(cosines[row], found[row], members, names, rivals[place]).predicted == place
+    shares = np.bincount(place, right, minlength=len(names)) / np.bincount(place, minlength=len(names))
+    return {name: digits(share) for name, share in zip(names, shares.tolist(), strict=True)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,8 +202,9 @@ class Faithfulness:
 
     cosine: Estimate
     """Mean over samples."""
-    shuffled: float
-    """Mean cosine to the snippets of other samples: what a generator that ignores its snippet would reach."""
+    shuffled: float | None
+    """Mean cosine to other snippets that were drawn from: what a generator that ignores its snippet would reach; None: there was
+    but one."""
     of_real: float | None
     """Mean cosine of the snippets' own images, at the size of the samples: what a perfect copy would reach."""
     values: NDArray[np.float64]
@@ -193,8 +212,8 @@ class Faithfulness:
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures as a JSON object."""
-        of_real = None if self.of_real is None else digits(self.of_real)
-        figures = {"shuffled": digits(self.shuffled), "of_real_images": of_real}
+        found = {"shuffled": self.shuffled, "of_real_images": self.of_real}
+        figures = {name: None if value is None else digits(value) for name, value in found.items()}
         return {"cosine": self.cosine.to_json(), **figures, "quantiles": memorisation.quantiles(self.values)}
 
 
@@ -202,7 +221,7 @@ def judge_snippets(
     conditions: NDArray[np.float32], samples: NDArray[np.float32], real: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
     *, num_resamples: int, seed: int,
 ) -> Faithfulness:  # fmt: skip
-    """Compare snippets with those of what was drawn from them.
+    """Compare snippets with those of what was drawn from them; samples of one snippet are resampled together.
 
     Args:
         conditions: (n, D) snippets that samples were drawn from.
@@ -210,14 +229,22 @@ def judge_snippets(
         real: snippets, and those of their own images at the samples' size; None: there are none.
         num_resamples, seed: of the interval.
     """
-    values = cosines_of(conditions, samples)
+    values, groups = cosines_of(conditions, samples), _numbered(conditions)
     rng = random_numbers(seed, PURPOSES["snippets"])
-    cycle = rng.permutation(len(samples))  # through all samples, so that none stays with its own
-    shuffled = cosines_of(conditions[cycle], samples[np.roll(cycle, 1)])
+    first = np.unique(groups, return_index=True)[1]
+    cycle, other = rng.permutation(len(first)), np.empty(len(first), np.int64)
+    other[np.roll(cycle, 1)] = cycle  # through all snippets, so that none stays with its own
+    shuffled = None if len(first) < 2 else float(cosines_of(conditions[first[other[groups]]], samples).mean())
     return Faithfulness(
-        cosine=bootstrap_mean(values, num_resamples=10 * num_resamples, rng=rng), shuffled=float(shuffled.mean()),
+        cosine=bootstrap_mean(values, num_resamples=10 * num_resamples, rng=rng, groups=groups), shuffled=shuffled,
         of_real=None if real is None else float(cosines_of(*real).mean()), values=values,
     )  # fmt: skip
+
+
+def _numbered(rows: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Return (n,) numbers from 0 in order of appearance, the same for equal rows."""
+    number: dict[bytes, int] = {}
+    return np.array([number.setdefault(row.tobytes(), len(number)) for row in rows], np.int64)
 
 
 def cosines_of(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -110,6 +110,7 @@ if TYPE_CHECKING:
     from gmem_bank.shards import Shards as Shards
     from gmem_bank.shards import ShardWriter as ShardWriter
     from gmem_bank.sources import RUN_MARKER as RUN_MARKER
+    from gmem_bank.storage import is_bank_path as is_bank_path
     from gmem_bank.sweeping import sweep as sweep
     from gmem_bank.thinning import mask_coefficients as mask_coefficients
     from gmem_bank.tokens import write_tokens as write_tokens
@@ -183,6 +184,7 @@ _DOOR = {
     "selection": ("Selection",),
     "shards": ("ShardWriter", "Shards"),
     "sources": ("RUN_MARKER",),
+    "storage": ("is_bank_path",),
     "sweeping": ("sweep",),
     "thinning": ("mask_coefficients",),
     "tokens": ("write_tokens",),

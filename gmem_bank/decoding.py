@@ -56,6 +56,8 @@ FOREIGN = (
 """Where what stands in files that are pictures to people, and not to us."""
 TIFF = (b"II*\0", b"MM\0*")
 """How a TIFF begins."""
+GREY_MODES = ("1", "L", "LA", "La", "I", "F")
+"""Modes of Pillow without colour."""
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 0x0112, 258, 262, 339
 """Tags of EXIF and TIFF."""
 MAX_PIXELS = 178_956_970
@@ -149,6 +151,17 @@ def decode_picture(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise
     except Exception as error:
         raise SourceError(f"not a readable image ({_reason(data, error)})") from error
+
+
+def has_one_channel(data: bytes) -> bool | None:
+    """Say whether an image file has grey alone, with or without transparency; None where it cannot be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(BytesIO(data), formats=_formats()) as image:
+            return image.mode in GREY_MODES or image.mode.startswith("I;16")
+    except Exception:  # noqa: BLE001 - whatever a damaged file makes Pillow raise; reading it says what
+        return None
 
 
 def _to_rgb(image: Image.Image, png_depth: int) -> Image.Image:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from gmem_bank.batch_size import AUTO, BatchSize, resolve
 from gmem_bank.columns import Columns
 from gmem_bank.contents import list_source, read_item
-from gmem_bank.decoding import decode_named
+from gmem_bank.decoding import decode_named, has_one_channel
 from gmem_bank.encoders import Encoder
 from gmem_bank.encoders.preprocess import crop
 from gmem_bank.encoding import checked, run
@@ -49,6 +49,13 @@ class ImageSource:
         except OSError as error:
             raise SourceError(f"{item.path} cannot be read: {error.strerror}", path=item.path, key=item.key) from error
         return np.ascontiguousarray(pixels[:, ::-1]) if item.flipped else pixels
+
+    def has_one_channel(self, position: int) -> bool | None:
+        """Say whether the file or array of an image has grey alone; None where it cannot be read."""
+        try:
+            return has_one_channel(read_item(self._items[position]))
+        except (OSError, SourceError):
+            return None
 
 
 def open_images(source: str | os.PathLike[str], *, columns: Columns | None = None) -> ImageSource:

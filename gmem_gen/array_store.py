@@ -191,6 +191,12 @@ def require_npz(path: Path, plan: Plan | None = None, *, overwrite: bool = False
         require_same_plan(path, found.get("plan"), plan)
 
 
+def mapped_samples(path: Path) -> NDArray[np.uint8]:
+    """Return the (B, H, W, C) samples of a finished .npz of ours as a map of the file: they take no memory."""
+    shape, offset = _layout(path)
+    return np.memmap(path, np.uint8, "r", offset, shape)
+
+
 def record_beside(path: Path) -> Path:
     """Return where the record of an .npz lies: FILE.npz.json, so that a grid of the same name has a record of its own."""
     return path.with_name(path.name + ".json")
@@ -205,11 +211,16 @@ def _entry_start(stream: IO[bytes], info: zipfile.ZipInfo) -> int:
 
 def _data_offset(path: Path) -> int:
     """Return where in an .npz of ours the values of arr_0 begin."""
+    return _layout(path)[1]
+
+
+def _layout(path: Path) -> tuple[tuple[int, ...], int]:
+    """Return the shape of arr_0 in an .npz of ours, and where its values begin."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as stream:
         stream.seek(_entry_start(stream, archive.getinfo("arr_0.npy")))
         npy.read_magic(stream)
-        npy.read_array_header_1_0(stream)
-        return stream.tell()
+        shape, _, _ = npy.read_array_header_1_0(stream)
+        return shape, stream.tell()
 
 
 def _seal(path: Path) -> None:

@@ -27,8 +27,8 @@ from gmem_gen.snippets import Reader, absorbed_projection, regularise, snippet_r
 # The rest of the generator has the type of a bank from here, and nothing else of its interface.
 __all__ = [
     "Bank", "ImagesFrom", "Join", "Reader", "absorb", "class_names", "concept_keys", "concept_labels", "concept_rows",
-    "concepts_of", "gather", "join_images", "join_keys", "labels", "names_of", "open_bank", "read_image", "reader", "record_of",
-    "record_of_encoder", "regularise", "require_interface", "require_same_memory", "snippet_reader",
+    "concepts_of", "gather", "join_images", "join_keys", "labels", "names_of", "open_bank", "rank_of", "read_image", "reader",
+    "record_of", "record_of_encoder", "regularise", "require_interface", "require_same_memory", "snippet_reader",
 ]  # fmt: skip
 
 
@@ -110,14 +110,11 @@ def join_images(bank: Bank, images: ImagesFrom, *, allow_missing: bool) -> Join:
     missing_rows = bank.missing_images(rows, images)
     missing = bank.keys(missing_rows)
     if missing and not (allow_missing and len(missing) < len(rows)):
-        where = (
-            "in --images, or where they were inserted from," if images is not None else "where the bank was built from"
-        )
-        advice = "give their folder with --images" + (
-            " or leave them out with --allow-missing" if len(missing) < len(rows) else ""
-        )
+        where = "in --images, or where they were inserted from," if images else "where the bank was built from"
+        some = " or leave them out with --allow-missing" if len(missing) < len(rows) else ""
         raise SourceError(
-            f"{len(missing)} of {len(rows)} images are not {where}, such as {first_three(missing)}: {advice}"
+            f"{len(missing)} of {len(rows)} images are not {where}, such as {first_three(missing)}: give their folder "
+            f"with --images{some}"
         )
     kept = rows[~np.isin(rows, missing_rows)]
     if not len(kept):
@@ -210,6 +207,11 @@ def absorb(bank: Bank, factors: SupportsFactors, model: Generator) -> Reader:
     return Reader(
         network=model.with_condition_projection(projection), read=read, numbers_per_row=projection.linear.in_features
     )
+
+
+def rank_of(bank: Bank) -> int | None:
+    """Return the rank of a factored bank; None for another."""
+    return len(bank.basis) if isinstance(bank, SupportsFactors) else None
 
 
 def class_names(bank: Bank) -> tuple[str, ...]:

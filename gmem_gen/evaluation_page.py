@@ -13,18 +13,21 @@ import io
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from gmem_bank.errors import SourceError, WriteError
+from gmem_bank.errors import SourceError
 from gmem_gen.estimates import Estimate
 from gmem_gen.evaluation_report import EvaluationReport
 from gmem_gen.evaluation_samples import require_own_folder
 from gmem_gen.image_sets import ImageSet
+from gmem_gen.images import replace_file
 from gmem_gen.memorisation import ConceptFidelity, Memorisation
+from gmem_gen.outputs import writing
 
 REPORT, PAGE = "report.json", "report.html"
 MOST_SAMPLES, MOST_PAIRS, SIDE = 60, 10, 112
@@ -47,14 +50,8 @@ def write_report(report: EvaluationReport, out: str | os.PathLike[str]) -> list[
     text = json.dumps(report.to_json(), indent=1, ensure_ascii=False) + "\n"
     written = {folder / REPORT: text, folder / PAGE: draw_page(report)}
     for path, content in written.items():
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            temporary.write_text(content, encoding="utf-8", errors="replace")
-            temporary.replace(path)
-        except OSError as error:
-            raise WriteError(
-                f"could not write {path}: {error.strerror}: free some space, or choose another --out", path=path
-            ) from error
+        with writing(path, str(path), "Free some space, or choose another --out"):
+            replace_file(path, partial(Path.write_bytes, data=content.encode("utf-8", errors="replace")))
     return list(written)
 
 
@@ -63,7 +60,8 @@ def draw_page(report: EvaluationReport) -> str:
     title = f"{report.samples['count']} samples judged by {report.judge['encoder']}"
     parts = [_remarks(report.remarks), _figures(report), _samples(report)]
     if report.memorisation is not None and report.training is not None:
-        parts.append(_memorisation(report.memorisation, report.drawn.images, report.training.images))
+        beside = "reference images" if report.held_out is None else "held-out images"
+        parts.append(_memorisation(report.memorisation, report.drawn.images, report.training.images, beside))
     if report.concepts is not None:
         parts.append(_concepts(report.concepts))
     return (
@@ -103,12 +101,10 @@ def _figures(report: EvaluationReport) -> str:
         ),
         (f"KID × 1000 (subsets of {found.kid.subset_size})", _scaled(found.kid.estimate, 1000), "lower is better"),
     ]
-    rows += [(f"{name} ({found.neighbours} neighbours)", estimate, "higher is better")
+    rows += [(f"{name} ({found.neighbours_of(name)} neighbours)", estimate, "higher is better")
              for name, estimate in found.measures.items()]  # fmt: skip
     if (copies := report.memorisation) is not None:
-        rows.append(
-            ("near-copies of the bank's images", copies.near_copies, f"cosine distance ≤ {copies.threshold:.3g}")
-        )
+        rows.append(("near-copies of training images", copies.near_copies, f"cosine distance ≤ {copies.threshold:.3g}"))
     if (concepts := report.concepts) is not None:
         real = concepts.of_real_as_asked
         rows.append(("concept fidelity", concepts.fidelity, f"of real images: {real:.3g}"))
@@ -159,22 +155,22 @@ def _picture(read: Callable[[int], NDArray[np.uint8]], place: int) -> str:
     return f"<img alt='' {size} src='data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}'>"
 
 
-def _memorisation(found: Memorisation, samples: ImageSet, training: ImageSet) -> str:
-    curves = {"samples": found.distances, "images of the bank, to the nearest other": found.between_real}
+def _memorisation(found: Memorisation, samples: ImageSet, training: ImageSet, beside: str) -> str:
+    curves = {"samples": found.distances, "training images, to the nearest other": found.between_real}
     if found.held_out is not None:
-        curves["reference images"] = found.held_out
+        curves[beside] = found.held_out
     closest = np.argsort(found.distances, kind="stable")[:MOST_PAIRS].tolist()
     pairs = "".join(
         f"<figure>{_picture(samples.read, place)} {_picture(training.read, int(found.neighbours[place]))}<br>"
         f"{found.distances[place]:.4f} <i>{html.escape(training.keys[int(found.neighbours[place])])}</i></figure>"
         for place in closest
     )
-    origin = "as given" if found.given else "below which 1 % of the bank's images lie to their nearest other"
+    origin = "as given" if found.given else "below which 1 % of training images lie to their nearest other"
     near = f"{found.near_copies.value:.2%} of samples are at most {found.threshold:.4g} away ({origin})."
     return (
-        f"<h2>Memorisation</h2><p>Cosine distance to the nearest image of the bank. {near}</p>"
+        f"<h2>Memorisation</h2><p>Cosine distance to the nearest training image. {near}</p>"
         f"{_histogram(curves, found.threshold)}"
-        f"<h3>Closest pairs</h3><p>Sample, and the image of the bank nearest to it.</p><div class=pictures>{pairs}</div>"
+        f"<h3>Closest pairs</h3><p>Sample, and the training image nearest to it.</p><div class=pictures>{pairs}</div>"
     )
 
 

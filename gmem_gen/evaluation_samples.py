@@ -15,22 +15,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+import gmem_bank
 from gmem_bank.errors import ConfigError, OutputExistsError
 from gmem_gen import conditioning
+from gmem_gen.array_store import mapped_samples
 from gmem_gen.checkpoint import LoadedCheckpoint
 from gmem_gen.conditioning import Bank
 from gmem_gen.conditions import Conditions, choose_conditions
 from gmem_gen.config import SampleConfig
+from gmem_gen.estimates import random_numbers
 from gmem_gen.evaluation_report import FEWEST, EvaluationOptions
+from gmem_gen.evaluation_sources import refuse_statistics
 from gmem_gen.image_sets import ImageSet, from_pixels, from_source
 from gmem_gen.outputs import Progress, writing
 from gmem_gen.sample_files import SampleFiles, plan_of, sample_to
 from gmem_gen.sampling import sample
 
 MARKER = ".gmem-evaluation"
-LOOKED_AT = 16
-"""Given samples whose pixels say whether all of them are grey."""
 ARRAY = "samples.npz"
+CHOICE = 11
+"""Stream of random numbers that draws given samples, where there are more than are asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +43,8 @@ class SampleSet:
 
     images: ImageSet
     """Its concepts are those that were asked for."""
-    size: tuple[int, int]
-    """(H, W)."""
     grey: bool
+    """Whether the generator draws grey alone, as far as can be known: one channel, in all files of given ones."""
     rows: NDArray[np.int64] | None = None
     """(n,) rows of the bank that they were drawn from; None: unknown, or a model without memory."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -59,18 +62,23 @@ def require_own_folder(out: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def given_samples(path: str | os.PathLike[str]) -> SampleSet:
+def given_samples(path: str | os.PathLike[str], options: EvaluationOptions) -> SampleSet:
     """Return the samples in a folder, an array (`arr_0` of a .npz) or another source; class folders are the concepts asked for.
 
     Raises:
         SourceError: no image there.
         ConfigError: too few of them.
     """
+    if gmem_bank.is_bank_path(path):
+        raise ConfigError(f"{path} is a bank, which has no samples in it: give images; a bank can be --reference",
+                          key="samples")  # fmt: skip
+    refuse_statistics(path, "samples")
     images = from_source(path, "given samples")
     require_enough(len(images), "samples")
-    looked_at = [images.read(place) for place in np.linspace(0, len(images) - 1, LOOKED_AT).astype(np.int64).tolist()]
-    grey = all(bool((image == image[..., :1]).all()) for image in looked_at)
-    return SampleSet(images=images, size=(looked_at[0].shape[0], looked_at[0].shape[1]), grey=grey)
+    if options.num_given is not None and options.num_given < len(images):
+        rng = random_numbers(options.seed, CHOICE)
+        images = images.take(np.sort(rng.choice(len(images), options.num_given, replace=False)))
+    return SampleSet(images=images, grey=images.have_one_channel())
 
 
 def require_enough(count: int, what: str) -> None:
@@ -102,20 +110,21 @@ def draw_samples(
     wanted = config or checkpoint.config.sample
     conditions = _chosen(bank, options, concepts)
     if keep is None:
-        images = sample(bank, checkpoint, conditions, wanted, progress=progress).images
+        drawn = sample(bank, checkpoint, conditions, wanted, progress=progress)
+        images, record = drawn.images, drawn.record
     else:
         files = SampleFiles(npz=keep / ARRAY)
-        sample_to(files, bank, checkpoint, conditions, wanted, overwrite=True, progress=progress)
-        with np.load(keep / ARRAY, allow_pickle=False) as arrays:
-            images = arrays["arr_0"]
+        record = sample_to(files, bank, checkpoint, conditions, wanted, overwrite=True, progress=progress).record
+        images = mapped_samples(keep / ARRAY)
     memory = checkpoint.config.model.condition
     found = from_pixels(images, conditions.keys, "samples")
     asked = {} if memory == "none" else _asked(bank, conditions.rows, concepts)
     plan = plan_of(bank, checkpoint, conditions, wanted)
+    cost = {name: record[name] for name in ("nfe", "evaluations_per_image")}
     return SampleSet(
-        images=dataclasses.replace(found, concepts=asked), size=images.shape[1:3], grey=images.shape[3] == 1,
+        images=dataclasses.replace(found, concepts=asked), grey=images.shape[3] == 1,
         rows=conditions.rows if memory == "memory" else None,
-        sampling={"step": checkpoint.step, "kind_of_weights": weights, "condition": memory, **plan},
+        sampling={"step": checkpoint.step, "kind_of_weights": weights, "condition": memory, **plan, **cost},
     )  # fmt: skip
 
 

@@ -72,6 +72,11 @@ def hold_out(checkpoint: Path | None, keys: list[str], split: Split) -> HeldOut:
     return HeldOut(keys=(*now, *gone), validated=_digest(now), comparable=looked_at == _digest(now))
 
 
+def held_out_keys(checkpoint: Path) -> tuple[str, ...]:
+    """Return the keys that the training behind a checkpoint has held out; raises CheckpointError where it is damaged."""
+    return _held_before(checkpoint)[0]
+
+
 def _held_before(checkpoint: Path) -> tuple[tuple[str, ...], str]:
     """Return the keys held out so far, and the digest of those that were validated on last."""
     state = checkpoints.read_state(checkpoint)

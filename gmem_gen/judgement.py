@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gmem_gen import memorisation
 from gmem_gen.estimates import Estimate, around, bootstrap_mean, jackknife_deviation, random_numbers
 from gmem_gen.frechet import frechet_estimate, moments_of
-from gmem_gen.kernel_distance import KernelDistance, kernel_distance
+from gmem_gen.kernel_distance import NUM_SUBSETS, KernelDistance, kernel_distance
 from gmem_gen.memorisation import (
     ConceptFidelity,
     Memorisation,
@@ -32,9 +32,12 @@ from gmem_gen.memorisation import (
     vote,
 )
 from gmem_gen.neighbours import neighbourhoods
+from gmem_gen.outputs import Progress, no_progress
 
 PURPOSES = {"frechet": 1, "kid": 2, "precision": 3, "density": 5, "near_copies": 7, "concepts": 8, "snippets": 9}
 """Figure → which of a seed's streams of random numbers is its own."""
+MANIFOLD = ("precision", "recall")
+"""Measures whose k may be another than that of density and coverage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,13 @@ class Distribution:
     measures: Mapping[str, Estimate]
     """Of "precision", "recall", "density" and "coverage"."""
     neighbours: int
+    """k of density and coverage."""
+    manifold_neighbours: int
+    """k of precision and recall."""
+
+    def neighbours_of(self, measure: str) -> int:
+        """Return k of one of the measures."""
+        return self.manifold_neighbours if measure in MANIFOLD else self.neighbours
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures as a JSON object."""
@@ -56,31 +66,48 @@ class Distribution:
         return {
             "frechet": {**self.frechet.to_json(), "rank_deficient": self.rank_deficient}, "kid": {**kid, **subsets},
             **{name: estimate.to_json() for name, estimate in self.measures.items()}, "neighbours": self.neighbours,
+            "manifold_neighbours": self.manifold_neighbours,
         }  # fmt: skip
 
 
 def compare(
-    samples: NDArray[np.float32], reference: NDArray[np.float32], *, k: int, num_resamples: int, seed: int
-) -> Distribution:
+    samples: NDArray[np.float32], reference: NDArray[np.float32], *, k: int, num_resamples: int, seed: int,
+    manifold_k: int | None = None, subset_size: int | None = None, num_subsets: int = NUM_SUBSETS,
+    progress: Progress = no_progress,
+) -> Distribution:  # fmt: skip
     """Compare (n, D) samples with an (m, D) reference in one space; raises ConfigError for too few rows.
 
     Every interval says how far the figure would move with other samples of the same model; the reference is held fixed.
+
+    Args:
+        samples, reference: in one space.
+        k: of density and coverage.
+        num_resamples, seed: of intervals.
+        manifold_k: of precision and recall; None: as k.
+        subset_size, num_subsets: of KID, see `kernel_distance`.
+        progress: told figures done and in all.
     """
 
     def rng(name: str) -> np.random.Generator:
         return random_numbers(seed, PURPOSES[name])
 
+    progress(0, 3)
     frechet = frechet_estimate(samples, moments_of(reference), num_parts=num_resamples, rng=rng("frechet"))
+    progress(1, 3)
     found = neighbourhoods(samples, reference, k=k)
+    manifold = found if manifold_k in (None, k) else neighbourhoods(samples, reference, k=manifold_k)
     measures = {
-        "precision": bootstrap_mean(found.precise, num_resamples=10 * num_resamples, rng=rng("precision")),
-        "recall": _share(found.recalled, found.recall_without if num_resamples else None),
+        "precision": bootstrap_mean(manifold.precise, num_resamples=10 * num_resamples, rng=rng("precision")),
+        "recall": _share(manifold.recalled, manifold.recall_without if num_resamples else None),
         "density": bootstrap_mean(found.density, num_resamples=10 * num_resamples, rng=rng("density")),
         "coverage": _share(found.covered, found.coverage_without if num_resamples else None),
     }
+    progress(2, 3)
+    kid = kernel_distance(samples, reference, rng=rng("kid"), subset_size=subset_size, num_subsets=num_subsets)
+    progress(3, 3)
     return Distribution(
-        frechet=frechet, rank_deficient=min(len(samples), len(reference)) <= samples.shape[1],
-        kid=kernel_distance(samples, reference, rng=rng("kid")), measures=measures, neighbours=k,
+        frechet=frechet, rank_deficient=min(len(samples), len(reference)) <= samples.shape[1], kid=kid, measures=measures,
+        neighbours=k, manifold_neighbours=manifold_k or k,
     )  # fmt: skip
 
 

@@ -13,7 +13,16 @@ from gmem_bank.storage.payload import Payload
 from gmem_bank.storage.schema import Header
 from gmem_bank.storage.stored import StoredBank
 
-__all__ = ["Payload", "StoredBank", "num_bytes", "open_stored", "real_target", "require_known_suffix", "write"]
+__all__ = [
+    "Payload",
+    "StoredBank",
+    "is_bank_path",
+    "num_bytes",
+    "open_stored",
+    "real_target",
+    "require_known_suffix",
+    "write",
+]
 
 _STORES = {
     ".safetensors": "safetensors_store", ".h5": "hdf5_store", ".hdf5": "hdf5_store", ".gmem": "folder_store",
@@ -31,12 +40,17 @@ def is_folder_form(path: Path) -> bool:
     return path.suffix.lower() == FOLDER_SUFFIX
 
 
+def is_bank_path(path: str | os.PathLike[str]) -> bool:
+    """Say whether a path ends as a bank does, there or not."""
+    return Path(path).suffix.lower() in _STORES
+
+
 def require_known_suffix(path: str | os.PathLike[str]) -> Path:
     """Return the path; raises FormatError where its suffix names no store."""
     target = Path(path)
     if target.is_dir() and not is_folder_form(target):
         raise FormatError(f"{target} is a folder: name a file for the bank, or a folder ending in .gmem", path=target)
-    if target.suffix.lower() not in _STORES:
+    if not is_bank_path(target):
         raise FormatError(f"{target}: a bank ends in {', '.join(_STORES)} (a folder); rename it", path=target)
     return target
 

@@ -16,10 +16,12 @@ import gmem_bank
 import gmem_gen
 from gmem_bank import ConfigError, EncoderMismatchError, SourceError
 from gmem_gen.cli import main
+from gmem_gen.embedding_cache import EmbeddingCache
 from gmem_gen.image_sets import embed, from_pixels
 from gmem_gen.judgement import judge_concepts, judge_snippets
 from gmem_gen.memorisation import nearest_others, vote
 from gmem_gen.neighbours import neighbourhoods
+from gmem_gen.outputs import no_progress
 
 
 def write_digits(folder: Path, first: int, count: int) -> Path:
@@ -81,11 +83,11 @@ def test_embeddings_are_those_of_a_bank_and_come_from_the_cache_only_unchanged(b
     judge.encode = lambda crops: calls.append(len(crops)) or encode(crops)
     made = from_pixels(np.stack(images), source.keys, "digits")
     for again, expected in ((False, 80), (True, 80)):
-        values = embed(made, judge, Path("cache"), progress=lambda done, total: None).values
+        values = embed(made, judge, EmbeddingCache(Path("cache")), progress=no_progress).values
         assert np.array_equal(values, found)
         assert sum(calls) == expected, again
     other = from_pixels(255 - np.stack(images), source.keys, "digits")
-    assert not np.array_equal(embed(other, judge, Path("cache"), progress=lambda done, total: None).values, found)
+    assert not np.array_equal(embed(other, judge, EmbeddingCache(Path("cache")), progress=no_progress).values, found)
     assert sum(calls) == 160
 
 
@@ -217,14 +219,6 @@ def test_a_bank_is_a_reference_like_its_images(bank: Path, held_out: Path) -> No
     assert {name: e.value for name, e in by_images.distribution.measures.items()} == pytest.approx(expected)
 
 
-def test_the_own_encoder_as_judge_is_called_circular(bank: Path) -> None:
-    """Whatever the space it is loaded in."""
-    judge = gmem_bank.load_encoder("hog", space="raw", parameters={"size": 16})
-    report = gmem_gen.evaluate(bank, judge, samples="digits", options=OPTIONS)
-    assert report.judge["circular"]
-    assert report.remarks[0].startswith("CIRCULAR")
-
-
 def test_what_means_nothing_is_refused(bank: Path, held_out: Path, tmp_path: Path) -> None:
     """An empty folder, too few samples, sizes that are mixed, a bank of another encoder, no reference, an absent concept."""
     gmem_bank.build(held_out, gmem_bank.load_encoder("random-projection"), "other.safetensors")
@@ -233,6 +227,7 @@ def test_what_means_nothing_is_refused(bank: Path, held_out: Path, tmp_path: Pat
     mixed = write_digits(tmp_path / "mixed", 0, 60)
     Image.new("RGB", (16, 16)).save(mixed / "large.png")
     np.savez("statistics.npz", mu=np.zeros(64), sigma=np.eye(64))
+    Path("cut.npz").write_bytes(Path("statistics.npz").read_bytes()[:100])
     run = trained()
     cases = [
         ({"samples": "empty"}, SourceError, "no images"),
@@ -242,12 +237,15 @@ def test_what_means_nothing_is_refused(bank: Path, held_out: Path, tmp_path: Pat
         ({"samples": "digits", "reference": "statistics.npz"}, ConfigError, "an encoder that it does not name"),
         ({"samples": "digits", "reference": few}, ConfigError, "20 real images"),
         ({"checkpoint": run, "concepts": ["d9"]}, gmem_bank.UnknownKeyError, "d9"),
+        ({"samples": "statistics.npz"}, ConfigError, "an encoder that it does not name"),
+        ({"samples": "cut.npz"}, SourceError, "cut short.*again"),
+        ({"samples": "other.safetensors"}, ConfigError, "is a bank, which has no samples"),
         ({}, ConfigError, "either a checkpoint"),
     ]
     for arguments, error, words in cases:
         with pytest.raises(error, match=words):
             gmem_gen.evaluate(bank, pixels(), options=OPTIONS, **arguments)
-    with pytest.raises(ConfigError, match="nothing to compare"):
+    with pytest.raises(ConfigError, match=r"nothing to compare.*--reference"):
         gmem_gen.evaluate(None, pixels(), samples="digits", options=OPTIONS)
     for setting in ({"num": 49}, {"space": "both"}, {"near_copy": 3.0}, {"num_real": 3}, {"votes": 0}):
         with pytest.raises(ConfigError):
@@ -260,6 +258,7 @@ def test_images_that_are_gone_leave_the_rest_of_the_report(bank: Path, held_out:
     report = gmem_gen.evaluate(bank, pixels(), samples=held_out, reference="moved", options=OPTIONS)
     assert report.memorisation is None
     assert any("Memorisation was not judged" in remark for remark in report.remarks)
+    assert "digits" not in json.dumps(report.to_json())
     given = gmem_gen.evaluate(bank, pixels(), samples=held_out, images="moved", options=OPTIONS)
     assert given.memorisation is not None
 
@@ -270,9 +269,13 @@ def test_an_encoder_that_is_gone_costs_its_part_only(bank: Path, held_out: Path)
     def gone(made):
         raise gmem_bank.EncoderError("the weights are gone")
 
-    report = gmem_gen.evaluate(bank, pixels(), checkpoint=trained(), reference=held_out, options=OPTIONS, load_own=gone)
+    said: list[str] = []
+    report = gmem_gen.evaluate(
+        bank, pixels(), checkpoint=trained(), reference=held_out, options=OPTIONS, load_own=gone, say=said.append
+    )
     assert report.faithfulness is None
-    assert any("the weights are gone" in remark for remark in report.remarks)
+    assert any("not compared with their snippets" in remark for remark in report.remarks)
+    assert any("the weights are gone" in text for text in said)
     assert report.memorisation is not None
 
 

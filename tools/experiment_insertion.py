@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import gmem_bank
 import gmem_gen
@@ -93,7 +94,7 @@ def hold_out(config: Insertion, images: Images, judge: EncoderChoice, work: Path
     bank = _train_without(config, images, work, held, *settings)
     keys = [key for name in opened(bank).names for key in _keys(config, bank, name)]
     figures = _fidelity(images, judge, work, {"seen": (bank, keys, [key.partition("/")[0] for key in keys])})
-    absent = {name: (bank, *_asked(_stand_ins(config, images, bank, name), name)) for name in held}
+    absent = {name: (bank, *_asked(_stand_ins(config, images, work, bank, name), name)) for name in held}
     figures |= _mean_of(_fidelity(images, judge, work, absent), held, "not inserted")
     for variant in variants:
         targets = {name: _inserted(images, bank, work, name, variant) for name in held}
@@ -128,25 +129,36 @@ def _mean_of(figures: Row, held: Sequence[str], name: str) -> Row:
 
 def _bank_without(config: Insertion, images: Images, work: Path, held: Sequence[str]) -> Path:
     """Return a factored bank of all classes but some."""
-    whole, dense, bank = (
-        work.parent / f"whole-{images.encoder.words()}.safetensors",
-        work / "dense.safetensors",
-        work / "bank.safetensors",
-    )
-    dim = images.build(images.train, whole).dim
+    whole, dense, bank = _whole(images, work), work / "dense.safetensors", work / "bank.safetensors"
     if held and not dense.exists():
-        gmem_bank.remove(whole, gmem_bank.Selection(concepts=tuple(held)), output=dense)
+        gmem_bank.remove(whole.path, gmem_bank.Selection(concepts=tuple(held)), output=dense)
     if not bank.exists():
-        gmem_bank.compress(dense if held else whole, rank=min(config.rank, dim), output=bank)
+        gmem_bank.compress(dense if held else whole.path, rank=min(config.rank, whole.dim), output=bank)
     return bank
+
+
+def _whole(images: Images, work: Path) -> gmem_bank.MemoryBank:
+    """Return the dense bank of all classes, which the cells share: so that an image is encoded once."""
+    return images.build(images.train, work.parent / f"whole-{images.encoder.words()}.safetensors")
+
+
+def _snippets_of(images: Images, work: Path, concept: str) -> NDArray[np.float32]:
+    """Return the (n, D) snippets of a class as the encoder made them, without those of mirrored twins."""
+    whole = _whole(images, work)
+    return whole.snippets(whole.rows_for(_own_keys(whole, concept)))
+
+
+def _own_keys(bank: gmem_bank.MemoryBank, concept: str) -> list[str]:
+    """Return the keys of a concept without mirrored twins, which may show something else, or nothing."""
+    return [key for key in bank.keys(bank.rows_of(concept)) if not key.endswith(gmem_bank.FLIP_SUFFIX)]
 
 
 def _inserted(images: Images, bank: Path, work: Path, held: str, variant: str) -> Path:
     """Return the bank with a class inserted."""
     target = work / f"{variant.replace(' ', '-')}-{held}.safetensors"
     if not target.exists():
-        gmem_bank.insert_concept(bank, [images.train / held], images.encoder.load(), name=held,
-                                 grow_below=INSERTED[variant], report=False, output=target)  # fmt: skip
+        snippets = _snippets_of(images, work, held)
+        gmem_bank.insert_snippets(bank, snippets, name=held, grow_below=INSERTED[variant], report=False, output=target)
     return target
 
 
@@ -156,18 +168,15 @@ def opened(bank: Path) -> Any:
 
 
 def _keys(config: Insertion, bank: Path, concept: str) -> list[str]:
-    """Return as many keys of a concept as are sampled: not of mirrored twins, which may show something else, or nothing."""
-    rows = opened(bank).rows_of(concept)
-    keys = [key for key in opened(bank).keys(rows) if not key.endswith(gmem_bank.FLIP_SUFFIX)]
+    """Return as many keys of a concept as are sampled."""
+    keys = _own_keys(opened(bank), concept)
     chosen = np.random.default_rng(config.seed).choice(len(keys), config.num, replace=len(keys) < config.num)
     return [keys[place] for place in chosen]
 
 
-def _stand_ins(config: Insertion, images: Images, bank: Path, held: str) -> list[str]:
+def _stand_ins(config: Insertion, images: Images, work: Path, bank: Path, held: str) -> list[str]:
     """Return the rows nearest to images of a class that is not in the bank."""
-    source = gmem_bank.open_images(images.train / held)
-    places = np.resize(np.arange(len(source)), config.num)
-    snippets = gmem_bank.encode_images(images.encoder.load(), [source.read(int(place)) for place in places])
+    snippets = np.resize(_snippets_of(images, work, held), (config.num, opened(bank).dim))
     found: list[str] = opened(bank).keys(opened(bank).nearest(snippets, 1)[1][:, 0])
     return found
 

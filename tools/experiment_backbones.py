@@ -103,7 +103,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axis.bar(
             places, [row[field] for row in found["rows"]], 0.27, label={"basis grown": "inserted"}.get(field, field)
         )
-    names = [f"{row['backbone']}\n{row['tokenizer']}\n{row['encoder']}" for row in found["rows"]]
+    names = ["\n".join([row["backbone"], row["tokenizer"], *row["encoder"].split("_")]) for row in found["rows"]]
     axis.set(xticks=range(len(names)), ylabel="fidelity", ylim=(0, 1))
     axis.set_xticklabels(names, fontsize=7)
     axis.legend(frameon=False, ncols=3)

@@ -83,7 +83,7 @@ def _judge(
 def words(found: dict[str, Any]) -> str:
     """Return the section's text."""
     columns = {"bank": "bank", "dtype": "type", "kept": "coefficients kept", "bytes": "bytes", "frechet": "Fréchet distance",
-               "frechet_low": "from", "frechet_high": "to", "recall": "recall", "fidelity": "fidelity"}  # fmt: skip
+               "recall": "recall", "fidelity": "fidelity"}  # fmt: skip
     best, whole = found["smallest"], found["rows"][0]
     said = (
         f"Smallest bank within 5 % of the whole one's distance: {best['bank']}, {best['dtype']}, {best['kept']:.0%} of the "

@@ -97,8 +97,10 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     whole = found["rows"][0]
+    counts = sorted({row["rows"] for row in found["rows"]})
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
     for axis, (field, label) in zip(axes, {"frechet": "Fréchet distance", "recall": "recall"}.items(), strict=True):
         for kept in WAYS:
@@ -108,6 +110,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
                           label=f"{kept}, trained on {on}")  # fmt: skip
         axis.axhline(whole[field], color="#888", linestyle=":", label=f"all {whole['rows']:,} rows")
         axis.set(xscale="log", xlabel="rows of the bank", ylabel=label)
+        axis.set_xticks(counts, [f"{count:,}" for count in counts])
+        axis.xaxis.set_minor_locator(NullLocator())
     axes[0].set_yscale("log")
     axes[0].yaxis.set_major_formatter("{x:g}")
     axes[0].yaxis.set_minor_formatter("{x:g}")

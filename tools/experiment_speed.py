@@ -77,9 +77,8 @@ def ratios(rows: list[Row]) -> dict[str, float | None]:
 
 def words(found: dict[str, Any]) -> str:
     """Return the section's text."""
-    columns = {"model": "conditioned on", "step": "steps", "frechet": "Fréchet distance",
-               "frechet_low": "from", "frechet_high": "to", "kid": "KID", "precision": "precision", "recall": "recall",
-               "near_copies": "near-copies", "fidelity": "fidelity"}  # fmt: skip
+    columns = {"model": "conditioned on", "step": "steps", "frechet": "Fréchet distance", "kid": "KID", "precision": "precision",
+               "recall": "recall", "near_copies": "near-copies", "fidelity": "fidelity"}  # fmt: skip
     reached = {
         name: "never within the budget" if ratio is None else f"in 1/{ratio:.3g} of the steps"
         for name, ratio in found["ratios"].items()

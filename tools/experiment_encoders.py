@@ -20,8 +20,7 @@ from tools.experiment_kit import Bench, Row, judged, table, trained
 
 COLUMNS = {"encoder": "conditioned on", "dim": "numbers", "known": "classes known", "frechet": "Fréchet distance",
            "frechet_low": "from", "frechet_high": "to", "kid": "KID", "precision": "precision", "recall": "recall",
-           "near_copies": "near-copies", "fidelity": "fidelity", "snippet_cosine": "cosine to the snippet",
-           "train_seconds": "seconds of training"}  # fmt: skip
+           "near_copies": "near-copies", "fidelity": "fidelity", "snippet_cosine": "cosine to the snippet"}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +50,7 @@ def run(config: Encoders, bench: Bench) -> dict[str, Any]:
         found = cells.get(
             f"judge-{name}", cell, lambda work, o=own, b=bank, r=made.folder: _judge(config, o, judge, b, r, work)
         )
-        rows.append({"encoder": own.encoder.words(), "dim": built.dim, "train_seconds": made.seconds, **found})
+        rows.append({"encoder": own.encoder.words(), "dim": built.dim, **found})
     return {"rows": rows}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -11,13 +12,14 @@ import pytest
 from PIL import Image
 
 import gmem_bank
+import gmem_gen
 from tools import experiment_backbones, experiment_insertion, experiments
 from tools.experiment_composition import METHODS, blend, packed, pairs, shares, snippets_of, unpacked
 from tools.experiment_data import EncoderChoice, Images, choose_encoder, digits
 from tools.experiment_encoders import known, majority
 from tools.experiment_generalisation import ASKED, Generalisation, mean_cosine, snippets_asked
 from tools.experiment_judging import RealImages, embedded
-from tools.experiment_kit import Cells, save_pictures, write_section
+from tools.experiment_kit import Cells, save_pictures, trained, write_section
 from tools.experiment_networks import captions, train_classifier
 from tools.experiment_size import _reduced
 from tools.experiment_speed import ratios
@@ -257,6 +259,48 @@ def test_what_an_experiment_lacks_is_said(tmp_path: Path) -> None:
     for name, words in (("taef2", "--taef2"), ("taef3", "pixel or taef2")):
         with pytest.raises(SystemExit, match=words):
             experiment_backbones.run(experiment_backbones.Backbones(tokenizers=(name,), held=("lying",)), bench)
+
+
+def test_what_is_published_has_its_figures_and_its_command() -> None:
+    """Every section of the page has figures and a picture, none is without a section, and the README's commands are theirs."""
+    root = Path(experiments.__file__).parents[1]
+    page = (root / "docs" / "RESULTS.md").read_text(encoding="utf-8")
+    names = {line[5:-4] for line in page.splitlines() if line.startswith("<!-- ") and " of " not in line}
+    for suffix in ("json", "png"):
+        assert {path.stem for path in (root / "docs" / "results").glob(f"*.{suffix}")} == names
+    figures = [json.loads((root / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8")) for name in names]
+    commands = {found["command"].removeprefix("python -m tools.experiments ") for found in figures}
+    readme = (
+        (root / "README.md").read_text(encoding="utf-8").partition("What the memory buys")[2].partition("## Develop")[0]
+    )
+    said = [line.rpartition("| `")[2].removesuffix("` |") for line in readme.splitlines() if line.endswith("` |")]
+    assert len(said) > 8
+    assert set(said) <= commands
+
+
+def test_another_setting_is_another_run(tmp_path: Path) -> None:
+    """What a checkpoint was trained with is what its cell says, in one folder of cells too."""
+    images, cells = bars(tmp_path), Cells(tmp_path / "cells")
+    bank = Path(images.build(images.train, tmp_path / "bank.safetensors").path)
+    tiny = dataclasses.replace(
+        images, training=("model.width=16", "model.depth=1", "model.num_heads=1", "data.channels=1")
+    )
+    for guidance in (1.0, 3.0):
+        other = dataclasses.replace(tiny, training=(*tiny.training, f"sample.guidance={guidance}"))
+        run = trained(cells, "all", other, bank, 1)
+        assert gmem_gen.load_checkpoint(run.folder).config.sample.guidance == guidance
+
+
+def test_wrong_words_are_refused_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No traceback: what is wrong, and what to give."""
+    for given, said in (
+        (["speed", "--set", "steps=abc"], "must be JSON"), (["speed", "--set", "step=1"], "FIELD=JSON with a field of"),
+        (["speed", "--flip"], "--flip is for insertion"), (["encoders", "--tokenizer", "taef2"], "of its own"),
+        (["speed", "--set", "steps=[10,25]"], "rising multiples"), (["speed", "--cifar10", "nowhere"], "nowhere"),
+    ):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["experiments", *given, "--out", str(tmp_path)])
+        with pytest.raises(SystemExit, match=said):
+            experiments.main()
 
 
 def test_the_digits_are_all_there_once(tmp_path: Path) -> None:

@@ -53,6 +53,8 @@ def run(config: Backbones, bench: Bench) -> dict[str, Any]:
             raise SystemExit(f"no backbone {backbone!r}: give {' or '.join(BACKBONES)}")
         settings = (*BACKBONES[backbone], *_tokenizer(tokenizer, bench))
         images = dataclasses.replace(bench.images, encoder=bench.choose(encoder))
+        if images.encoder == bench.judge:
+            raise SystemExit(f"the encoder {encoder!r} cannot both condition and judge: give another --judge")
         cell = {**images.identity(), "sizes": sizes, "held": held, "settings": settings, "judge": bench.judge}
         found = bench.cells.get(
             f"{encoder}-{tokenizer}-{backbone}", cell,
@@ -81,11 +83,20 @@ def _tokenizer(name: str, bench: Bench) -> tuple[str, ...]:
     return latent_settings(bench.images, bench.cells.folder, bench.autoencoder)
 
 
+def _spread(rows: list[dict[str, Any]]) -> float:
+    ratios = [row["ratio"] for row in rows]
+    return float(max(ratios) - min(ratios))
+
+
 def words(found: dict[str, Any]) -> str:
     """Return the section's text."""
+    each = dict.fromkeys(row["encoder"] for row in found["rows"])
+    within = ", ".join(
+        f"{_spread([row for row in found['rows'] if row['encoder'] == name]):.3g} by {name}" for name in each
+    )
     said = (
         f"Held out and inserted: {', '.join(found['held'])}. The ratios lie {found['spread']:.3g} apart; by the classifier "
-        f"{found['spread' + CLASSIFIED]:.3g}."
+        f"{found['spread' + CLASSIFIED]:.3g}. Of one encoder: {within}."
     )
     return f"{table(found['rows'], COLUMNS)}\n\n{said}"
 

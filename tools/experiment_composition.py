@@ -25,7 +25,7 @@ METHODS = ("linear", "slerp", "concat", "mask")
 PARENTS = ("first parent", "second parent")
 CONTROLS = (*PARENTS, "pixel blend")
 SHOWN = ("first real", "second real", "pixel blend", *METHODS)
-"""Columns of the picture."""
+"""Rows of the picture."""
 
 Drawn = list[NDArray[np.uint8]]
 
@@ -154,7 +154,8 @@ def words(found: dict[str, Any]) -> str:
     flat = [{"pair": f"{row['first']} + {row['second']}", **{way["way"]: row[way["way"]]["both"] for way in found["ways"]}}
             for row in found["rows"]]  # fmt: skip
     each = {"pair": "both parents near", **{way["way"]: way["way"] for way in found["ways"]}}
-    return f"{table(found['ways'], columns)}\n\nPair by pair:\n\n{table(flat, each)}"
+    same = "Linear and slerp are one and the same half-way between snippets of length 1."
+    return f"{table(found['ways'], columns)}\n\n{same} Pair by pair:\n\n{table(flat, each)}"
 
 
 def draw(found: dict[str, Any], path: Path) -> None:

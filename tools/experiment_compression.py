@@ -89,7 +89,8 @@ def words(found: dict[str, Any]) -> str:
         f"Smallest bank within 5 % of the whole one's distance: {best['bank']}, {best['dtype']}, {best['kept']:.0%} of the "
         f"coefficients: {best['bytes']:,} of {whole['bytes']:,} bytes."
     )
-    return f"{table(found['rows'], columns)}\n\n{said}"
+    why = "All banks were asked for the same rows with the same noise; the distances' own spread is wider than 5 %."
+    return f"{table(found['rows'], columns)}\n\n{said} {why}"
 
 
 def draw(found: dict[str, Any], path: Path) -> None:

@@ -1,7 +1,8 @@
 """Experiment "insertion": every class held out of the training in turn, then inserted into the bank, or not.
 
 The bank is factored, as a small bank is: insertion projects on its basis, or lets it grow. Held-out
-real images of all classes vote on what each sample shows; a classifier trained on them is a second judge.
+real images of all classes vote on what each sample shows; a classifier trained on the same embeddings
+of the same images is a second way to count, not a second witness.
 """
 
 from __future__ import annotations
@@ -163,7 +164,7 @@ def _inserted(images: Images, bank: Path, work: Path, held: str, variant: str) -
 
 
 def opened(bank: Path) -> Any:
-    """Return a factored bank."""
+    """Return an open bank."""
     return gmem_bank.open(bank)
 
 

@@ -29,6 +29,8 @@ class Speed:
 def run(config: Speed, bench: Bench) -> dict[str, Any]:
     """Train the three, judge every checkpoint, and return rows and the ratio of steps."""
     images, judge, cells = bench.images, bench.judge, bench.cells
+    if any(step % config.steps[0] for step in config.steps) or sorted(config.steps) != list(config.steps):
+        raise SystemExit(f"steps={list(config.steps)}: give rising multiples of the first")
     bank = cells.folder / "bank.safetensors"
     images.build(images.train, bank)
     rows = []
@@ -36,22 +38,22 @@ def run(config: Speed, bench: Bench) -> dict[str, Any]:
         settings = {"preset": preset, "config": config, **images.identity()}
         if name != "memory":
             del settings["encoder"]  # no snippet reaches a baseline
-        out = cells.folder / f"run-{name}"
-        cells.get(f"train-{name}", settings, lambda _, p=preset, o=out: _train(config, images, bank, p, o))
+        made = cells.get(f"train-{name}", settings, lambda work, p=preset: _train(config, images, bank, p, work))
         for step in config.steps:
             cell = {**settings, "step": step, "judge": judge}
+            run_folder = cells.folder / made["run"]
             found = cells.get(
-                f"judge-{name}-{step}", cell, lambda _, o=out, s=step: _judge(config, images, bank, judge, o, s)
+                f"judge-{name}-{step}", cell, lambda _, r=run_folder, s=step: _judge(config, images, bank, judge, r, s)
             )
             rows.append({"model": name, "step": step, **found})
     return {"rows": rows, "ratios": ratios(rows)}
 
 
-def _train(config: Speed, images: Images, bank: Path, preset: str, out: Path) -> Row:
+def _train(config: Speed, images: Images, bank: Path, preset: str, work: Path) -> Row:
     every, budget = config.steps[0], config.steps[-1]
     settings = (f"train.max_steps={budget}", f"train.checkpoint_every={every}", f"train.seed={config.seed}")
-    report = gmem_gen.train(bank, images.config(preset, *settings), out=out)
-    return {"train_seconds": report.seconds, "parameters": report.num_parameters}
+    report = gmem_gen.train(bank, images.config(preset, *settings), out=work / "run")
+    return {"run": f"{work.name}/run", "train_seconds": report.seconds, "parameters": report.num_parameters}
 
 
 def _judge(config: Speed, images: Images, bank: Path, judge: EncoderChoice, run_folder: Path, step: int) -> Row:
@@ -59,7 +61,7 @@ def _judge(config: Speed, images: Images, bank: Path, judge: EncoderChoice, run_
     return judged(
         gmem_gen.evaluate(
             bank, judge.load("raw"), checkpoint=run_folder / "checkpoints" / f"step-{step:08d}", reference=images.held_out,
-            options=options, out=run_folder.parent / "evaluation",
+            options=options, out=run_folder.parent.parent / "evaluation",
         )
     )  # fmt: skip
 
@@ -80,11 +82,23 @@ def words(found: dict[str, Any]) -> str:
     columns = {"model": "conditioned on", "step": "steps", "frechet": "Fréchet distance", "kid": "KID", "precision": "precision",
                "recall": "recall", "near_copies": "near-copies", "fidelity": "fidelity"}  # fmt: skip
     reached = {
-        name: "never within the budget" if ratio is None else f"in 1/{ratio:.3g} of the steps"
+        name: "never within the budget"
+        if ratio is None
+        else "in as many steps"
+        if ratio == 1
+        else f"in 1/{ratio:.3g} of the steps"
         for name, ratio in found["ratios"].items()
     }
     said = "; ".join(f"the best distance of the model on {name}: {text}" for name, text in reached.items())
-    return f"{table(found['rows'], columns)}\n\nThe memory reaches {said}."
+    falling = [
+        name for name in found["ratios"] if _still_falling([row for row in found["rows"] if row["model"] == name])
+    ]
+    still = f" Still falling at the last checkpoint: {', '.join(falling)}." if falling else ""
+    return f"{table(found['rows'], columns)}\n\nThe memory reaches {said}.{still}"
+
+
+def _still_falling(rows: list[Row]) -> bool:
+    return min(rows, key=lambda row: row["frechet"])["step"] == max(row["step"] for row in rows)
 
 
 def draw(found: dict[str, Any], path: Path) -> None:

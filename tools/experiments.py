@@ -3,7 +3,8 @@
     python -m tools.experiments speed            # on scikit-learn's digits
     python -m tools.experiments insertion
     python -m tools.experiments compression
-    python -m tools.experiments composition
+    python -m tools.experiments composition      # and generalisation, size, encoders
+    python -m tools.experiments backbones --real FOLDER --taef2 FOLDER
     python -m tools.experiments speed --cifar10 FOLDER   # a folder with train.tar and test.tar
 
 The same command again takes up where it was interrupted: what is done lies in --out, a JSON a cell. With --publish the
@@ -14,12 +15,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
+from gmem_bank.errors import GMemError
 from tools import (
     experiment_backbones,
     experiment_composition,
@@ -47,6 +50,12 @@ EXPERIMENTS: dict[str, tuple[Any, Any, str]] = {
     "encoders": (experiment_encoders, experiment_encoders.Encoders, "One encoder after another"),
     "backbones": (experiment_backbones, experiment_backbones.Backbones, "Networks, tokenizers and encoders"),
 }
+
+
+OF_MANY = ("encoders", "backbones")
+"""Experiments that condition on several encoders."""
+OF_TWINS = ("insertion", "backbones")
+"""Experiments that keep mirrored twins, which may show something else or nothing, out of what they ask for."""
 
 
 def parse() -> argparse.Namespace:
@@ -80,13 +89,20 @@ def configured(kind: Any, pairs: list[str]) -> Any:
         name, equals, text = pair.partition("=")
         if not equals or name not in known:
             raise SystemExit(f"--set {pair}: give FIELD=JSON with a field of {', '.join(sorted(known))}")
-        value = json.loads(text)
+        try:
+            value = json.loads(text)
+        except ValueError:
+            raise SystemExit(f'--set {pair}: what follows = must be JSON, such as 300, [50,100] or ["9"]') from None
         changes[name] = tuple(value) if isinstance(value, list) else value
     return kind(**changes)
 
 
 def bench(options: argparse.Namespace) -> Bench:
     """Return images, judge and cells as the command line asks for them."""
+    if options.name in OF_MANY and (options.encoder != "hog" or options.tokenizer != "pixel"):
+        raise SystemExit(f"{options.name} has encoders and tokenizers of its own: give them by --set")
+    if options.flip and options.name not in OF_TWINS:
+        raise SystemExit(f"--flip is for {' and '.join(OF_TWINS)}, which ask for no mirrored twin")
     images = (
         digits(options.out) if options.cifar10 is None else cifar10(options.cifar10, options.out, options.per_class)
     )
@@ -100,7 +116,8 @@ def bench(options: argparse.Namespace) -> Bench:
     judge = choose(options.judge or ("pixels" if options.cifar10 is None else "classifier"))
     if judge == chosen.encoder:
         raise SystemExit(f"{judge.words()} cannot both condition and judge: give another --encoder or --judge")
-    folder = options.out / stem(options, images)
+    identity = hashlib.sha256(json.dumps(chosen.identity(), sort_keys=True, default=str).encode()).hexdigest()[:8]
+    folder = options.out / f"{stem(options, images)}-{identity}"
     return Bench(images=chosen, judge=judge, cells=Cells(folder), choose=choose, autoencoder=options.taef2)
 
 
@@ -131,9 +148,10 @@ def publish(name: str) -> None:
     module, _, title = EXPERIMENTS[found["name"]]
     module.draw(found["figures"], FIGURES / f"{name}.png")
     data = ", ".join(part for part in (found["data"], found.get("variant")) if part)
+    by = "Judged" if found["name"] in OF_MANY else f"Conditioned on {found['conditioned_on']}, judged"
     about = (
-        f"## {title}: {data}\n\n    {found['command']}\n\nConfiguration: `{json.dumps(found['config'])}`. Conditioned "
-        f"on {found['conditioned_on']}, judged by {found['judge']}; {found['seconds']:,.0f} s in all.\n\n"
+        f"## {title}: {data}\n\n    {found['command']}\n\nConfiguration: `{json.dumps(found['config'])}`. {by} by "
+        f"{found['judge']}; {found['seconds']:,.0f} s, without banks and encoders that are made once.\n\n"
     )
     write_section(name, f"{about}{module.words(found['figures'])}\n\n![{title}](results/{name}.png)")
 
@@ -143,14 +161,20 @@ def main() -> int:
     options = parse()
     module, kind, _ = EXPERIMENTS[options.name]
     if options.from_json:
-        for path in sorted(FIGURES.glob(f"{options.name}-*.json")):
-            publish(path.stem)
+        names = [path.stem for path in sorted(FIGURES.glob(f"{options.name}-*.json"))]
+        for name in names:
+            publish(name)
+        if not names:
+            raise SystemExit(f"{FIGURES} has no figures of {options.name}: run it with --publish first")
         return 0
     config = configured(kind, options.set)
     if options.variant and not options.variant.replace("-", "").isalnum():
         raise SystemExit(f"--variant {options.variant}: give a word of letters, digits and '-'")
-    given = bench(options)
-    figures = module.run(config, given)
+    try:
+        given = bench(options)
+        figures = module.run(config, given)
+    except GMemError as error:
+        raise SystemExit(f"Error: {error}") from error
     seconds = sum(json.loads(path.read_text(encoding="utf-8"))["seconds"] for path in set(given.cells.used))
     found = {
         "name": options.name, "data": given.images.name, "variant": options.variant, "command": command(options),

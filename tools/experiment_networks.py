@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, ResNetConfig, ResNetModel
 
 SIDE = {"classifier": 64, "clip": 32}
 """Pixels that the networks see, enlarged from what there is; a ResNet halves them twice before its first block."""
@@ -44,6 +43,8 @@ def train_classifier(
     Returns:
         The share of the images of the last tenth of the steps that it took for their class, as it learned from them.
     """
+    from transformers import ResNetConfig, ResNetModel
+
     torch.manual_seed(seed)
     config = ResNetConfig(embedding_size=32, hidden_sizes=[32, 64, 128], depths=[1, 1, 1], layer_type="basic")
     network, last = ResNetModel(config), nn.Linear(128, int(labels.max()) + 1)
@@ -75,6 +76,8 @@ def train_clip(images: NDArray[np.uint8], names: list[str], labels: NDArray[np.i
         steps: batches of 64.
         seed: of weights and batches.
     """
+    from transformers import CLIPConfig, CLIPModel
+
     torch.manual_seed(seed)
     tower = {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 4, "num_attention_heads": 4}
     words = [*LIGHTS, *TINTS, *(f"class {name}" for name in names)]

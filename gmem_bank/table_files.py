@@ -5,6 +5,7 @@ Shapes: N rows, G row groups.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ def _open(path: Path, modified: int, size: int) -> TableFile:
     return table
 
 
-class TableFile:
+class TableFile(ABC):
     """One file; `cell` reads a value, `column` yields all values of a narrow column."""
 
     path: Path
@@ -68,13 +69,13 @@ class TableFile:
         if name not in self.names:
             raise SourceError(f"{self.path} has no column {name!r}; it has {self.names[:12]}", path=self.path, key=name)
 
+    @abstractmethod
     def groups(self, name: str) -> list[tuple[int, int]]:
         """Return (first row, bytes to read for any value of a column) of the parts that a file is read by; 0 where mapped."""
-        raise NotImplementedError
 
+    @abstractmethod
     def column(self, name: str) -> Iterator[Any]:
         """Yield the values of a column, row by row."""
-        raise NotImplementedError
 
     def cell(self, name: str, row: int) -> Any:
         """Return one value; raises SourceError."""
@@ -82,8 +83,9 @@ class TableFile:
             raise SourceError(f"{self.path} has {self.num_rows} rows, none numbered {row}", path=self.path, row=row)
         return self._value(name, row)
 
+    @abstractmethod
     def _value(self, name: str, row: int) -> Any:
-        raise NotImplementedError
+        """Return the value of a row that is there."""
 
 
 class _ArrowTable(TableFile):

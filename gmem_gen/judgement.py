@@ -173,7 +173,7 @@ def judge_concepts(
         return None
     electorate, members, names = rows[voters], table[voters], tuple(concepts)
     rivals = candidates(members)
-    predicted = vote(*nearest(samples, electorate, k), members, names, rivals[asked]).predicted
+    predicted = vote(*nearest(samples, electorate, k), members, rivals[asked])
     rng = random_numbers(seed, PURPOSES["concepts"])
     return ConceptFidelity(
         concepts=names, table=confusion(asked, predicted, len(names)), votes=k,
@@ -191,7 +191,7 @@ def _of_real(
     """Return concept → the share of its rows that the (m, k) others near them vote for, asked about this concept."""
     row, place = np.nonzero(members)  # a row of several concepts is asked about once for each
     cosines, found = others
-    right = vote(cosines[row], found[row], members, names, rivals[place]).predicted == place
+    right = vote(cosines[row], found[row], members, rivals[place]) == place
     shares = np.bincount(place, right, minlength=len(names)) / np.bincount(place, minlength=len(names))
     return {name: digits(share) for name, share in zip(names, shares.tolist(), strict=True)}
 

@@ -156,21 +156,11 @@ def to_distances(cosines: NDArray[np.float32]) -> NDArray[np.float64]:
     return np.clip(1.0 - cosines.astype(np.float64), 0.0, 2.0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Votes:
-    """Which concept the neighbours of images have."""
-
-    concepts: tuple[str, ...]
-    """K names."""
-    predicted: NDArray[np.int64]
-    """(n,) positions in `concepts`."""
-
-
 def vote(
-    cosines: NDArray[np.float32], found: NDArray[np.int64], membership: NDArray[np.bool_], concepts: Sequence[str],
+    cosines: NDArray[np.float32], found: NDArray[np.int64], membership: NDArray[np.bool_],
     rivals: NDArray[np.bool_] | None = None,
-) -> Votes:  # fmt: skip
-    """Return the concept that most of each image's neighbours belong to; of as many the one with the larger sum of cosines.
+) -> NDArray[np.int64]:  # fmt: skip
+    """Return (n,) columns of the concept that most neighbours of an image belong to; of as many the one with more cosine in all.
 
     A neighbour of several concepts counts for each of them. What is still tied goes to the first in order.
 
@@ -178,7 +168,6 @@ def vote(
         cosines: (n, k).
         found: (n, k) positions of the neighbours.
         membership: (m, K) whether a row belongs to a concept.
-        concepts: K names.
         rivals: (n, K) whether a concept may be voted for; None: all.
     """
     members = membership[found]  # (n, k, K)
@@ -187,7 +176,7 @@ def vote(
     if rivals is not None:
         counts[~rivals] = -1.0
     order = np.lexsort((-weights, -counts))[:, 0] if len(counts) else np.zeros(0, np.int64)
-    return Votes(concepts=tuple(concepts), predicted=order.astype(np.int64))
+    return order.astype(np.int64)
 
 
 def memberships(concepts: Mapping[str, NDArray[np.int64]], num_rows: int) -> NDArray[np.bool_]:

@@ -13,11 +13,12 @@ from PIL import Image
 
 import gmem_bank
 import gmem_gen
+from gmem_gen.judgement import cosines_of
 from tools import experiment_backbones, experiment_insertion, experiments
 from tools.experiment_composition import METHODS, blend, packed, pairs, shares, snippets_of, unpacked
 from tools.experiment_data import EncoderChoice, Images, choose_encoder, digits
 from tools.experiment_encoders import known, majority
-from tools.experiment_generalisation import ASKED, Generalisation, mean_cosine, snippets_asked
+from tools.experiment_generalisation import ASKED, Generalisation, snippets_asked
 from tools.experiment_judging import RealImages, embedded
 from tools.experiment_kit import Cells, save_pictures, trained, write_section
 from tools.experiment_networks import captions, train_classifier
@@ -199,19 +200,15 @@ def test_snippets_asked_are_rows_midpoints_or_of_held_out_images(tmp_path: Path)
         assert (stored @ found.T).max(axis=0).min() > (1 - 1e-6 if name == "rows of the bank" else 0)
         np.testing.assert_array_equal(found, snippets_asked(config, images, bank, name))
     assert (stored @ asked["held-out images"].T).max() < 1 - 1e-4
-    middles = {
-        (a, b): mixed / np.linalg.norm(mixed)
-        for a in range(12)
-        for b in range(a)
-        if (mixed := stored[a] + stored[b]) is not None
-    }
+    sums = {(a, b): stored[a] + stored[b] for a in range(12) for b in range(a)}
+    middles = {pair: total / np.linalg.norm(total) for pair, total in sums.items()}
     for name, same in (("between rows of a class", True), ("between two classes", False)):
         for snippet in asked[name]:
             (a, b), _ = max(middles.items(), key=lambda item: float(item[1] @ snippet))
             np.testing.assert_allclose(middles[a, b], snippet, atol=1e-5)
             assert (classes[a] == classes[b]) == same
-    assert mean_cosine(stored, stored) == pytest.approx(1)
-    assert mean_cosine(stored[:1], -3 * stored[:1]) == pytest.approx(-1)
+    assert cosines_of(stored, stored) == pytest.approx(np.ones(12))
+    assert cosines_of(stored[:1], -3 * stored[:1]) == pytest.approx([-1])
 
 
 def test_smaller_banks_hold_rows_of_the_whole_one(tmp_path: Path) -> None:

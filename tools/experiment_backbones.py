@@ -15,7 +15,7 @@ from typing import Any
 
 from tools.experiment_data import EncoderChoice, Images, latent_settings
 from tools.experiment_insertion import CLASSIFIED, Insertion, chosen_classes, hold_out
-from tools.experiment_kit import Bench, table
+from tools.experiment_kit import Bench, plot, table
 
 BACKBONES: Mapping[str, tuple[str, ...]] = {
     "LightningDiT": (),
@@ -103,20 +103,13 @@ def words(found: dict[str, Any]) -> str:
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """Draw seen and inserted, a combination a pair of bars."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(9, 3.2), constrained_layout=True)
-    for index, field in enumerate(("seen", "not inserted", "basis grown")):
-        places = [place + (index - 1) * 0.27 for place in range(len(found["rows"]))]
-        axis.bar(
-            places, [row[field] for row in found["rows"]], 0.27, label={"basis grown": "inserted"}.get(field, field)
-        )
-    names = ["\n".join([row["backbone"], row["tokenizer"], *row["encoder"].split("_")]) for row in found["rows"]]
-    axis.set(xticks=range(len(names)), ylabel="fidelity", ylim=(0, 1))
-    axis.set_xticklabels(names, fontsize=7)
-    axis.legend(frameon=False, ncols=3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with plot(path, 1, 1, (9, 3.2)) as [[axis]]:
+        for index, field in enumerate(("seen", "not inserted", "basis grown")):
+            places = [place + (index - 1) * 0.27 for place in range(len(found["rows"]))]
+            axis.bar(
+                places, [row[field] for row in found["rows"]], 0.27, label={"basis grown": "inserted"}.get(field, field)
+            )
+        names = ["\n".join([row["backbone"], row["tokenizer"], *row["encoder"].split("_")]) for row in found["rows"]]
+        axis.set(xticks=range(len(names)), ylabel="fidelity", ylim=(0, 1))
+        axis.set_xticklabels(names, fontsize=7)
+        axis.legend(frameon=False, ncols=3)

@@ -19,7 +19,7 @@ import gmem_bank
 import gmem_gen
 from tools.experiment_data import EncoderChoice, Images
 from tools.experiment_judging import real_images
-from tools.experiment_kit import Bench, Row, as_rgb, table, trained
+from tools.experiment_kit import Bench, Row, as_rgb, plot, table, trained
 
 METHODS = ("linear", "slerp", "concat", "mask")
 PARENTS = ("first parent", "second parent")
@@ -160,21 +160,12 @@ def words(found: dict[str, Any]) -> str:
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """Draw the first pair of rows of each pair of classes, real, blended and composed."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
     rows = found["rows"]
-    figure, axes = plt.subplots(
-        len(SHOWN), len(rows), figsize=(0.85 * len(rows) + 1, 0.85 * len(SHOWN)), squeeze=False, layout="constrained"
-    )
-    for line, way in zip(axes, SHOWN, strict=True):
-        for axis, row in zip(line, rows, strict=True):
-            axis.imshow(unpacked(row["pictures"][way]))
-            axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(way, rotation=0, ha="right", va="center", fontsize=8)
-    for axis, row in zip(axes[0], rows, strict=True):
-        axis.set_title(f"{row['first']} + {row['second']}", fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with plot(path, len(SHOWN), len(rows), (0.85 * len(rows) + 1, 0.85 * len(SHOWN))) as axes:
+        for line, way in zip(axes, SHOWN, strict=True):
+            for axis, row in zip(line, rows, strict=True):
+                axis.imshow(unpacked(row["pictures"][way]))
+                axis.set(xticks=[], yticks=[])
+            line[0].set_ylabel(way, rotation=0, ha="right", va="center", fontsize=8)
+        for axis, row in zip(axes[0], rows, strict=True):
+            axis.set_title(f"{row['first']} + {row['second']}", fontsize=8)

@@ -12,7 +12,7 @@ from typing import Any
 import gmem_bank
 import gmem_gen
 from tools.experiment_data import EncoderChoice, Images
-from tools.experiment_kit import Bench, Row, judged, table, trained
+from tools.experiment_kit import Bench, Row, judged, log_scale, plot, table, trained
 
 WITHIN = 1.05
 """Of the whole bank's distance: what counts as as good."""
@@ -95,20 +95,12 @@ def words(found: dict[str, Any]) -> str:
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """Draw distance against bytes."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6.5, 3.6), constrained_layout=True)
-    for index, (dtype, kept) in enumerate(dict.fromkeys((row["dtype"], row["kept"]) for row in found["rows"])):
-        own = [row for row in found["rows"] if (row["dtype"], row["kept"]) == (dtype, kept)]
-        axis.plot([row["bytes"] / 1024 for row in own], [row["frechet"] for row in own], MARKERS[index % len(MARKERS)],
-                  mfc="none", label=f"{dtype}, {kept:.0%} kept")  # fmt: skip
-    axis.axhline(WITHIN * found["rows"][0]["frechet"], color="#888", linestyle="--", label="whole bank + 5 %")
-    axis.set(xscale="log", yscale="log", xlabel="KiB of the bank", ylabel="Fréchet distance")
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
-    axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with plot(path, 1, 1, (6.5, 3.6)) as [[axis]]:
+        for index, (dtype, kept) in enumerate(dict.fromkeys((row["dtype"], row["kept"]) for row in found["rows"])):
+            own = [row for row in found["rows"] if (row["dtype"], row["kept"]) == (dtype, kept)]
+            axis.plot([row["bytes"] / 1024 for row in own], [row["frechet"] for row in own], MARKERS[index % len(MARKERS)],
+                      mfc="none", label=f"{dtype}, {kept:.0%} kept")  # fmt: skip
+        axis.axhline(WITHIN * found["rows"][0]["frechet"], color="#888", linestyle="--", label="whole bank + 5 %")
+        axis.set(xscale="log", xlabel="KiB of the bank", ylabel="Fréchet distance")
+        log_scale(axis, "y")
+        axis.legend(frameon=False, fontsize=8)

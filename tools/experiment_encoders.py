@@ -16,7 +16,7 @@ import gmem_bank
 import gmem_gen
 from tools.experiment_data import EncoderChoice, Images
 from tools.experiment_judging import embedded
-from tools.experiment_kit import Bench, Row, judged, table, trained
+from tools.experiment_kit import Bench, Row, judged, plot, table, trained
 
 COLUMNS = {"encoder": "conditioned on", "dim": "numbers", "known": "classes known", "frechet": "Fréchet distance",
            "frechet_low": "from", "frechet_high": "to", "kid": "KID", "precision": "precision", "recall": "recall",
@@ -85,16 +85,9 @@ def words(found: dict[str, Any]) -> str:
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """Draw distance, recall and fidelity, an encoder a bar."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
     fields = {"frechet": "Fréchet distance", "recall": "recall", "fidelity": "fidelity", "known": "classes known"}
-    figure, axes = plt.subplots(1, len(fields), figsize=(10, 2.8), constrained_layout=True)
-    for axis, (field, label) in zip(axes, fields.items(), strict=True):
-        axis.bar([row["encoder"] for row in found["rows"]], [row[field] for row in found["rows"]], 0.6)
-        axis.set(ylabel=label)
-        axis.tick_params(axis="x", rotation=30)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with plot(path, 1, len(fields), (10, 2.8)) as [axes]:
+        for axis, (field, label) in zip(axes, fields.items(), strict=True):
+            axis.bar([row["encoder"] for row in found["rows"]], [row[field] for row in found["rows"]], 0.6)
+            axis.set(ylabel=label)
+            axis.tick_params(axis="x", rotation=30)

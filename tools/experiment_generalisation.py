@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 import gmem_bank
 import gmem_gen
+from gmem_bank.space import to_space
+from gmem_gen.judgement import cosines_of
 from tools.experiment_data import EncoderChoice, Images
-from tools.experiment_kit import Bench, Row, as_rgb, judged, save_pictures, table, trained
+from tools.experiment_kit import Bench, Row, as_rgb, judged, plot, save_pictures, table, trained
 
 OWN = "held-out images"
 """Asked for what also judges: of these samples distance, precision and recall would say too much, and are left out."""
@@ -75,7 +77,7 @@ def _ask(
     options = gmem_gen.EvaluationOptions(num_resamples=30, seed=config.seed)
     report = gmem_gen.evaluate(bank, judge.load("raw"), samples=work / "samples", reference=images.held_out,
                                images=images.train, options=options, out=work.parent / "evaluation")  # fmt: skip
-    return {**judged(report), "followed": mean_cosine(found, wanted)}
+    return {**judged(report), "followed": float(cosines_of(found, wanted).mean())}
 
 
 def snippets_asked(
@@ -86,7 +88,8 @@ def snippets_asked(
     if asked == OWN:
         source = gmem_bank.open_images(images.held_out)
         places = rng.permutation(len(source))[: config.num]
-        return to_bank(gmem_bank.encode_images(images.encoder.load(), [source.read(int(place)) for place in places]))
+        found = gmem_bank.encode_images(images.encoder.load(), [source.read(int(place)) for place in places])
+        return to_space(found, bank.space)
     if asked == "rows of the bank":
         return bank.snippets(rng.choice(len(bank), config.num, replace=len(bank) < config.num))
     pairs = [_pair(bank, rng, of_one=asked == "between rows of a class") for _ in range(config.num)]
@@ -102,17 +105,6 @@ def _pair(bank: gmem_bank.MemoryBank, rng: np.random.Generator, *, of_one: bool)
     return [bank.keys(rng.choice(bank.rows_of(name), 1))[0] for name in chosen]
 
 
-def to_bank(snippets: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return (n, D) snippets of length 1, as banks of the experiments hold them."""
-    wide = snippets.astype(np.float64)
-    return (wide / np.linalg.norm(wide, axis=1, keepdims=True)).astype(np.float32)
-
-
-def mean_cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    """Return the mean cosine of the rows of (n, D) and (n, D)."""
-    return float(np.mean(np.sum(to_bank(a) * to_bank(b), axis=1, dtype=np.float64)))
-
-
 def words(found: dict[str, Any]) -> str:
     """Return the section's text."""
     said = f"Of the held-out images themselves {found['near_copies_of_real']:.2%} count as near-copies."
@@ -126,19 +118,12 @@ def shown(row: Row) -> Row:
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """Draw near-copies, recall and precision against the dropout."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
     fields = {"near_copies": "near-copies", "precision": "precision", "recall": "recall"}
-    figure, axes = plt.subplots(1, len(fields), figsize=(10, 3.2), constrained_layout=True)
-    for axis, (field, label) in zip(axes, fields.items(), strict=True):
-        for asked in ASKED if field == "near_copies" else ASKED[:-1]:
-            own = [row for row in found["rows"] if row["asked"] == asked]
-            axis.plot([row["dropout"] for row in own], [row[field] for row in own], "o-", label=asked)
-        axis.set(xlabel="snippet dropout", ylabel=label, ylim=(0, None))
-    axes[0].axhline(found["near_copies_of_real"], color="#888", linestyle="--", label="held-out images themselves")
-    axes[0].legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with plot(path, 1, len(fields), (10, 3.2)) as [axes]:
+        for axis, (field, label) in zip(axes, fields.items(), strict=True):
+            for asked in ASKED if field == "near_copies" else ASKED[:-1]:
+                own = [row for row in found["rows"] if row["asked"] == asked]
+                axis.plot([row["dropout"] for row in own], [row[field] for row in own], "o-", label=asked)
+            axis.set(xlabel="snippet dropout", ylabel=label, ylim=(0, None))
+        axes[0].axhline(found["near_copies_of_real"], color="#888", linestyle="--", label="held-out images themselves")
+        axes[0].legend(frameon=False, fontsize=7)

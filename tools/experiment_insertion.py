@@ -20,7 +20,7 @@ import gmem_bank
 import gmem_gen
 from tools.experiment_data import EncoderChoice, Images
 from tools.experiment_judging import real_images
-from tools.experiment_kit import Bench, Row, save_pictures, table
+from tools.experiment_kit import Bench, Row, plot, save_pictures, table
 
 INSERTED = {"projected": -1.0, "basis grown": None}
 """Variant → `grow_below` of the insertion; None: the bank's own threshold."""
@@ -227,20 +227,13 @@ def words(found: dict[str, Any]) -> str:
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """Draw fidelity class by class."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(9, 3.2), constrained_layout=True)
-    names = ("seen", TRAINED, "not inserted", *INSERTED)
-    for index, name in enumerate(names):
-        places = np.arange(len(found["rows"])) + (index - 2) * 0.17
-        axis.bar(places, [row[name] for row in found["rows"]], 0.17, label=name)
-    axis.set(xticks=range(len(found["rows"])), xlabel="class held out", ylabel="fidelity", ylim=(0, 1.15))
-    axis.set_xticklabels(
-        [row["class"] for row in found["rows"]], rotation=0 if len(found["rows"][0]["class"]) < 3 else 30
-    )
-    axis.legend(frameon=False, ncols=5, loc="upper center")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with plot(path, 1, 1, (9, 3.2)) as [[axis]]:
+        names = ("seen", TRAINED, "not inserted", *INSERTED)
+        for index, name in enumerate(names):
+            places = np.arange(len(found["rows"])) + (index - 2) * 0.17
+            axis.bar(places, [row[name] for row in found["rows"]], 0.17, label=name)
+        axis.set(xticks=range(len(found["rows"])), xlabel="class held out", ylabel="fidelity", ylim=(0, 1.15))
+        axis.set_xticklabels(
+            [row["class"] for row in found["rows"]], rotation=0 if len(found["rows"][0]["class"]) < 3 else 30
+        )
+        axis.legend(frameon=False, ncols=5, loc="upper center")

@@ -10,7 +10,8 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,40 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+@contextmanager
+def plot(path: Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[NDArray[Any]]:
+    """Give (rows, columns) axes to draw on, and write the picture as a PNG.
+
+    Args:
+        path: of the PNG.
+        rows, columns: of axes.
+        size: width and height in inches, at 110 pixels each.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, constrained_layout=True)
+    yield axes
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def log_scale(axis: Any, which: str, ticks: Sequence[int] = ()) -> None:
+    """Make an axis ("x" or "y") logarithmic, with plain numbers at its ticks: those given, or where they fall."""
+    from matplotlib.ticker import NullLocator
+
+    axis.set(**{f"{which}scale": "log"})
+    scale = getattr(axis, f"{which}axis")
+    if ticks:
+        scale.set_ticks(ticks, [f"{tick:,}" for tick in ticks])
+        scale.set_minor_locator(NullLocator())
+    else:
+        scale.set_major_formatter("{x:g}")
+        scale.set_minor_formatter("{x:g}")
 
 
 def write_section(name: str, text: str, path: Path = RESULTS) -> None:

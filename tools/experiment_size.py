@@ -12,7 +12,7 @@ from typing import Any
 import gmem_bank
 import gmem_gen
 from tools.experiment_data import EncoderChoice, Images
-from tools.experiment_kit import Bench, Cells, Row, judged, save_pictures, table, trained
+from tools.experiment_kit import Bench, Cells, Row, judged, log_scale, plot, save_pictures, table, trained
 
 WAYS = ("at random", "coreset")
 TRAINED = ("the whole bank", "these rows alone")
@@ -93,28 +93,17 @@ def words(found: dict[str, Any]) -> str:
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """Draw distance and recall against the rows."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import NullLocator
-
     whole = found["rows"][0]
     counts = sorted({row["rows"] for row in found["rows"]})
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
-    for axis, (field, label) in zip(axes, {"frechet": "Fréchet distance", "recall": "recall"}.items(), strict=True):
-        for kept in WAYS:
-            for on, line in zip(TRAINED, ("o-", "s--"), strict=True):
-                own = [row for row in found["rows"] if (row["kept"], row["trained"]) == (kept, on)]
-                axis.plot([row["rows"] for row in own], [row[field] for row in own], line, mfc="none",
-                          label=f"{kept}, trained on {on}")  # fmt: skip
-        axis.axhline(whole[field], color="#888", linestyle=":", label=f"all {whole['rows']:,} rows")
-        axis.set(xscale="log", xlabel="rows of the bank", ylabel=label)
-        axis.set_xticks(counts, [f"{count:,}" for count in counts])
-        axis.xaxis.set_minor_locator(NullLocator())
-    axes[0].set_yscale("log")
-    axes[0].yaxis.set_major_formatter("{x:g}")
-    axes[0].yaxis.set_minor_formatter("{x:g}")
-    axes[0].legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with plot(path, 1, 2, (9, 3.4)) as [axes]:
+        for axis, (field, label) in zip(axes, {"frechet": "Fréchet distance", "recall": "recall"}.items(), strict=True):
+            for kept in WAYS:
+                for on, line in zip(TRAINED, ("o-", "s--"), strict=True):
+                    own = [row for row in found["rows"] if (row["kept"], row["trained"]) == (kept, on)]
+                    axis.plot([row["rows"] for row in own], [row[field] for row in own], line, mfc="none",
+                              label=f"{kept}, trained on {on}")  # fmt: skip
+            axis.axhline(whole[field], color="#888", linestyle=":", label=f"all {whole['rows']:,} rows")
+            axis.set(xlabel="rows of the bank", ylabel=label)
+            log_scale(axis, "x", counts)
+        log_scale(axes[0], "y")
+        axes[0].legend(frameon=False, fontsize=7)

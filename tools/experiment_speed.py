@@ -11,7 +11,7 @@ from typing import Any
 
 import gmem_gen
 from tools.experiment_data import EncoderChoice, Images
-from tools.experiment_kit import Bench, Row, judged, table
+from tools.experiment_kit import Bench, Row, judged, log_scale, plot, table
 
 MODELS = {"memory": "nano", "classes": "nano:class", "nothing": "nano:none"}
 
@@ -103,24 +103,13 @@ def _still_falling(rows: list[Row]) -> bool:
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """Draw distance and recall against steps."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import NullLocator
-
     steps = sorted({row["step"] for row in found["rows"]})
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
-    for axis, (field, label) in zip(axes, {"frechet": "Fréchet distance", "recall": "recall"}.items(), strict=True):
-        for name in MODELS:
-            own = [row for row in found["rows"] if row["model"] == name]
-            axis.plot([row["step"] for row in own], [row[field] for row in own], "o-", label=name)
-        axis.set(xscale="log", xlabel="steps", ylabel=label)
-        axis.legend(title="conditioned on", frameon=False)
-        axis.set_xticks(steps, [f"{step}" for step in steps])
-        axis.xaxis.set_minor_locator(NullLocator())
-    axes[0].set_yscale("log")
-    axes[0].yaxis.set_major_formatter("{x:g}")
-    axes[0].yaxis.set_minor_formatter("{x:g}")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with plot(path, 1, 2, (9, 3.4)) as [axes]:
+        for axis, (field, label) in zip(axes, {"frechet": "Fréchet distance", "recall": "recall"}.items(), strict=True):
+            for name in MODELS:
+                own = [row for row in found["rows"] if row["model"] == name]
+                axis.plot([row["step"] for row in own], [row[field] for row in own], "o-", label=name)
+            axis.set(xlabel="steps", ylabel=label)
+            axis.legend(title="conditioned on", frameon=False)
+            log_scale(axis, "x", steps)
+        log_scale(axes[0], "y")

@@ -116,8 +116,8 @@ def test_votes_count_members_then_cosines_then_order() -> None:
     cases = [([0, 1, 2], [0.9, 0.5, 0.5], 1), ([0, 1], [0.8, 0.7], 0), ([1, 0], [0.8, 0.7], 1), ([0, 1], [0.5, 0.5], 0),
              ([3, 1], [0.1, 0.9], 1)]  # fmt: skip
     for found, cosines, expected in cases:
-        votes = vote(np.array([cosines], np.float32), np.array([found]), members, ["a", "b"])
-        assert votes.predicted.tolist() == [expected]
+        votes = vote(np.array([cosines], np.float32), np.array([found]), members)
+        assert votes.tolist() == [expected]
 
 
 def test_neighbours_among_others_leave_themselves_out_among_equal_rows() -> None:
